@@ -1,0 +1,24 @@
+# One environment in .venv, made on first use; every target works in a fresh clone.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: report test lab clean
+
+report: $(VENV)/ready  ## run the quickstart and print the path of its report
+	$(BIN)/fedgal run params/quickstart.yaml
+
+test: $(VENV)/ready  ## export is a no-op, notebooks are clean, all tests pass
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/ready  ## open JupyterLab on the tour
+	$(BIN)/fedgal lab
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:  ## remove the environment and all stage outputs; published reports stay
+	rm -rf $(VENV) artifacts

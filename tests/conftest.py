@@ -1,0 +1,145 @@
+"""Every test works in a project of its own; the repository is never written to."""
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPO = Path(__file__).resolve().parents[1]
+CHAIN = ["10_data", "20_train", "30_statistics", "40_generator", "50_finetune", "60_evaluate"]
+TINY = {"title": "Tiny", "stages": CHAIN, "seed": 0, "dataset": "digits", "imbalance": 10, "n_clients": 4, "rounds": 2, "generator": "mlp",
+        "gen_steps": 20, "bank_per_class": 30, "rff_dim": 64, "finetune_rounds": 2, "finetune_steps": 4, "oracle_per_class": 30}
+JUNK = shutil.ignore_patterns("kernel-ipc*", "__pycache__", ".ipynb_checkpoints", ".hypothesis", "llms.txt")
+
+
+def data_root() -> Path:
+    "Where the parquet files are: the environment's or the default folder, as an absolute path."
+    return (REPO / os.environ.get("FEDGAL_DATA_ROOT", "data")).resolve()
+
+
+class Project:
+    "A copy of what a run needs, with its own artifacts and reports, called from a folder that is not the project's."
+
+    def __init__(self, home: Path):
+        self.home, self.away = home, home.parent / f"{home.name}_away"
+        self.artifacts, self.reports, self.stages = home / "artifacts", home / "reports", home / "nbs" / "stages"
+
+    @classmethod
+    def make(cls, home: Path, all_notebooks=False) -> "Project":
+        for name in ("settings.ini", "pyproject.toml", "README.md"):
+            home.mkdir(parents=True, exist_ok=True)
+            if (REPO / name).exists(): shutil.copy2(REPO / name, home)
+        for name in ("fedgal", "params", "nbs" if all_notebooks else "nbs/stages"): shutil.copytree(REPO / name, home / name, ignore=JUNK)
+        project = cls(home)
+        project.away.mkdir()
+        project.write("tiny", TINY)
+        return project
+
+    def clone(self, home: Path) -> "Project":
+        "The same project with the same results, elsewhere."
+        shutil.copytree(self.home, home, symlinks=True, ignore=JUNK)
+        project = Project(home)
+        project.away.mkdir()
+        return project
+
+    def write(self, name: str, values: dict | None = None, **changed) -> Path:
+        "An experiment file; by default the tiny one with changes."
+        path = self.home / "params" / f"{name}.yaml"
+        values = {k: v for k, v in ((TINY if values is None else values) | changed).items() if v is not None}
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return path
+
+    def env(self, **more) -> dict:
+        base = {k: v for k, v in os.environ.items() if not k.startswith(("FEDGAL_", "JPY_", "PYTEST_"))}
+        return base | {"FEDGAL_ROOT": str(self.home), "FEDGAL_ARTIFACTS": str(self.artifacts), "FEDGAL_REPORTS": str(self.reports),
+                       "FEDGAL_DATA_ROOT": str(data_root()), "PYTHONPATH": str(self.home), "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in more.items()}
+
+    def start(self, *args, env=(), **options) -> subprocess.Popen:
+        "A command line of fedgal, not waited for."
+        return subprocess.Popen([sys.executable, "-m", "fedgal.cli", *map(str, args)], cwd=self.away, env=self.env(**dict(env)), text=True,
+                                stdout=options.pop("stdout", subprocess.PIPE), stderr=options.pop("stderr", subprocess.PIPE), **options)
+
+    def fedgal(self, *args, env=(), **options) -> subprocess.CompletedProcess:
+        "A command line of fedgal: its exit code and what it printed."
+        process = self.start(*args, env=env, **options)
+        try: out, err = process.communicate(timeout=400)
+        finally: process.kill()
+        return subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def json(self, path: str): return json.loads((self.reports / path).read_text(encoding="utf-8"))
+
+    def folders(self, stage="*") -> list[Path]:
+        "The finished artifacts."
+        return sorted(p.parent for p in self.artifacts.glob(f"{stage}/*/manifest.json"))
+
+    def snapshot(self, stage="*") -> dict:
+        "Every file of every finished artifact, by content."
+        return {f.relative_to(self.artifacts).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
+                for folder in self.folders(stage) for f in sorted(folder.rglob("*")) if f.is_file()}
+
+    def results(self) -> dict:
+        "Artifacts and published metrics: what a failure must not touch."
+        metrics = {p.relative_to(self.reports).as_posix(): p.read_bytes() for p in self.reports.rglob("metrics.json")}
+        return self.snapshot() | metrics
+
+
+def ran(result, stage="") -> int:
+    "How many stage runs of a `fedgal run` were computed, not cached."
+    return sum(line.split()[:2][1:] == ["ran"] and line.startswith(stage) for line in result.stdout.splitlines() if line[:1] != " ")
+
+
+# --- notebooks run beside everything else, on the second core ---
+
+TEST = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], skip_flags=['slow'], basepath=sys.argv[2], cell_timeout=300)[0])"
+
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda i: "notebook" in getattr(i, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def notebooks(request, tmp_path_factory):
+    "Notebook -> the result of testing it, for those that were asked for, in a copy of the repository; started at once, looked at last."
+    wanted = [i.callspec.params["notebook"] for i in request.session.items if "notebook" in getattr(i, "fixturenames", ())]
+    if not wanted:
+        yield {}
+        return
+    project = Project.make(tmp_path_factory.mktemp("notebooks") / "project", all_notebooks=True)
+    env = {k: v for k, v in project.env().items() if k not in ("FEDGAL_ROOT", "FEDGAL_ARTIFACTS", "FEDGAL_REPORTS")}
+
+    def test(name):
+        return subprocess.run([sys.executable, "-c", TEST, str(project.home / "nbs" / name), str(project.home)], cwd=project.home, env=env,
+                              capture_output=True, text=True, timeout=900)
+
+    alone = len(wanted) == len(request.session.items)
+    with ThreadPoolExecutor(2 if alone else 1) as pool:
+        yield {name: pool.submit(test, name) for name in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+# --- projects ---
+
+@pytest.fixture
+def project(tmp_path) -> Project:
+    "A project without results."
+    return Project.make(tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    "A project in which the tiny experiment has run; only to be looked at."
+    done = Project.make(tmp_path_factory.mktemp("tiny") / "project")
+    done.first = done.fedgal("run", "tiny", "--jobs", 1)
+    assert done.first.returncode == 0, done.first.stderr
+    return done
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> Project:
+    "The finished tiny project, to be changed."
+    return tiny.clone(tmp_path / "project")

@@ -1,0 +1,277 @@
+"""Bad input, damaged files, a full disk, two runs at once: one line that says what to do, an exit code, and nothing lost."""
+import os
+import resource
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import Project, ran
+
+BAD_PARAMETERS, FAILED, BUSY = 2, 3, 4
+
+
+def one_line(result, code):
+    "The error, after checking that it is a single line of the command itself and not a traceback."
+    assert result.returncode == code, f"{result.returncode}: {result.stdout}\n{result.stderr}"
+    first, *rest = [line for line in result.stderr.splitlines() if line and not line.startswith("[IPKernelApp]")]   # a kernel's farewell
+    assert first.startswith("fedgal: ") and len(first) < 600
+    assert rest == [] if code != FAILED else all(line.startswith(("executed so far: ", "finished stages are kept")) for line in rest), result.stderr
+    return first
+
+
+# --- what is wrong is seen before anything runs ---
+
+REFUSED = {
+    "unknown parameter": ({"imbalanse": 3}, ["'imbalanse'", "did you mean 'imbalance'", "10_data"]),
+    "unknown stage": ({"stages": ["10_data", "20_trian"]}, ["'20_trian'", "did you mean '20_train'"]),
+    "missing input": ({"stages": ["10_data", "30_statistics"]}, ["30_statistics needs 20_train"]),
+    "no stages": ({"stages": []}, ["`stages:` must list"]),
+    "unknown data set": ({"dataset": "fashion_mnits"}, ["dataset = 'fashion_mnits'", "did you mean 'fashion_mnist'"]),
+    "unknown generator": ({"generator": "gausian"}, ["generator = 'gausian'", "did you mean 'gaussian'"]),
+    "unknown arm": ({"arms": ["none", "orakle"]}, ["'orakle'", "did you mean 'oracle'"]),
+    "unknown algorithm": ({"algorithm": "fedprx"}, ["did you mean 'fedprox'"]),
+    "text for a number": ({"n_clients": "many"}, ["n_clients = 'many'", "expected int"]),
+    "number with a fraction": ({"rounds": 2.5}, ["rounds = 2.5", "expected int"]),
+    "number for a truth value": ({"augment": 1}, ["augment = 1", "expected bool"]),
+    "value for a list": ({"arms": "none"}, ["arms = 'none'", "expected list[str]"]),
+    "not a number": ({"alpha": float("nan")}, ["alpha = nan", "expected float"]),
+    "imbalance below 1": ({"imbalance": 0.5}, ["imbalance = 0.5", "≥ 1"]),
+    "alpha 0": ({"alpha": 0}, ["alpha = 0", "> 0"]),
+    "alpha negative": ({"alpha": -1}, ["alpha = -1", "> 0"]),
+    "no client": ({"n_clients": 0}, ["n_clients = 0", "≥ 1"]),
+    "no round": ({"rounds": 0}, ["rounds = 0", "≥ 1"]),
+    "everything for validation": ({"val_fraction": 1.0}, ["val_fraction = 1.0", "< 1"]),
+    "sweep without values": ({"sweep": {"level": []}}, ["sweep of level"]),
+    "sweep that is no list": ({"sweep": {"level": "low"}}, ["sweep of level"]),
+    "sweep of a fixed value": ({"sweep": {"seed": [1, 2]}}, ["'seed'", "fixed value and is swept"]),
+    "sweep of an unknown value": ({"sweep": {"level": ["low", "hihg"]}}, ["did you mean 'high'"]),
+}
+TEXTS = {
+    "not YAML": ("stages: [10_data\nseed: {", ["bad.yaml", "not YAML, line"]),
+    "not a mapping": ("- 10_data\n- 20_train\n", ["bad.yaml", "name: value"]),
+    "empty": ("", ["bad.yaml"]),
+    "a key twice": ("stages: [10_data]\nseed: 1\nseed: 2\n", ["'seed'", "twice"]),
+    "not text": (b"\xff\xfe\x00\x01", ["bad.yaml", "not YAML"]),
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    "One project for all input that must be refused."
+    return Project.make(tmp_path_factory.mktemp("refused") / "project")
+
+
+def refuse(project, *args):
+    result = project.fedgal(*args)
+    message = one_line(result, BAD_PARAMETERS)
+    assert not project.folders() and not list(project.reports.glob("*/run.json")), "nothing was begun"
+    return message
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_value_is_refused(case, shared):
+    changed, words = REFUSED[case]
+    shared.write("bad", **changed)
+    message = refuse(shared, "run", "bad")
+    assert all(w in message for w in words), message
+
+
+def test_a_parameter_of_a_stage_that_does_not_run(shared):
+    shared.write("bad", {"title": "Only data", "stages": ["10_data"], "rounds": 3})
+    message = refuse(shared, "run", "bad")
+    assert "'rounds' belongs to stage 20_train" in message, message
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_bad_file_is_refused(case, shared):
+    text, words = TEXTS[case]
+    (shared.home / "params" / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refuse(shared, "run", "bad")
+    assert all(w in message for w in words), message
+
+
+def test_bad_overrides_are_refused(shared):
+    assert "did you mean 'rounds'" in refuse(shared, "run", "tiny", "-p", "round", "3")
+    assert "lr = 'fast'" in refuse(shared, "run", "tiny", "-p", "lr", "fast")
+    assert "cannot be overridden" in refuse(shared, "run", "tiny", "-p", "stages", "[10_data]")
+    assert "did you mean 'tiny'" in refuse(shared, "run", "tny")
+    assert "--jobs" in refuse(shared, "run", "tiny", "--jobs", "0")
+    assert "did you mean '20_train'" in refuse(shared, "params", "20_tran")
+
+
+def test_a_bad_setting_is_refused(shared):
+    assert "engine = 'warp'" in one_line(shared.fedgal("run", "tiny", env={"FEDGAL_ENGINE": "warp"}), BAD_PARAMETERS)
+    assert "threads = 'two'" in one_line(shared.fedgal("run", "tiny", env={"FEDGAL_THREADS": "two"}), BAD_PARAMETERS)
+
+
+# --- what only the data can tell ---
+
+OWN = """
+import numpy as np
+def gap():
+    y = np.repeat([0, 1, 3], 40)
+    return np.random.default_rng(0).normal(size=(120, 5)).astype("float32"), y
+def crash(): raise KeyError("column")
+"""
+
+
+def bad_data(project):
+    "The files and functions that `DATA` names."
+    import pandas as pd
+    (project.home / "own.py").write_text(OWN)
+    frame = pd.DataFrame({"a": range(60), "b": range(60), "label": [i % 3 for i in range(60)]})
+    frame.to_parquet(project.home / "whole.parquet")
+    (project.home / "cut.parquet").write_bytes((project.home / "whole.parquet").read_bytes()[:700])
+    (project.home / "foreign.parquet").write_text("a,b,label\n1,2,0\n")
+    frame.drop(columns="label").to_parquet(project.home / "unlabelled.parquet")
+    (project.home / "empty").mkdir()
+
+
+DATA = {
+    "more clients than samples": ({"n_clients": 5000, "min_size": 1}, {}, ["n_clients = 5000", "must be between 1 and"]),
+    "no sample of a class": ({"dataset": "own:gap"}, {}, ["own:gap", "no example of class 2"]),
+    "own function that fails": ({"dataset": "own:crash"}, {}, ["own:crash", "KeyError"]),
+    "own function that is not there": ({"dataset": "own:gone"}, {}, ["own", "no function 'gone'"]),
+    "file missing": ({"dataset": "absent.parquet"}, {}, ["no such file", "absent.parquet"]),
+    "named data set missing": ({"dataset": "mnist"}, {"FEDGAL_DATA_ROOT": "{home}/empty"}, ["mnist/train.parquet", "no such file", "fetch('mnist')"]),
+    "file cut off": ({"dataset": "cut.parquet"}, {}, ["cut.parquet"]),
+    "file of another format": ({"dataset": "foreign.parquet"}, {}, ["foreign.parquet"]),
+    "file of another schema": ({"dataset": "unlabelled.parquet"}, {}, ["unlabelled.parquet", "label"]),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    "All cases that need the data stage, two at a time."
+    project = Project.make(tmp_path_factory.mktemp("data") / "project")
+    bad_data(project)
+
+    def attempt(case):
+        changed, env, _ = DATA[case]
+        name = case.replace(" ", "_")
+        project.write(name, {"stages": ["10_data"], "seed": 0, "imbalance": 1} | changed)
+        return project.fedgal("run", name, env={k: v.format(home=project.home) for k, v in env.items()})
+
+    wanted = {i.callspec.params["case"] for i in request.session.items if i.originalname == "test_bad_data_is_told"}
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool: yield project, {case: pool.submit(attempt, case) for case in DATA if case in wanted}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data_is_told(case, outcomes):
+    project, results = outcomes
+    message = one_line(results[case].result(), FAILED)
+    assert message.startswith("fedgal: 10_data: ") and all(w in message for w in DATA[case][2]), message
+    record = project.json(f"{case.replace(' ', '_')}/run.json")
+    assert record["status"] == "failed" and record["failed_stage"] == "10_data"
+
+
+def test_a_file_that_is_mended_is_read(project):
+    bad_data(project)
+    project.write("own", {"stages": ["10_data"], "dataset": "cut.parquet", "n_clients": 3, "imbalance": 1, "min_size": 1})
+    one_line(project.fedgal("run", "own"), FAILED)
+    shutil.copy(project.home / "whole.parquet", project.home / "cut.parquet")
+    done = project.fedgal("run", "own")
+    assert done.returncode == 0, done.stderr
+    assert project.json("own/run.json")["status"] == "finished"
+
+
+# --- artifacts that were changed by hand ---
+
+def shorten(path): path.write_bytes(path.read_bytes()[:-7])
+def flip(path): path.write_bytes((b := path.read_bytes())[:-3] + bytes([b[-3] ^ 1]) + b[-2:])
+def remove(path): path.unlink()
+
+
+@pytest.mark.parametrize("damage, file, words", [(shorten, "model.safetensors", ["model.safetensors", "bytes"]), (flip, "model.safetensors", ["model.safetensors", "SHA-256"]),
+                                                 (flip, "history.json", ["history.json"]), (remove, "ledger.json", ["ledger.json", "missing"]),
+                                                 (shorten, "manifest.json", ["manifest.json"])], ids=lambda v: getattr(v, "__name__", v if isinstance(v, str) else None))
+def test_a_damaged_artifact_is_not_used(damage, file, words, copy):
+    [folder] = copy.folders("20_train")
+    damage(folder / file)
+    before = copy.results()
+    message = one_line(copy.fedgal("run", "tiny"), FAILED)
+    assert all(w in message for w in [*words, f"fedgal clean 20_train/{folder.name}"]), message
+    assert copy.results() == before, "nothing else was touched"
+
+
+def test_the_advice_about_a_damaged_artifact_is_good(copy, tiny):
+    [folder] = copy.folders("20_train")
+    flip(folder / "clients.safetensors")
+    one_line(copy.fedgal("run", "tiny"), FAILED)
+    assert copy.fedgal("clean", f"20_train/{folder.name}").returncode == 0
+    done = copy.fedgal("run", "tiny")
+    assert done.returncode == 0 and ran(done) == 1
+    assert copy.snapshot() == tiny.snapshot()
+
+
+# --- two at once ---
+
+def test_the_same_experiment_twice_at_once(project):
+    project.write("once", {"stages": ["10_data"], "seed": 0})
+    first = project.start("run", "once")
+    try:
+        end = time.monotonic() + 60
+        while not (project.reports / "once" / "run.json").exists():
+            assert time.monotonic() < end and first.poll() is None
+            time.sleep(0.01)
+        assert "'once' is already running" in one_line(project.fedgal("run", "once"), BUSY)
+        out, err = first.communicate(timeout=300)
+        assert first.returncode == 0, err
+    finally: first.kill()
+    assert project.json("once/run.json")["status"] == "finished"
+
+
+def test_two_experiments_share_a_stage_that_is_running(project):
+    for name in ("one", "two"): project.write(name, {"stages": ["10_data"], "seed": 0})
+    with ThreadPoolExecutor(2) as pool: results = list(pool.map(lambda n: project.fedgal("run", n), ("one", "two")))
+    assert [r.returncode for r in results] == [0, 0], [r.stderr for r in results]
+    assert sorted(ran(r) for r in results) == [0, 1], "the second waited for the first and took its result"
+
+
+# --- a full disk ---
+
+FULL = """
+import errno, os, sys
+if any("ipykernel" in a for a in sys.orig_argv):        # the stage, not the runner
+    left, real = int(os.environ["FULL_AFTER"]), os.fsync
+    def fsync(fd):
+        global left
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if "/artifacts/20_train/" in path and os.path.isfile(path):
+            left -= 1
+            if left < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+    os.fsync = fsync
+"""
+linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the fault is injected through /proc")
+
+
+@linux
+@pytest.mark.parametrize("after", [4, 7], ids=["in the second checkpoint", "in the results"])
+def test_a_full_disk_loses_nothing(after, copy, tiny, tmp_path):
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults" / "sitecustomize.py").write_text(FULL)
+    shutil.rmtree(copy.artifacts / "20_train")
+    before = copy.snapshot()
+    full = copy.fedgal("run", "tiny", env={"FULL_AFTER": after, "PYTHONPATH": f"{tmp_path / 'faults'}:{copy.home}"})
+    message = one_line(full, FAILED)
+    assert "No space left on device" in message and "resumes" in message, message
+    assert not copy.folders("20_train") and copy.snapshot() == before
+    assert list((copy.artifacts / "20_train").glob("*.partial")), "work in progress is kept"
+    done = copy.fedgal("run", "tiny")
+    assert done.returncode == 0 and ran(done) == 1, done.stderr
+    assert copy.snapshot() == tiny.snapshot()
+
+
+def test_a_runner_that_cannot_write(copy, tiny):
+    "No file may grow beyond 20 kB: the executed notebook cannot be kept."
+    shutil.rmtree(copy.artifacts / "20_train")
+    before = copy.snapshot()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    result = copy.fedgal("run", "tiny", preexec_fn=limit)
+    assert result.returncode in (BAD_PARAMETERS, FAILED) and "File too large" in one_line(result, result.returncode)
+    assert copy.snapshot() == before
+    done = copy.fedgal("run", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert copy.snapshot() == tiny.snapshot()
