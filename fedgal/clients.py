@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Tensors', 'n_bytes', 'ServerPayload', 'copy_tensors', 'payload_from', 'check_schema', 'load_payload', 'ClientUpdate',
-           'as_delta', 'LocalConfig', 'task_loss', 'per_example', 'draw_batches', 'own_rng', 'MultiStepClient',
-           'train_locally', 'SingleStepClient']
+           'as_delta', 'LocalConfig', 'task_loss', 'context_of', 'per_example', 'plus', 'draw_batches', 'own_rng',
+           'MultiStepClient', 'train_locally', 'SingleStepClient']
 
 # %% ../nbs/40_clients.ipynb #068c37ed
 from collections.abc import Callable
@@ -39,9 +39,10 @@ class ServerPayload:
     buffers: Tensors = field(default_factory=dict)  # persistent buffers by name
     round: int = 0  # round that starts from this payload
     metadata: dict = field(default_factory=dict)  # JSON values
+    extras: Tensors = field(default_factory=dict)  # what an algorithm sends beyond the model: control variates, prototypes, a generator
 
     @property
-    def n_bytes(self) -> int: return n_bytes(self.parameters, self.buffers)
+    def n_bytes(self) -> int: return n_bytes(self.parameters, self.buffers, self.extras)
 
     def __repr__(self): return f"ServerPayload(round {self.round}, {len(self.parameters)} tensors, {self.n_bytes:,} bytes)"
 
@@ -122,7 +123,7 @@ class ClientUpdate:
         "What a reader of this message learns, in words."
         if self.failure: return "that local training failed"
         what = "parameter change" if self.kind == "delta" else "loss gradient"
-        said = [f"{what} of n = {self.n_examples}" + (": follows from a single example" if self.n_examples == 1 else "")]
+        said = [f"{what} of n = {self.n_examples}" + (": follows from a single example" if self.n_examples == 1 else "")] if self.tensors else []
         if self.buffers: said.append("feature statistics (buffers)")
         said += [name for name in ("labels", "hyperparams", "statistics") if getattr(self, name) is not None]
         return ", ".join(said)
@@ -151,15 +152,20 @@ class LocalConfig:
     epochs: int = 1
     batch_size: int = 32
     lr: float = 0.05
+    lr_decay: float = 1.0  # factor on the learning rate per round
     momentum: float = 0.0
     weight_decay: float = 0.0
     prox_mu: float = 0.0  # FedProx
     steps: int | None = None  # if given: this many steps instead of epochs
     precision: str = "fp32"  # "bf16": forward pass and loss under bfloat16 autocast
 
+    def rate(self, round: int) -> float:
+        "The learning rate in a round."
+        return self.lr * self.lr_decay**round
+
     def __post_init__(self):
         if self.precision not in ("fp32", "bf16"): raise FedgalError(f"LocalConfig: precision = {self.precision!r}; allowed are fp32 and bf16")
-        low = {"epochs": 1, "batch_size": 1, "steps": 1, "lr": 0, "momentum": 0, "weight_decay": 0, "prox_mu": 0}
+        low = {"epochs": 1, "batch_size": 1, "steps": 1, "lr": 0, "lr_decay": 0, "momentum": 0, "weight_decay": 0, "prox_mu": 0}
         for name, least in low.items():
             value = getattr(self, name)
             if value is not None and not value >= least: raise FedgalError(f"LocalConfig: {name} = {value}, must be at least {least}")
@@ -172,16 +178,32 @@ def task_loss(
     "Cross-entropy of each example: the default loss of local work."
     return cross_entropy(getattr(out, "logits", out), y)
 
+def context_of(loss: Callable, client) -> Tensor | None:
+    "What a loss needs to know of a client; most need nothing."
+    return loss.context(client) if hasattr(loss, "context") else None
+
 def per_example(
-    loss: Callable,  # (output, targets) -> [B]
+    loss: Callable,  # (output, targets) -> [B]; `batchwise`: (output, targets, mask); with `context(client)`: (output, targets, mask, context)
     out,
     y: Tensor,
+    mask: Tensor | None = None,  # [B] bool; False: padding, which a batchwise loss must leave out
+    context: Tensor | None = None,  # what `loss.context` said of the client, for example its class counts
 ) -> Tensor:  # [B]
     "Call a loss and insist on one value per example."
-    values = loss(out, y)
+    values = loss(out, y, mask, context) if context is not None else loss(out, y, mask) if getattr(loss, "batchwise", False) else loss(out, y)
     if values.shape != y.shape[:1]:
         raise FedgalError(f"a local loss must return one value per example, shape {tuple(y.shape[:1])}, not {tuple(values.shape)}; use reduction='none'")
     return values
+
+def plus(
+    base: Callable,  # a local loss
+    extra: Callable,  # (output, targets, mask) -> [B]
+) -> Callable:
+    "The sum of a local loss and a further term, in which samples of a batch may see each other."
+    def both(out, y, mask=None, context=None): return per_example(base, out, y, mask, context) + extra(out, y, mask)
+    both.batchwise = True
+    if hasattr(base, "context"): both.context = base.context
+    return both
 
 # %% ../nbs/40_clients.ipynb #ad172f5c
 def draw_batches(
@@ -236,9 +258,9 @@ class MultiStepClient:
         "Index batches of this client's work in a round."
         return draw_batches(len(self.x), self.config, stream(seed, "batches", round, self.id), self.sample_weights)
 
-    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss) -> ClientUpdate:
+    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: Tensors | None = None) -> ClientUpdate:
         "Train `model` (scratch, overwritten) from the payload and return the update."
-        return train_locally(self, model, payload, seed, loss)
+        return train_locally(self, model, payload, seed, loss, correction)
 
     def update(self, delta: Tensors, buffers: Tensors, train_loss: float) -> ClientUpdate:
         "Wrap the result of local work, with the disclosures that were chosen."
@@ -259,26 +281,29 @@ def train_locally(
     payload: ServerPayload,
     seed: int,
     loss: Callable = task_loss,  # (output, targets) -> [B]
+    correction: Tensors | None = None,  # added to every gradient, by parameter name (SCAFFOLD)
 ) -> ClientUpdate:
     "Local SGD of one client from a payload; the reference for every engine."
-    c, rng = client.config, stream(seed, "augment", payload.round, client.id)
+    c, rng, context = client.config, stream(seed, "augment", payload.round, client.id), context_of(loss, client)
     weights = _trainable(load_payload(model, payload).train())
     if len(client.x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         return client.failed("one example: BatchNorm needs two")
-    optimiser = torch.optim.SGD(weights.values(), c.lr, c.momentum, weight_decay=c.weight_decay)
+    optimiser = torch.optim.SGD(weights.values(), c.rate(payload.round), c.momentum, weight_decay=c.weight_decay)
     device, total, seen = next(iter(weights.values())).device, 0.0, 0
     with own_rng(seed, "dropout", payload.round, client.id):
         for step, index in enumerate(client.batches(seed, payload.round)):
             x, y = client.x[index], client.y[index].to(device)
             if client.augment: x = client.augment(x, rng)
             with torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-                value = per_example(loss, model(to_float(x.to(device))), y).float().mean()
+                value = per_example(loss, model(to_float(x.to(device))), y, context=context).float().mean()
             if not torch.isfinite(value): return client.failed(f"loss not finite at step {step}")
             optimiser.zero_grad()
             value.backward()
             if c.prox_mu:
                 for n, w in weights.items():
                     if w.grad is not None: w.grad.add_(w.detach() - payload.parameters[n], alpha=c.prox_mu)
+            for n in correction or ():
+                if weights[n].grad is not None: weights[n].grad.add_(correction[n])
             optimiser.step()
             total, seen = total + value.item() * len(index), seen + len(index)
     delta = {n: w.detach() - payload.parameters[n] for n, w in weights.items()}
@@ -289,12 +314,12 @@ def train_locally(
 class SingleStepClient(MultiStepClient):
     "A client that sends the gradient of its mean loss (FedSGD)."
 
-    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss) -> ClientUpdate:
+    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: None = None) -> ClientUpdate:
         "The gradient at the payload; `model` is scratch."
         weights = _trainable(load_payload(model, payload).train())
         device = next(iter(weights.values())).device
         with own_rng(seed, "dropout", payload.round, self.id):
-            value = per_example(loss, model(to_float(self.x.to(device))), self.y.to(device)).mean()
+            value = per_example(loss, model(to_float(self.x.to(device))), self.y.to(device), context=context_of(loss, self)).mean()
             if not torch.isfinite(value): return self.failed("loss not finite at step 0")
             grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
         tensors = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), grads, strict=True)}

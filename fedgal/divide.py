@@ -66,15 +66,18 @@ def dirichlet(
         raise FedgalError(f"alpha = {alpha}: a positive number is needed (0.1 is very skewed, 100 nearly even)")
     if min_size < 0: raise FedgalError(f"min_size = {min_size}: must not be negative")
     y = y.numpy()
-    total, least, best = np.bincount(y), min(min_size, len(y) // n_clients), None
+    if len(y) < n_clients * min_size:
+        raise FedgalError(f"min_size = {min_size}: {n_clients} clients need {n_clients * min_size} examples, there are {len(y)}; "
+                          "take fewer clients, a smaller min_size or a smaller imbalance")
+    total, best = np.bincount(y), None
     rng = np_stream(seed, "dirichlet")
     concentration = np.full(n_clients, np.clip(alpha, 1e-300, 1e300))     # the draw over- or underflows beyond
     for _ in range(20):
         count = largest_remainder(rng.dirichlet(concentration, len(total)), total)
         if best is None or count.sum(0).min() > best.sum(0).min(): best = count
-        if best.sum(0).min() >= least: break
+        if best.sum(0).min() >= min_size: break
     owner, in_class = np.empty(len(y), np.int64), np.lexsort((rng.random(len(y)), y))
-    owner[in_class] = np.tile(np.arange(n_clients), len(total)).repeat(_repair(best, least).ravel())
+    owner[in_class] = np.tile(np.arange(n_clients), len(total)).repeat(_repair(best, min_size).ravel())
     return _by_owner(owner, n_clients)
 
 # %% ../nbs/10a_divide.ipynb #a1d8ab12

@@ -128,7 +128,11 @@ def _mlp(in_shape, norm):
                  nn.Sequential(nn.Linear(128, 64), nn.ReLU()))
 
 # %% ../nbs/13_models.ipynb #b4e85255
-NORMS = {"group": lambda channels: nn.GroupNorm(channels // 16, channels), "batch": nn.BatchNorm2d}
+NORMS = {"group": lambda channels: nn.GroupNorm(max(1, channels // 16), channels), "batch": nn.BatchNorm2d}
+
+def _fedgen(in_shape, norm):
+    low = nn.Sequential(nn.Conv2d(in_shape[0], 6, 3, 2, 1), NORMS[norm](6), nn.ReLU(), nn.Conv2d(6, 16, 3, 2, 1), NORMS[norm](16), nn.ReLU())
+    return Parts(low, _dense(low, in_shape, 32))
 
 class Block(nn.Module):
     "Two 3x3 convolutions and a shortcut without parameters."
@@ -143,12 +147,13 @@ class Block(nn.Module):
         short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.grow, self.grow)) if self.grow else x
         return F.relu(out + short)
 
-def _resnet(n):
+def _resnet(n, *widths):
     def build(in_shape, norm):
-        stage = lambda c_in, c: [Block(c_in if i == 0 else c, c, norm) for i in range(n)]
-        low = nn.Sequential(nn.Conv2d(in_shape[0], 16, 3, padding=1, bias=False), NORMS[norm](16), nn.ReLU(),
-                            *stage(16, 16), *stage(16, 32))
-        return Parts(low, nn.Sequential(*stage(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+        first = widths[0]
+        stages = [[Block(c_in if i == 0 else c, c, norm) for i in range(n)] for c_in, c in zip((first, *widths), widths, strict=False)]
+        low = nn.Sequential(nn.Conv2d(in_shape[0], first, 3, padding=1, bias=False), NORMS[norm](first), nn.ReLU(),
+                            *stages[0], *stages[1])
+        return Parts(low, nn.Sequential(*sum(stages[2:], []), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
     return build
 
 # %% ../nbs/13_models.ipynb #50f41eb7
@@ -161,7 +166,8 @@ class Recipe:
 
 MODELS = {
     "cnn8": Recipe(_cnn8, 8), "lenet": Recipe(_lenet, 16), "cnn": Recipe(_cnn, 16),
-    "resnet8": Recipe(_resnet(1), 8, True), "resnet32": Recipe(_resnet(5), 8, True), "mlp": Recipe(_mlp, None),
+    "resnet8": Recipe(_resnet(1, 16, 32, 64), 8, True), "resnet32": Recipe(_resnet(5, 16, 32, 64), 8, True),
+    "resnet18": Recipe(_resnet(2, 64, 128, 256, 512), 8, True), "fedgen": Recipe(_fedgen, 8, True), "mlp": Recipe(_mlp, None),
 }
 
 # %% ../nbs/13_models.ipynb #3374320e
@@ -196,7 +202,7 @@ def _check_request(name, in_shape, norm):
     recipe = MODELS[name]
     if norm != "group" and not recipe.normalised:
         raise FedgalError(f"norm={norm!r}, but {name} has no normalisation layers; "
-                          "leave norm at its default or use resnet8, resnet32")
+                          "leave norm at its default or use a resnet or fedgen")
     if (s := recipe.smallest) is not None and (len(in_shape) != 3 or min(in_shape[1:]) < s):
         raise FedgalError(f"{name} takes images (channels, height, width) of at least {s}x{s}, not {in_shape}; "
                           "cnn8 and the resnets take 8x8, mlp takes any shape")

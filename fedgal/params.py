@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'Param', 'read_cell', 'stage_path', 'cells', 'schema', 'inputs', 'lineage', 'load_params', 'resolve',
-           'grid', 'member_name']
+           'check_together', 'grids', 'grid', 'member_name']
 
 # %% ../nbs/02_params.ipynb #c1d6db7a
 import ast, fnmatch, io, itertools, json, re, tokenize
@@ -159,11 +159,26 @@ def _unknown(name, known):
     owner = ", ".join(f"{n} of {known[n].stage}" for n in known if repr(n) in close)
     return f"unknown parameter {name!r}{close}" + (f": {owner}" if owner else "; `fedgal params` lists all")
 
+# %% ../nbs/02_params.ipynb #06885e96
+def check_together(params: dict) -> None:
+    "Raise for values that are fine one by one and impossible together."
+    get = {n: v for values in params.values() for n, v in values.items()}.get
+    if get("algorithm") == "fedprox" and not get("prox_mu"): raise FedgalError("algorithm fedprox needs prox_mu > 0 (0.01 is a common start)")
+    if get("levels") is not None and get("level", get("levels")[0]) not in get("levels"): raise FedgalError(f"level {get('level')!r} is not among levels = {get('levels')}, for which statistics are collected")
+    arms = get("arms")
+    if arms is not None and ("none" not in arms or len(set(arms)) < len(arms)): raise FedgalError(f"arms = {arms}: each once, with `none`, which gains and harms are measured against")
+    if get("group_few") and (get("group_few") > 1) != (get("group_many") > 1): raise FedgalError("group_few and group_many are both shares (at most 1) or both numbers of samples (above 1)")
+
 # %% ../nbs/02_params.ipynb #3fa9f5bb
+def grids(sweep: dict | list | None) -> list[dict]:
+    "A sweep as a list of grids: one mapping is one grid, a list of them is their union."
+    return [] if not sweep else sweep if isinstance(sweep, list) else [sweep]
+
 def grid(
-    sweep: dict,  # name -> list of values
-) -> list[dict]:  # one dict of overrides per member
+    sweep: dict | list,  # name -> list of values, or several such mappings whose combinations are joined
+) -> list[dict]:  # one dict of overrides per member, each once
     "All combinations, the last name fastest."
+    if isinstance(sweep, list): return list({repr(sorted(c.items(), key=lambda i: i[0])): c for one in sweep for c in grid(one)}.values())
     if not isinstance(sweep, dict): raise FedgalError(f"sweep: expected `name: [values]` lines, not {sweep!r}")
     for name, options in sweep.items():
         if not isinstance(options, list) or not options: raise FedgalError(f"sweep of {name}: expected a list of values, not {options!r}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['long_tail_counts', 'class_order', 'long_tail_indices', 'partition', 'validation_split', 'fingerprint', 'Split',
-           'make_split']
+           'share_of', 'make_split']
 
 # %% ../nbs/11_partition.ipynb #971cfd63
 from dataclasses import dataclass
@@ -173,12 +173,19 @@ class Split:
             raise FedgalError(f"{folder}: the split does not match its fingerprint; make it again")
         return split
 
+# %% ../nbs/11_partition.ipynb #23fb3368
+def share_of(n: int, fraction: float, seed: int) -> Tensor:  # ascending indices
+    "A random share of n examples; all of them for fraction 1."
+    if fraction == 1: return torch.arange(n)
+    return torch.from_numpy(np.sort(np_stream(seed, "fraction").permutation(n)[:max(1, round(fraction * n))]))
+
 # %% ../nbs/11_partition.ipynb #3017892d
 _divide = partition     # `make_split` has a parameter of that name
 
 def make_split(
     dataset: Dataset,
     *,
+    fraction: float = 1.0,  # share of the training examples that is used at all
     imbalance: float = 1.0,  # most frequent / rarest class; 1 keeps the data as they are
     n_clients: int = 1,
     partition: str = "iid",  # as `kind` of `partition`
@@ -196,20 +203,22 @@ def make_split(
 ) -> Split:
     "Long-tail profile, partition, validation data and fingerprint, from one seed."
     kind, y = "file" if split_file else partition, dataset.y_train
-    if split_file and imbalance != 1:
-        raise FedgalError(f"a split file says which examples are used, so imbalance must be 1, not {imbalance:g}")
+    if split_file and (imbalance != 1 or fraction != 1):
+        raise FedgalError(f"a split file says which examples are used, so imbalance and fraction must be 1, not {imbalance:g} and {fraction:g}")
+    if not 0 < fraction <= 1: raise FedgalError(f"fraction = {fraction:g}: must be above 0 and at most 1")
     options = {"alpha": float(alpha), "min_size": min_size, "ways": ways, "shots": shots, "stdev": stdev,
                "shots_max": shots_max, "file": split_file or None, "params": params or {}}
-    chosen = long_tail_indices(y, imbalance, seed, shuffle_classes)
+    some = share_of(len(y), fraction, seed)
+    chosen = some[long_tail_indices(y[some], imbalance, seed, shuffle_classes)]
     parts = [chosen[p] for p in _divide(y[chosen], n_clients, kind, seed, **options)]
     train, val = validation_split(y, parts, val_fraction, seed)
     used = {k: options[k] for k in _USES[kind.partition(":")[0]]}
     if split_file: used = {"file": content_hash(*parts)[:16]}
-    protocol = {"data": dataset.sha256, "imbalance": float(imbalance), "shuffle_classes": shuffle_classes,
+    protocol = {"data": dataset.sha256, "fraction": float(fraction), "imbalance": float(imbalance), "shuffle_classes": shuffle_classes,
                 "n_clients": n_clients, "partition": kind, "options": used, "val_fraction": float(val_fraction)}
     components = {"protocol": protocol, "seed": seed, "drawn": _drawn(train, val),
                   "test": content_hash(dataset.x_test, dataset.y_test)[:16]}
-    order = class_order(y, imbalance, seed, shuffle_classes)
+    order = class_order(y[some], imbalance, seed, shuffle_classes)
     if imbalance == 1:      # a partition may leave examples out, so count again
         used_counts = y[torch.cat(parts)].bincount(minlength=len(order))
         order = used_counts.argsort(descending=True, stable=True).tolist()

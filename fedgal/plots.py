@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['arm_colors', 'image_grid', 'long_tail', 'client_heatmap', 'learning_curves', 'client_spread', 'bytes_by_kind',
-           'radii', 'teacher_map', 'generator_losses', 'fidelity_bars', 'projection', 'group_bars', 'arms_spread',
-           'forest', 'per_class', 'gain_heatmap', 'reliability', 'levels']
+           'radii', 'teacher_map', 'loss_curves', 'fidelity_bars', 'projection', 'group_bars', 'arms_spread', 'forest',
+           'per_class', 'gain_heatmap', 'reliability', 'levels']
 
 # %% ../nbs/52_plots.ipynb #70311138
 import textwrap
@@ -323,12 +323,12 @@ def teacher_map(
                  f"{judged} of {C} classes have a held-out judge.")
 
 # %% ../nbs/52_plots.ipynb #d7e26890
-def generator_losses(
+def loss_curves(
     history,  # rows (list of dicts or DataFrame): a step column and one column per loss
     step: str | None = None,  # default: the first of "step", "round", "epoch" that exists
     title_loss: str | None = None,  # loss named in the title; default: "loss", "total" or the first column
 ) -> tuple[Figure, str]:
-    "Loss terms of a generator over its training; logarithmic if all are positive."
+    "Loss terms over steps or rounds; logarithmic if all are positive."
     rows = pd.DataFrame(history)
     step = step or next((c for c in ("step", "round", "epoch") if c in rows), None)
     x = rows[step] if step else pd.Series(range(1, len(rows) + 1))
@@ -345,7 +345,7 @@ def generator_losses(
     ax.set(xlabel=step or "step", ylabel="loss"), ax.margins(x=0.02)
     _label_ends(ax, x.iloc[-1], [float(rows[c].dropna().iloc[-1]) for c in terms], terms, [colors[c] for c in terms])
     alt = ", ".join(f"{c} from {rows[c].dropna().iloc[0]:.3g} to {rows[c].dropna().iloc[-1]:.3g}" for c in terms)
-    return fig, f"Loss curves of the generator over {x.iloc[-1]:.0f} {step or 'step'}s: {alt}."
+    return fig, f"Loss curves over {x.iloc[-1]:.0f} {step or 'step'}s: {alt}."
 
 # %% ../nbs/52_plots.ipynb #595e1a80
 _METRICS = {"frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "density": "density",

@@ -20,13 +20,13 @@ def publish_members(exp, record: dict) -> None:
     "Write `metrics.json` of every finished member; one that did not finish has none."
     for m, entry in zip(exp.members, record["members"], strict=True):
         target = member_folder(exp, m) / "metrics.json"
-        source = settings().artifacts / "60_evaluate" / m.keys.get("60_evaluate", "-") / "metrics.json"
+        made = [f for s, k in m.keys.items() if (f := settings().artifacts / s / k / "metrics.json").is_file()]
         if entry["status"] != "finished" and exp.swept: target.unlink(missing_ok=True)    # the comparison counts it as failed
-        elif entry["status"] == "finished" and source.is_file():
-            save_json(target, load_json(source) | {"experiment": m.name, "seconds": {s["stage"]: s["seconds"] for s in entry["stages"]}})
+        elif entry["status"] == "finished" and made:
+            save_json(target, load_json(made[-1]) | {"experiment": m.name, "seconds": {s["stage"]: s["seconds"] for s in entry["stages"]}})
 
 # %% ../nbs/73_publish.ipynb #a25af64c
-_TITLES = {"60_evaluate": "Result", "90_compare": "Comparison"}
+_TITLES = {"60_evaluate": "Result", "61_models": "Result", "90_compare": "Comparison"}
 
 def _label(stage): return _TITLES.get(stage, re.sub(r"^[a-z0-9]*?_?\d+_", "", stage).replace("_", " ").capitalize())
 

@@ -6,7 +6,7 @@
 __all__ = ['BN_POLICIES', 'update_norm', 'inspect_update', 'check_updates', 'weighted_sum', 'aggregate', 'LedgerRow', 'Ledger']
 
 # %% ../nbs/41_server.ipynb #ee0635d1
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 import torch
 from .core import FedgalError
@@ -26,7 +26,7 @@ def inspect_update(
     if update.n_examples < 1: return f"reports {update.n_examples} examples"
     if wrong := check_schema(update.tensors, payload.parameters): return wrong
     if update.buffers and (wrong := check_schema(update.buffers, payload.buffers)): return wrong
-    for n, t in {**update.tensors, **update.buffers}.items():
+    for n, t in {**update.tensors, **update.buffers, **(update.statistics or {})}.items():
         if not torch.isfinite(t).all(): return f"{n} is not finite"
     return ""
 
@@ -80,7 +80,7 @@ def aggregate(
     step = weighted_sum([u.tensors for u in updates], w)
     parameters = {n: (p.double() + step[n]).to(p.dtype) for n, p in payload.parameters.items()}
     buffers = payload.buffers if bn == "local" else _merge_buffers(payload, updates, w)
-    return ServerPayload(parameters, buffers, payload.round + 1, payload.metadata)
+    return replace(payload, parameters=parameters, buffers=buffers, round=payload.round + 1)
 
 def _merge_buffers(payload, updates, w):
     if not payload.buffers: return {}
@@ -112,14 +112,14 @@ class Ledger:
         row = self.rows.setdefault((sender, receiver, kind, discloses), LedgerRow(sender, receiver, kind, discloses, first_round=round))
         row.messages, row.bytes, row.last_round = row.messages + 1, row.bytes + bytes, round
 
-    def down(self, payload: ServerPayload, client: int) -> int:
+    def down(self, payload: ServerPayload, client: int, what: str = "global model") -> int:
         "A payload went to a client; returns its bytes."
-        self.record("server", f"client {client}", payload.round, "payload", payload.n_bytes, "global model")
+        self.record("server", f"client {client}", payload.round, "payload", payload.n_bytes, what)
         return payload.n_bytes
 
-    def up(self, update: ClientUpdate, round: int) -> int:
-        "An update came from a client; returns its bytes."
-        self.record(f"client {update.client}", "server", round, update.kind, update.n_bytes, update.discloses)
+    def up(self, update: ClientUpdate, round: int, statistics: str = "statistics") -> int:
+        "An update came from a client, with statistics of this kind; returns its bytes."
+        self.record(f"client {update.client}", "server", round, update.kind if update.tensors else "message", update.n_bytes, update.discloses.replace("statistics", statistics))
         return update.n_bytes
 
     def totals(self) -> dict:  # JSON: bytes and messages, up (to the server) and down

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .core import FedgalError, root, settings
-from .params import RESERVED, cells, inputs, lineage, load_params, resolve, schema
+from .params import RESERVED, cells, check_together, grids, inputs, lineage, load_params, resolve, schema
 from .store import MANIFEST, canonical, commit, load_json, save_json, sha256, verify
 
 # %% ../nbs/70_stage.ipynb #c6e438a5
@@ -136,10 +136,12 @@ def gather(
     edited = {n: namespace[n] for n, p in own.items() if n in namespace and n not in given and namespace[n] != p.default}
     base = given.get("params_file", edited.get("params_file", ""))
     values = load_params(root() / "params" / f"{base}.yaml") if base else {}
-    for swept, options in (values.pop("sweep", None) or {}).items(): values.setdefault(swept, options[0])
+    for swept, options in next(iter(grids(values.pop("sweep", None))), {}).items(): values.setdefault(swept, options[0])
     merged = {n: v for n, v in (values | given | edited).items() if n not in RESERVED}
     later = [s for s in (p.stem for p in sorted((root() / "nbs" / "stages").glob("*.ipynb"))) if s not in chain]
-    return resolve(chain + later, merged)
+    params = resolve(chain + later, merged)
+    check_together(params)
+    return params
 
 # %% ../nbs/70_stage.ipynb #235ccdae
 LOCK_MINUTES = 30

@@ -12,7 +12,8 @@ from .core import FedgalError
 from .seeds import stream
 
 # %% auto #0
-__all__ = ['TeacherMap', 'check_validation', 'select_teachers', 'teacher_table', 'consensus_report']
+__all__ = ['TeacherMap', 'check_validation', 'select_teachers', 'teacher_table', 'consensus_report', 'recognised_by',
+           'class_geometry']
 
 # %% ../nbs/21_teachers.ipynb #dfecb347
 @dataclass(frozen=True, eq=False)
@@ -144,3 +145,39 @@ def consensus_report(
 def _class_mean(v, y, n_classes):
     total = torch.zeros(n_classes, dtype=v.dtype).index_add_(0, y, v)
     return total / torch.bincount(y, minlength=n_classes).where(torch.bincount(y, minlength=n_classes) > 0, torch.nan)
+
+# %% ../nbs/21_teachers.ipynb #3ff1881a
+def recognised_by(
+    probs: Tensor,  # [K, N, C] as in `consensus_report`
+    y: Tensor,  # [N]
+    teachers: TeacherMap,
+    classes: list[str],  # names
+) -> pd.DataFrame:
+    "Share of each class's generated features that each of its fit teachers and judges recognises."
+    recall = torch.stack([_class_mean((p.argmax(1) == y).double(), y, len(classes)) for p in probs])  # [K, C]
+    say = lambda ids, c: ", ".join(f"{k} ({float(recall[k, c]):.2f})" for k in ids) or "–"
+    rows = {name: {"fit teachers (share recognised)": say(teachers.fit[c], c), "judges (share recognised)": say(teachers.judges[c], c)} for c, name in enumerate(classes)}
+    return pd.DataFrame(rows).T.rename_axis("class")
+
+# %% ../nbs/21_teachers.ipynb #01235b73
+def class_geometry(
+    z: Tensor,  # [N, d] generated features
+    y: Tensor,  # [N]
+    real: Tensor,  # [M, d] held-out real features of the same level
+    y_real: Tensor,  # [M]
+    n_classes: int,
+) -> pd.DataFrame:  # one row a class; NaN where a class is missing on either side
+    "Distance of means, relative width and relative separation of generated classes."
+    (mean, radius), (real_mean, real_radius) = _moments(z, y, n_classes), _moments(real, y_real, n_classes)
+    out = {"mean_distance": (mean - real_mean).norm(dim=1) / real_radius, "width": radius / real_radius, "separation": _apart(mean) / _apart(real_mean)}
+    return pd.DataFrame({k: v.numpy() for k, v in out.items()}).rename_axis("class")
+
+def _moments(z, y, C):
+    z, n = z.double(), torch.bincount(y, minlength=C).double()
+    mean = torch.zeros(C, z.shape[1], dtype=z.dtype).index_add_(0, y, z) / torch.where(n > 0, n, torch.nan)[:, None]
+    return mean, (torch.zeros(C, dtype=z.dtype).index_add_(0, y, (z - mean[y]).square().sum(1)) / n).sqrt()
+
+def _apart(mean):
+    d = torch.cdist(mean, mean)
+    lowest = d.masked_fill(torch.eye(len(d), dtype=torch.bool) | d.isnan(), torch.inf).amin(1)
+    return torch.where(lowest.isinf() | mean[:, 0].isnan(), torch.nan, lowest)

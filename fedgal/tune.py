@@ -25,7 +25,7 @@ def work_of(file: Path) -> tuple:  # model and clients
     p = plan(file).members[0].params
     d, t = p["10_data"], p["20_train"]
     data = load_dataset(d["dataset"], d["seed"])
-    chosen = ("imbalance", "n_clients", "partition", "alpha", "ways", "shots", "stdev", "val_fraction", "min_size", "shuffle_classes", "seed")
+    chosen = ("fraction", "imbalance", "n_clients", "partition", "alpha", "ways", "shots", "stdev", "val_fraction", "min_size", "shuffle_classes", "seed")
     split = make_split(data, split_file=d["split_file"] or None, **{k: d[k] for k in chosen})
     model = build_model(t["model"], data.in_shape, data.n_classes, head=t["head"], norm=t["norm"], generator=stream(t["seed"], "init"))
     local = LocalConfig(t["local_epochs"], t["batch_size"], t["lr"], t["momentum"], t["weight_decay"], t["prox_mu"])

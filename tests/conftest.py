@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,34 +91,6 @@ class Project:
 def ran(result, stage="") -> int:
     "How many stage runs of a `fedgal run` were computed, not cached."
     return sum(line.split()[:2][1:] == ["ran"] and line.startswith(stage) for line in result.stdout.splitlines() if line[:1] != " ")
-
-
-# --- notebooks run beside everything else, on the second core ---
-
-TEST = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], skip_flags=['slow'], basepath=sys.argv[2], cell_timeout=300)[0])"
-
-
-def pytest_collection_modifyitems(items): items.sort(key=lambda i: "notebook" in getattr(i, "fixturenames", ()))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def notebooks(request, tmp_path_factory):
-    "Notebook -> the result of testing it, for those that were asked for, in a copy of the repository; started at once, looked at last."
-    wanted = [i.callspec.params["notebook"] for i in request.session.items if "notebook" in getattr(i, "fixturenames", ())]
-    if not wanted:
-        yield {}
-        return
-    project = Project.make(tmp_path_factory.mktemp("notebooks") / "project", all_notebooks=True)
-    env = {k: v for k, v in project.env().items() if k not in ("FEDGAL_ROOT", "FEDGAL_ARTIFACTS", "FEDGAL_REPORTS")}
-
-    def test(name):
-        return subprocess.run([sys.executable, "-c", TEST, str(project.home / "nbs" / name), str(project.home)], cwd=project.home, env=env,
-                              capture_output=True, text=True, timeout=900)
-
-    alone = len(wanted) == len(request.session.items)
-    with ThreadPoolExecutor(2 if alone else 1) as pool:
-        yield {name: pool.submit(test, name) for name in wanted}
-        pool.shutdown(cancel_futures=True)
 
 
 # --- projects ---

@@ -46,7 +46,7 @@ def test_killed_at_random_moments(project, tiny, orphans):
     moments, kills, completed = random.Random(2), 0, 0
     while kills < KILLS:
         process = project.start("run", "tiny", "--jobs", 1, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try: code = process.wait(timeout=stage_time * moments.uniform(0.1, 1.6))
+        try: code = process.wait(timeout=stage_time * moments.uniform(0.1, 1.2))
         except subprocess.TimeoutExpired:
             orphans += kill(process, tree=kills % 3 != 0)
             kills += 1

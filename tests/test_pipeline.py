@@ -81,7 +81,7 @@ def test_an_override_has_its_own_name_and_runs_only_what_it_changes(copy):
     assert copy.json("tiny--rare_at=4/metrics.json")["experiment"] == "tiny--rare_at=4"
     assert (copy.reports / "tiny/metrics.json").read_bytes() == metrics and (copy.reports / "tiny/index.html").read_bytes() == pages
     rows = [re.sub(r"<[^>]+>", "", r) for r in re.findall(r"<tr\b.*?</tr>", (copy.reports / "index.html").read_text(), re.S)]
-    assert sum("rare_at=4" in r for r in rows) == 1 and len(set(rows)) == len(rows), "a reader can tell the two apart"
+    assert sum("rare_at = 4" in r for r in rows) == 1 and len(set(rows)) == len(rows), "a reader can tell the two apart"
 
 
 def test_another_experiment_is_not_overwritten(copy):

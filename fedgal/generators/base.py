@@ -80,7 +80,8 @@ class Generator(ABC):
     def save(self, path: Path) -> None: save_tensors(path, self.state(), self.meta())
 
 # %% ../../nbs/30_generators_base.ipynb #cf788911
-GENERATORS = {"gaussian": "fedgal.generators.gaussian:Gaussian", "mlp": "fedgal.generators.mlp:MLP"}
+GENERATORS = {"gaussian": "fedgal.generators.gaussian:Gaussian", "safs": "fedgal.generators.safs:SAFS", "fedgen": "fedgal.generators.fedgen:FedGen",
+              "fedgen_pfllib": "fedgal.generators.fedgen:FedGenPFL", "mlp": "fedgal.generators.mlp:MLP"}
 
 def get_generator(name: str) -> type[Generator]:
     "The class behind a name."

@@ -16,8 +16,7 @@ from ..losses import class_mean_gap, consistency_loss, diversity_loss, statistic
 from ..stats import ClassStatistics, covariance_factor
 
 # %% auto #0
-__all__ = ['MLPConfig', 'whitening', 'Start', 'Targets', 'prepare', 'Residual', 'generator_losses', 'MLP', 'check_config',
-           'train']
+__all__ = ['MLPConfig', 'whitening', 'Start', 'Targets', 'prepare', 'Residual', 'loss_curves', 'MLP', 'check_config', 'train']
 
 # %% ../../nbs/33_mlp.ipynb #d399e3c1
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Residual(nn.Module):
         return linear(linear(h, self.w2, self.b2).relu(), self.w3, self.b3)
 
 # %% ../../nbs/33_mlp.ipynb #caab67bf
-def generator_losses(
+def loss_curves(
     x: Tensor,  # [B, d] features
     shaped: Tensor,  # [B, d] whitened noise after the network
     noise: Tensor,  # [B, d] before it
@@ -188,7 +187,7 @@ def train(gen: MLP, targets: Targets, task: FitTask) -> list[dict]:
         picked = torch.randperm(len(task.teachers), generator=rng)[:c.teachers_per_step].tolist() if judged else []
         noise = torch.randn(len(y), gen.space.dim, generator=rng)
         x, shaped = gen.draw(noise, y)
-        terms = generator_losses(x, shaped, noise, chosen, targets, task, picked, c.form)
+        terms = loss_curves(x, shaped, noise, chosen, targets, task, picked, c.form)
         total = sum(weight[k] * v for k, v in terms.items()) + c.share * gen.net.embedding.square().sum(1).mean()
         for p, g in zip(params, torch.autograd.grad(total, params), strict=True): p.grad = g    # teachers get no gradient
         optimiser.step(); schedule.step()
