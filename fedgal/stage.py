@@ -7,7 +7,7 @@ __all__ = ['LOCK_MINUTES', 'modules', 'facts', 'keys', 'injected', 'gather', 'St
 
 # %% ../nbs/70_stage.ipynb #7a35b757
 import ast, hashlib, importlib.util, os, re, shutil, sys, time, warnings
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -30,7 +30,7 @@ def _imports(source, package):
             found |= set(re.findall(r"^(fedgal(?:\.\w+)+)(?::\w+)?$", node.value))
     return {m for m in found if m.split(".")[0] == "fedgal"}
 
-@lru_cache
+@cache    # names of attributes are asked for too, many more than the modules there are
 def _module(name):
     path = root() / (name.replace(".", "/") + ".py")
     if not path.is_file(): return None
@@ -38,6 +38,7 @@ def _module(name):
     return hashlib.sha256(text.encode()).hexdigest(), frozenset(_imports(text, name.rpartition(".")[0]))
 
 # %% ../nbs/70_stage.ipynb #0522531b
+@cache
 def modules(
     source: str,  # the code cells of a notebook
 ) -> dict:  # module -> SHA-256 of its file
@@ -97,6 +98,7 @@ def _device():
     from fedgal.seeds import runtime
     return runtime().device
 
+@cache
 def _versions(): return {"python": ".".join(map(str, sys.version_info[:2]))} | {v: version(v) for v in _VERSIONS}
 
 def facts(stage: str, params: dict, upstream: dict) -> dict:
