@@ -124,7 +124,7 @@ class ClientUpdate:
         if self.failure: return "that local training failed"
         what = "parameter change" if self.kind == "delta" else "loss gradient"
         said = [f"{what} of n = {self.n_examples}" + (": follows from a single example" if self.n_examples == 1 else "")] if self.tensors else []
-        if self.buffers: said.append("feature statistics (buffers)")
+        if self.buffers: said.append("normalisation means and variances (buffers)")
         said += [name for name in ("labels", "hyperparams", "statistics") if getattr(self, name) is not None]
         return ", ".join(said)
 

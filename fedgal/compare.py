@@ -66,7 +66,7 @@ def merge_rows(
 ) -> list[dict]:
     "Rows of one arm with the same values and differences become one, which keeps the parameters that they share."
     groups = {}
-    for r in rows: groups.setdefault(canonical([r["arm"], r["balanced_accuracy"]["values"], r["versus_baseline"]]), []).append(r)
+    for r in rows: groups.setdefault(canonical([r["arm"], r["balanced_accuracy"]["values"], r["versus_baseline"]["difference"]]), []).append(r)    # not p_holm, which counts the rows of a cell
     return [same[0] | {"params": {n: v for n, v in same[0]["params"].items() if all(q["params"].get(n) == v for q in same)}} for same in groups.values()]
 
 # %% ../nbs/53_compare.ipynb #02824194

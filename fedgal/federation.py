@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'FederationConfig', 'choose', 'State', 'work', 'deltas', 'note', 'run_round', 'identity', 'LastRound',
-           'save_state', 'load_state', 'FederationResult', 'fit']
+           'save_state', 'load_state', 'FederationResult', 'delivered', 'fit']
 
 # %% ../nbs/43_federation.ipynb #faf88775
 import copy, math, shutil
@@ -19,7 +19,7 @@ from .core import FedgalError, progress
 from .data import content_hash
 from .engines import payload_of, resolve_engine, run_clients
 from .seeds import stream
-from .server import BN_POLICIES, Ledger, check_updates
+from .server import BN_POLICIES, Ledger, check_updates, merge_buffers
 from .store import canonical, commit, load_json, load_tensors, save_json, save_tensors, verify
 
 # %% ../nbs/43_federation.ipynb #cfc91212
@@ -71,7 +71,7 @@ def work(algorithm: Algorithm, engine: str, model: nn.Module, clients: list, sta
     updates, kept = run_clients(engine, model, clients, payload, seed, algorithm.loss(payload, loss), own, corrections), {}
     for i, (c, u) in enumerate(zip(clients, updates, strict=True)):
         if u.failure: continue
-        said, kept[c.id] = algorithm.report(model, c, payload_of(payload, own[c.id]), u, own[c.id], seed)
+        said, kept[c.id] = algorithm.report(model, c, payload_of(payload, own[c.id]), deltas([c], [u], payload.round)[0], own[c.id], seed)
         updates[i] = replace(u, statistics=said) if said else u
     return updates, kept
 
@@ -79,8 +79,9 @@ def deltas(clients: list, updates: list[ClientUpdate], round: int) -> list[Clien
     "The updates as changes of parameters: a gradient becomes one step of its client's learning rate."
     return [as_delta(u, c.config.rate(round)) if u.kind == "gradient" else u for c, u in zip(clients, updates, strict=True)]
 
-def note(ledger: Ledger, algorithm: Algorithm, payload: ServerPayload, update: ClientUpdate) -> tuple[int, int]:  # bytes down, up
-    "Write a client's two messages into the ledger; where no weights are averaged none were sent."
+def note(ledger: Ledger, algorithm: Algorithm, payload: ServerPayload, update: ClientUpdate, bn: str) -> tuple[int, int]:  # bytes down, up
+    "Write a client's two messages into the ledger; weights that are not averaged and buffers that stay local were not sent."
+    if bn == "local": payload, update = replace(payload, buffers={}), replace(update, buffers={})
     if algorithm.personal: payload, update = replace(payload, parameters={}, buffers={}), replace(update, tensors={}, buffers={})
     down = ledger.down(payload, update.client, algorithm.sends) if payload.n_bytes else 0
     return down, ledger.up(update, payload.round, algorithm.reports) if update.n_bytes or update.failure else 0
@@ -106,13 +107,13 @@ def run_round(
     chosen = [clients[i] for i in choose(len(clients), config.participation, seed, r)]
     updates, kept = work(algorithm, engine, model, chosen, state, seed, loss)
     accepted, rejected = check_updates(deltas(chosen, updates, r), payload, config.norm_factor)
-    down, up = [sum(b) for b in zip(*(note(ledger, algorithm, payload, u) for u in updates), strict=True)]
+    down, up = [sum(b) for b in zip(*(note(ledger, algorithm, payload, u, config.bn) for u in updates), strict=True)]
     new, extra, server, said = replace(payload, round=r + 1), payload.extras, state.kept, {}
     if not (failed := len(accepted) < config.min_clients):
         if not algorithm.personal: new = algorithm.merge(payload, accepted, weights=weights, bn=config.bn)
         extra, server, said = algorithm.serve(model, payload, accepted, state.kept, seed)
         extra, server = ({n: t.contiguous() for n, t in part.items()} for part in (extra, server))    # as a checkpoint would give them back, or rounding may differ
-    own = {u.client: {**state.own.get(u.client, {}), **kept[u.client], **_private(algorithm, config, payload_of(payload, state.own.get(u.client)), u)} for u in accepted}
+    own = {} if failed and not algorithm.personal else {u.client: {**state.own.get(u.client, {}), **kept[u.client], **_private(algorithm, config, payload_of(payload, state.own.get(u.client)), u)} for u in accepted}
     row = {"round": r + 1, "train_loss": _mean_loss(accepted), "accepted": len(accepted), "rejected": [list(x) for x in rejected],
            "failed": failed, "bytes_up": up, "bytes_down": down, **said}
     return State(replace(new, extras=extra), (*state.history, row), tuple(ledger.to_json()), {**state.own, **{k: t for k, t in own.items() if t}}, server), accepted
@@ -254,7 +255,7 @@ def _all_clients(state, accepted, base, model, clients, config, seed, engine, lo
     took_part = choose(len(clients), config.participation, seed, base.round)
     rest, ledger, algorithm = [c for i, c in enumerate(clients) if i not in took_part], Ledger(state.ledger), config.make()
     late = work(algorithm, engine, model, rest, replace(state, payload=base), seed, loss)[0] if rest else []
-    for u in late: note(ledger, algorithm, base, u)
+    for u in late: note(ledger, algorithm, base, u, config.bn)
     good, bad = check_updates(deltas(rest, late, base.round), base, config.norm_factor)
     excluded = dict(sorted([(k, why) for k, why in state.history[-1]["rejected"]] + bad))
     updates = [replace(u, statistics=None) for u in sorted([*accepted, *good], key=lambda u: u.client)]
@@ -266,9 +267,15 @@ def _own_models(state, clients):
     updates = [ClientUpdate(c.id, "delta", {n: t - first.parameters[n] for n, t in at(c.id, first.parameters).items()}, c.n_examples, at(c.id, first.buffers)) for c in clients]
     return LastRound(replace(first, extras={}), updates, {})
 
+def delivered(algorithm: Algorithm, model: nn.Module, state: State) -> ServerPayload:
+    "The global model as it is used: as the algorithm finishes it, and where clients kept their buffers to themselves with the mean of these."
+    payload = algorithm.finish(model, state.payload, state.kept)
+    own = [t for _, t in sorted(state.own.items()) if payload.buffers.keys() <= t.keys()]
+    return replace(payload, buffers=merge_buffers(payload.buffers, own, [1 / len(own)] * len(own))) if own and payload.buffers and not algorithm.personal else payload
+
 def _judge(evaluate, algorithm, model, state, clients):
     "What joins the history: of the model that would be delivered now, or the mean over the clients' own models."
-    if not algorithm.personal: return evaluate(load_payload(model, algorithm.finish(model, state.payload, state.kept)).eval())
+    if not algorithm.personal: return evaluate(load_payload(model, delivered(algorithm, model, state)).eval())
     said = [evaluate(load_payload(model, payload_of(state.payload, state.own.get(c.id))).eval(), c.id) for c in clients]
     return {n: sum(known) / len(known) for n in dict.fromkeys(n for s in said for n in s) if (known := [s[n] for s in said if n in s])}
 
@@ -306,4 +313,4 @@ def fit(
         if final: state, last = (state, _own_models(state, clients)) if algorithm.personal else _all_clients(state, accepted, base, model, clients, config, seed, engine, loss)
         if checkpoint: save_state(checkpoint, state, who, last)
         if on_round: on_round(state)
-    return FederationResult(algorithm.finish(model, state.payload, state.kept), last, list(state.history), Ledger(state.ledger), engine, reason)
+    return FederationResult(delivered(algorithm, model, state), last, list(state.history), Ledger(state.ledger), engine, reason)

@@ -8,7 +8,7 @@ __all__ = ['ARMS', 'BANKED', 'federated', 'balance_weights', 'client_weights', '
 
 # %% ../nbs/45_finetune.ipynb #ebc06598
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
@@ -146,10 +146,10 @@ def arm_clients(
     if (arm in BANKED) != (bank is not None): raise FedgalError(f"arm {arm!r} {'needs a' if arm in BANKED else 'takes no'} bank")
     slow, out = config.encoder_lr > 0, []
     if config.where == "server":
-        inputs, labels = [torch.cat(inputs)], [torch.cat(labels)]
+        inputs, labels, config = [torch.cat(inputs)], [torch.cat(labels)], replace(config, which="uniform")    # the server has no classes of its own
         if bank is not None: inputs, labels = [inputs[0][:0]], [labels[0][:0]]
     for k, (v, y) in enumerate(zip(inputs, labels, strict=True)):
-        if len(y) == 0 and bank is None: continue
+        if len(y) == 0 and (bank is None or config.which == "own"): continue    # nothing to learn from
         z, w = (mixed_rows(v, None, model, config.level) if slow else v), torch.full((len(y),), 1 / max(len(y), 1)) if arm == "refit_prior" else balance_weights(y, counts)
         if bank is not None:
             extra = Bank(mixed_rows(None, bank.z, model, config.level), bank.y, _wide(bank, model), bank.generator, bank.n_classes) if slow else bank

@@ -29,6 +29,7 @@ class OwnPrior:
         return torch.bincount(client.y, minlength=self.n_classes).float()
 
     def __call__(self, out, y: Tensor, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+        counts = counts.to(out.logits.device)
         smallest = torch.where(counts > 0, counts, torch.inf).amin()
         prior = torch.where(counts > 0, counts, self.floor * smallest)
         return cross_entropy(out.logits, y, self.strength * (prior / prior.sum()).log())
@@ -46,7 +47,7 @@ class ABBL(OwnPrior):
     def at(self, round: int) -> ABBL: return replace(self, weight=self.start * cosine_weight(round, self.rounds))
 
     def __call__(self, out, y: Tensor, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
-        log_counts = counts.clamp(min=1).log()
+        log_counts = counts.to(out.logits.device).clamp(min=1).log()
         return super().__call__(out, y, mask, counts) + self.weight * adjusted_contrastive(out.projected, y, log_counts, mask=mask)
 
 # %% ../nbs/15b_local_losses.ipynb #7050e305

@@ -214,7 +214,7 @@ def make_split(
     train, val = validation_split(y, parts, val_fraction, seed)
     used = {k: options[k] for k in _USES[kind.partition(":")[0]]}
     if split_file: used = {"file": content_hash(*parts)[:16]}
-    protocol = {"data": dataset.sha256, "fraction": float(fraction), "imbalance": float(imbalance), "shuffle_classes": shuffle_classes,
+    protocol = ({"fraction": float(fraction)} if fraction != 1 else {}) | {"data": dataset.sha256, "imbalance": float(imbalance), "shuffle_classes": shuffle_classes,
                 "n_clients": n_clients, "partition": kind, "options": used, "val_fraction": float(val_fraction)}
     components = {"protocol": protocol, "seed": seed, "drawn": _drawn(train, val),
                   "test": content_hash(dataset.x_test, dataset.y_test)[:16]}

@@ -4,6 +4,7 @@
 
 # %% ../nbs/48_personal.ipynb #7e9f3b62
 from __future__ import annotations
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import torch
@@ -37,7 +38,7 @@ def features_of(
     load_payload(model, payload).eval()
     device = next(model.parameters()).device
     with torch.inference_mode(): out = [model(to_float(b.to(device))) for b in x.split(1024)]
-    return {level: torch.cat([getattr(o, level) for o in out]).clone() for level in ("low", "high")}
+    return {level: torch.cat([getattr(o, level) for o in out]).cpu().clone() for level in ("low", "high")}    # messages are made on the CPU
 
 def after(payload: ServerPayload, update: ClientUpdate) -> ServerPayload:
     "The weights that a client has after its local work."
@@ -45,7 +46,7 @@ def after(payload: ServerPayload, update: ClientUpdate) -> ServerPayload:
 
 def n_classes(model: SplitModel) -> int:
     "Width of a model's output."
-    with torch.inference_mode(): return model(torch.zeros(2, *model.in_shape, device=next(model.parameters()).device)).logits.shape[1]
+    with torch.inference_mode(): return copy.deepcopy(model.head).eval()(torch.zeros(2, model.dims["high"], device=next(model.parameters()).device)).shape[1]
 
 def owned_rows(means: Tensor, counts: Tensor) -> Tensor: return means[counts > 0]
 

@@ -325,13 +325,14 @@ def with_generated(
 ) -> Callable:  # (output, targets) -> [B]
     "A local loss with FedGen's two terms."
     batches = iter(batches)
-    def total(out, y):
+    def total(out, y, mask=None, context=None):
         made = next(batches)
         logits, m = view(torch.cat([made.z, made.own])).logits, len(made.z)
-        value = per_example(loss, out, y) + a * F.cross_entropy(logits[:m], made.y)
+        value = per_example(loss, out, y, mask, context) + a * F.cross_entropy(logits[:m], made.y)
         if not b: return value
         target = logits[m:].detach().softmax(1)
         return value + b * F.kl_div(getattr(out, "logits", out).log_softmax(1), target, reduction="none").sum(1)
+    if hasattr(loss, "context"): total.context = loss.context
     return total
 
 # %% ../../nbs/34_fedgen.ipynb #abb0249c
@@ -391,7 +392,8 @@ class FedGen(Generator):
         w = task.teacher_weights
         known = (w.sum(0) > 0).float()
         if self.config.form == "authors": return Teaching(w, known)
-        return Teaching(torch.full_like(w, 1 / len(w)), known if task.statistics is None else known * task.statistics.count.float())
+        asked = (w > 0).float()    # who has no weight for a class, a held-out judge for one, is not asked
+        return Teaching(asked / asked.sum(0).clamp(min=1), known if task.statistics is None else known * task.statistics.count.float())
 
     @property
     def known(self) -> Tensor: return self.tensors["labels"] > 0  # [C] bool: classes that somebody taught
