@@ -373,6 +373,7 @@ class FedGenFitConfig(FedGenConfig):
     "Options of `fedgen`: as in a federation, with steps enough for one go."
     steps: int = 500
 
+# %% ../../nbs/34_fedgen.ipynb #f0e2ca8b
 class FedGen(Generator):
     "FedGen fitted to fixed teachers; its authors' form by default."
     name, Config = "fedgen", FedGenFitConfig
