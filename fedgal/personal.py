@@ -19,7 +19,7 @@ from .models import SplitModel
 from .prototypes import average_prototypes, class_hits, class_prototypes, nearest_prototype, soft_head, soft_head_state, soft_labels, train_soft_head
 
 # %% auto #0
-__all__ = ['READOUTS', 'Local', 'features_of', 'after', 'n_classes', 'owned_rows', 'all_rows', 'FedProto', 'FedMPS', 'readouts']
+__all__ = ['READOUTS', 'Local', 'features_of', 'after', 'n_classes', 'all_rows', 'FedProto', 'FedMPS', 'readouts']
 
 # %% ../nbs/48_personal.ipynb #d7ac1e94
 @dataclass(frozen=True)
@@ -48,16 +48,14 @@ def n_classes(model: SplitModel) -> int:
     "Width of a model's output."
     with torch.inference_mode(): return copy.deepcopy(model.head).eval()(torch.zeros(2, model.dims["high"], device=next(model.parameters()).device)).shape[1]
 
-def owned_rows(means: Tensor, counts: Tensor) -> Tensor: return means[counts > 0]
-
 def all_rows(
-    update: ClientUpdate,  # with statistics {"classes": [o], name: [o, d]}
+    update: ClientUpdate,  # with statistics {"classes": [o], name: [o, ...]}
     name: str,
     n_classes: int,
-) -> tuple[Tensor, Tensor]:  # [C, d], zero where not owned; owned [C] as 0 or 1
+) -> tuple[Tensor, Tensor]:  # [C, ...], zero where not owned; owned [C] bool
     "A client's message, spread over all classes."
     rows, at = update.statistics[name], update.statistics["classes"].long()
-    return rows.new_zeros(n_classes, rows.shape[1]).index_copy(0, at, rows), torch.zeros(n_classes, dtype=torch.long).index_fill(0, at, 1)
+    return rows.new_zeros(n_classes, *rows.shape[1:]).index_copy(0, at, rows), torch.zeros(n_classes, dtype=torch.bool).index_fill(0, at, True)
 
 # %% ../nbs/48_personal.ipynb #86db29fe
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class FedProto(Local):
     def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
         said = self.messages(features_of(model, after(payload, update), client.x), client.y, n_classes(model))
         counts = next(iter(said.values()))[1]
-        return {"classes": torch.nonzero(counts)[:, 0].to(torch.int16)} | {n: owned_rows(*v) for n, v in said.items()}, {}
+        return {"classes": torch.nonzero(counts)[:, 0].to(torch.int16)} | {n: means[counts > 0] for n, (means, _) in said.items()}, {}
 
     def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
         averaged = {n: average_prototypes([all_rows(u, n, n_classes(model)) for u in updates]) for n in updates[0].statistics if n != "classes"}
@@ -119,8 +117,8 @@ class FedMPS(FedProto):
         extras, kept, said = super().serve(model, payload, updates, kept, seed)
         if not self.weight_soft: return extras, kept, said
         rows, owned = map(torch.stack, zip(*(all_rows(u, "raw", n_classes(model)) for u in updates), strict=True))
-        kept = train_soft_head(model.head, rows, owned > 0, kept, seed, payload.round)
-        soft, known = soft_labels(soft_head(model.head, kept), rows, owned > 0)
+        kept = train_soft_head(model.head, rows, owned, kept, seed, payload.round)
+        soft, known = soft_labels(soft_head(model.head, kept), rows, owned)
         del extras["raw"]    # stays on the server
         return extras | {"soft": torch.where(known[:, None], soft, payload.extras.get("soft", torch.zeros_like(soft)))}, kept, {}
 

@@ -12,7 +12,7 @@ from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors
 from .core import FedgalError
 from .creff import ClassGradients, CReFFConfig, CReFFState, class_gradients, server_round, start_state
 from .generators.fedgen import VARIANTS, FedGenClient, heads_from, init_generator, sent, train_generator_round
-from .personal import features_of, n_classes
+from .personal import all_rows, features_of, n_classes
 from .seeds import stream
 
 # %% auto #0
@@ -79,13 +79,9 @@ class CReFF(Algorithm):
         return {"classes": torch.nonzero(g.owned)[:, 0].to(torch.int16), "gradients": g.mean[g.owned]}, {}
 
     def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
-        messages = [_unpack(u.statistics, len(kept["bias"])) for u in updates]
+        messages = [ClassGradients(*all_rows(u, "gradients", len(kept["bias"]))) for u in updates]
         s, said = server_round(CReFFState(**kept), messages, self.settings(), seed, payload.round)
         return {"weight": s.weight, "bias": s.bias}, {"features": s.features, "weight": s.weight, "bias": s.bias}, said
 
     def finish(self, model: nn.Module, payload: ServerPayload, kept: Tensors) -> ServerPayload:
         return replace(payload, parameters={**payload.parameters, "head.weight": kept["weight"], "head.bias": kept["bias"]})
-
-def _unpack(message, C):
-    at, rows = message["classes"].long(), message["gradients"]
-    return ClassGradients(rows.new_zeros(C, *rows.shape[1:]).index_copy(0, at, rows), torch.zeros(C, dtype=torch.bool).index_fill(0, at, True))
