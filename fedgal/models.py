@@ -189,8 +189,7 @@ def build_model(
         d = _shape(high, low_shape)[0]
         hidden, out = min(256, d), min(128, d // 2)
         projector = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, out))
-        classifier = build_head(head, _shape(nn.Sequential(*stem), (d,))[0], n_classes)
-        top = nn.Sequential(*stem, classifier) if stem else classifier
+        top = build_head(head, _shape(nn.Sequential(*stem), (d,))[0], n_classes, stem=stem)
         dims = {"low": prod(low_shape), "high": d, "projected": out}
         return SplitModel(low, high, projector, top, in_shape, low_shape, dims)
     return initialised(assemble, generator)

@@ -15,6 +15,7 @@ from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, load
 from .contrastive import prototype_distance, soft_label_loss, supervised_contrastive
 from .core import FedgalError
 from .data import to_float
+from .heads import takes_unit_length
 from .models import SplitModel
 from .prototypes import average_prototypes, class_hits, class_prototypes, nearest_prototype, soft_head, soft_head_state, soft_labels, train_soft_head
 
@@ -70,12 +71,12 @@ class FedProto(Local):
         if not e: return super().loss(payload, loss)
         return plus(super().loss(payload, loss), lambda out, y, mask: self.weight * prototype_distance(out.high, y, e["high"], e["known"]))
 
-    def messages(self, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def messages(self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
         "What a client says of its classes: name -> (means [C, d], counts [C])."
         return {"high": class_prototypes(features["high"], y, n_classes)}
 
     def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
-        said = self.messages(features_of(model, after(payload, update), client.x), client.y, n_classes(model))
+        said = self.messages(model, features_of(model, after(payload, update), client.x), client.y, n_classes(model))
         counts = next(iter(said.values()))[1]
         return {"classes": torch.nonzero(counts)[:, 0].to(torch.int16)} | {n: means[counts > 0] for n, (means, _) in said.items()}, {}
 
@@ -106,9 +107,9 @@ class FedMPS(FedProto):
             return total + self.weight_soft * soft_label_loss(out.logits, y, e["soft"], e["known"]) if self.weight_soft else total
         return plus(base, extra)
 
-    def messages(self, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def messages(self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
         said = {level: class_prototypes(z, y, n_classes, normalise=True) for level, z in features.items()}
-        return said | ({"raw": class_prototypes(features["high"], y, n_classes)} if self.weight_soft else {})
+        return said | ({"raw": class_prototypes(features["high"], y, n_classes)} if self.weight_soft and not takes_unit_length(model.head) else {})
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
         return {}, soft_head_state(model.head) if self.weight_soft else {}, {}
@@ -116,10 +117,10 @@ class FedMPS(FedProto):
     def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
         extras, kept, said = super().serve(model, payload, updates, kept, seed)
         if not self.weight_soft: return extras, kept, said
-        rows, owned = map(torch.stack, zip(*(all_rows(u, "raw", n_classes(model)) for u in updates), strict=True))
+        rows, owned = map(torch.stack, zip(*(all_rows(u, "raw" if "raw" in extras else "high", n_classes(model)) for u in updates), strict=True))
         kept = train_soft_head(model.head, rows, owned, kept, seed, payload.round)
         soft, known = soft_labels(soft_head(model.head, kept), rows, owned)
-        del extras["raw"]    # stays on the server
+        extras.pop("raw", None)    # stays on the server
         return extras | {"soft": torch.where(known[:, None], soft, payload.extras.get("soft", torch.zeros_like(soft)))}, kept, {}
 
 # %% ../nbs/48_personal.ipynb #c055b204
