@@ -5,16 +5,17 @@
 # %% ../nbs/44_algorithms.ipynb #cd62de06
 from __future__ import annotations
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 import torch
-from torch import nn
+from torch import Tensor, nn
 from .core import FedgalError, did_you_mean
 from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors
 from .server import aggregate, weighted_sum
 
 # %% auto #0
-__all__ = ['ALGORITHMS', 'Algorithm', 'FedProx', 'Scaffold', 'get_algorithm']
+__all__ = ['ALGORITHMS', 'Algorithm', 'FedProx', 'Scaffold', 'get_algorithm', 'lone_samples']
 
 # %% ../nbs/44_algorithms.ipynb #a951e333
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Algorithm:
     def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
         "After local work: what the client sends beyond its update, and what it keeps. `payload` is what it started from; `model` is scratch."
         return None, {}
+
+    def told(self, client: MultiStepClient) -> str:
+        "What a client's report says of its data, in words, for the ledger."
+        return self.reports
 
     def merge(self, payload: ServerPayload, updates: list[ClientUpdate], weights: dict[int, float] | None = None, bn: str = "average") -> ServerPayload:
         "The model of the next round."
@@ -107,4 +112,17 @@ def get_algorithm(
     known = [f.name for f in fields(kind)]
     for o in options:
         if o not in known: raise FedgalError(f"algorithm {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known) or 'none'}")
-    return kind(**options)
+    return kind(**{f.name: _as(f, options[f.name], name) for f in fields(kind) if f.name in options})
+
+def _as(field, value, name):
+    "An option in the type of its default; YAML reads 1e-3 as text."
+    kind = type(field.default)
+    if kind is float and type(value) in (int, str):
+        with suppress(ValueError): value = float(value)
+    if type(value) is not kind: raise FedgalError(f"option {field.name} of {name} = {value!r}: expected {kind.__name__}")
+    return value
+
+def lone_samples(y: Tensor) -> str:
+    "Words for classes of which a client has one sample, so that a sum or mean over the class is that sample."
+    n = int((torch.bincount(y) == 1).sum())
+    return f" (in {n} of them of a single sample)" if n else ""

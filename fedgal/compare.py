@@ -121,11 +121,14 @@ def contests_of(
     rows: list[dict],  # of `rows_of`
     contests: list[str],  # "row > row"
 ) -> list[dict]:
-    "Paired differences of the pairs that were announced, Holm-corrected among themselves."
+    "Paired differences of the pairs that were announced, Holm-corrected among themselves; a name that does not fit one row is a `problem` of its contest alone."
     out = []
     for c in contests:
         if c.count(" > ") != 1: raise FedgalError(f"contest {c!r}: two rows with ` > ` between them are needed")
-        a, b = (find_row(rows, n.strip()) for n in c.split(" > "))
+        try: a, b = (find_row(rows, n.strip()) for n in c.split(" > "))
+        except FedgalError as e:    # the other contests and the table are worth more than a stop
+            out.append({"contest": c, "difference": None, "ci95": [None, None], "p": None, "n_seeds": 0, "problem": str(e)})
+            continue
         pairs = [(x, y) for x, y in zip(a["balanced_accuracy"]["values"], b["balanced_accuracy"]["values"], strict=True) if x is not None and y is not None]
         d, ci, p = paired_interval([x - y for x, y in pairs])
         out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs)})

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .algorithms import Algorithm, get_algorithm
-from .clients import ClientUpdate, ServerPayload, Tensors, as_delta, load_payload, payload_from, task_loss
+from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, as_delta, load_payload, payload_from, task_loss
 from .core import FedgalError, progress
 from .data import content_hash
 from .engines import payload_of, resolve_engine, run_clients
@@ -79,12 +79,12 @@ def deltas(clients: list, updates: list[ClientUpdate], round: int) -> list[Clien
     "The updates as changes of parameters: a gradient becomes one step of its client's learning rate."
     return [as_delta(u, c.config.rate(round)) if u.kind == "gradient" else u for c, u in zip(clients, updates, strict=True)]
 
-def note(ledger: Ledger, algorithm: Algorithm, payload: ServerPayload, update: ClientUpdate, bn: str) -> tuple[int, int]:  # bytes down, up
+def note(ledger: Ledger, algorithm: Algorithm, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, bn: str) -> tuple[int, int]:  # bytes down, up
     "Write a client's two messages into the ledger; weights that are not averaged and buffers that stay local were not sent."
     if bn == "local": payload, update = replace(payload, buffers={}), replace(update, buffers={})
     if algorithm.personal: payload, update = replace(payload, parameters={}, buffers={}), replace(update, tensors={}, buffers={})
     down = ledger.down(payload, update.client, algorithm.sends) if payload.n_bytes else 0
-    return down, ledger.up(update, payload.round, algorithm.reports) if update.n_bytes or update.failure else 0
+    return down, ledger.up(update, payload.round, algorithm.told(client)) if update.n_bytes or update.failure else 0
 
 def _private(algorithm, config, base, update):
     "What stays with a client: its weights if none are averaged, its buffers if they are local."
@@ -107,7 +107,7 @@ def run_round(
     chosen = [clients[i] for i in choose(len(clients), config.participation, seed, r)]
     updates, kept = work(algorithm, engine, model, chosen, state, seed, loss)
     accepted, rejected = check_updates(deltas(chosen, updates, r), payload, config.norm_factor)
-    down, up = [sum(b) for b in zip(*(note(ledger, algorithm, payload, u, config.bn) for u in updates), strict=True)]
+    down, up = [sum(b) for b in zip(*(note(ledger, algorithm, c, payload, u, config.bn) for c, u in zip(chosen, updates, strict=True)), strict=True)]
     new, extra, server, said = replace(payload, round=r + 1), payload.extras, state.kept, {}
     if not (failed := len(accepted) < config.min_clients):
         if not algorithm.personal: new = algorithm.merge(payload, accepted, weights=weights, bn=config.bn)
@@ -255,7 +255,7 @@ def _all_clients(state, accepted, base, model, clients, config, seed, engine, lo
     took_part = choose(len(clients), config.participation, seed, base.round)
     rest, ledger, algorithm = [c for i, c in enumerate(clients) if i not in took_part], Ledger(state.ledger), config.make()
     late = work(algorithm, engine, model, rest, replace(state, payload=base), seed, loss)[0] if rest else []
-    for u in late: note(ledger, algorithm, base, u, config.bn)
+    for c, u in zip(rest, late, strict=True): note(ledger, algorithm, c, base, u, config.bn)
     good, bad = check_updates(deltas(rest, late, base.round), base, config.norm_factor)
     excluded = dict(sorted([(k, why) for k, why in state.history[-1]["rejected"]] + bad))
     updates = [replace(u, statistics=None) for u in sorted([*accepted, *good], key=lambda u: u.client)]

@@ -167,6 +167,13 @@ def check_together(params: dict) -> None:
     if get("levels") is not None and get("level", get("levels")[0]) not in get("levels"): raise FedgalError(f"level {get('level')!r} is not among levels = {get('levels')}, for which statistics are collected")
     arms = get("arms")
     if arms is not None and ("none" not in arms or len(set(arms)) < len(arms)): raise FedgalError(f"arms = {arms}: each once, with `none`, which gains and harms are measured against")
+    if get("algorithm_options"):
+        from fedgal.algorithms import get_algorithm    # seconds of torch that most plans do not need
+        get_algorithm(get("algorithm"), **get("algorithm_options"))
+    if arms and get("levels") is not None and "high" not in get("levels") and (bad := [a for a in arms if a in ("fedncm", "fed3r", "lda", "ccvr")]):
+        raise FedgalError(f"arm {bad[0]} is made from statistics of level high; put it among levels = {get('levels')}")
+    if arms and "tau_norm" in arms and get("head") == "cosine": raise FedgalError("arm tau_norm rescales the rows of a linear layer, and head cosine ignores their length; use head linear, or leave the arm out")
+    if get("algorithm") == "creff" and get("head") not in (None, "linear"): raise FedgalError(f"algorithm creff retrains a linear classifier; head = {get('head')} is none")
     if get("group_few") and (get("group_few") > 1) != (get("group_many") > 1): raise FedgalError("group_few and group_many are both shares (at most 1) or both numbers of samples (above 1)")
 
 # %% ../nbs/02_params.ipynb #3fa9f5bb

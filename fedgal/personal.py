@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from .algorithms import Algorithm
+from .algorithms import Algorithm, lone_samples
 from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, load_payload, plus
 from .contrastive import prototype_distance, soft_label_loss, supervised_contrastive
 from .core import FedgalError
@@ -70,6 +70,8 @@ class FedProto(Local):
         e = payload.extras
         if not e: return super().loss(payload, loss)
         return plus(super().loss(payload, loss), lambda out, y, mask: self.weight * prototype_distance(out.high, y, e["high"], e["known"]))
+
+    def told(self, client: MultiStepClient) -> str: return self.reports + lone_samples(client.y)
 
     def messages(self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
         "What a client says of its classes: name -> (means [C, d], counts [C])."

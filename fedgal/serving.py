@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
-from .algorithms import Algorithm
+from .algorithms import Algorithm, lone_samples
 from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors
 from .core import FedgalError
 from .creff import ClassGradients, CReFFConfig, CReFFState, class_gradients, server_round, start_state
@@ -65,6 +65,8 @@ class CReFF(Algorithm):
     per_class: int = 100  # federated features of every class
     match_steps: int = 100  # steps on them, a round
     retrain_epochs: int = 300
+
+    def told(self, client: MultiStepClient) -> str: return self.reports + lone_samples(client.y)
 
     def settings(self) -> CReFFConfig: return CReFFConfig(self.per_class, match_steps=self.match_steps, retrain_epochs=self.retrain_epochs)
 

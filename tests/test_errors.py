@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Project, ran
+from conftest import CHAIN, Project, ran
 
 BAD_PARAMETERS, FAILED, BUSY = 2, 3, 4
 
@@ -45,6 +45,12 @@ REFUSED = {
     "sweep without values": ({"sweep": {"level": []}}, ["sweep of level"]),
     "sweep that is no list": ({"sweep": {"level": "low"}}, ["sweep of level"]),
     "sweep of a fixed value": ({"sweep": {"seed": [1, 2]}}, ["'seed'", "fixed value and is swept"]),
+    "unknown option of an algorithm": ({"algorithm": "fedgen", "algorithm_options": {"wieght": 1}}, ["no option 'wieght'", "did you mean 'weight'"]),
+    "text for an option": ({"algorithm": "fedgen", "algorithm_options": {"weight": "much"}}, ["option weight of fedgen = 'much'", "expected float"]),
+    "arm without its statistics": ({"levels": ["low"], "level": "low", "arms": ["none", "lda"]}, ["arm lda", "level high"]),
+    "baseline that nobody has": ({"seed": None, "sweep": {"seed": [0, 1]}, "stages": [*CHAIN, "90_compare"], "arms": ["none", "refit"], "baseline": "oracle"}, ["baseline 'oracle'", "arms: none, refit"]),
+    "contest with an unknown arm": ({"stages": [*CHAIN, "90_compare"], "contests": ["generator > refitt"]}, ["'refitt'", "did you mean 'refit'"]),
+    "contest with a value that nobody has": ({"stages": [*CHAIN, "90_compare"], "contests": ["generator level=hihg > none"]}, ["no member has level=hihg"]),
     "sweep of an unknown value": ({"sweep": {"level": ["low", "hihg"]}}, ["did you mean 'high'"]),
 }
 TEXTS = {
