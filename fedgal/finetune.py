@@ -195,7 +195,7 @@ def finetune(
     if own is not None and config.where != "clients": raise FedgalError("clients' own models are fine-tuned on the clients, where they are; set where = 'clients'")
     model = copy.deepcopy(model)
     if arm == "none": return (model if own is None else own_models(model, own)), None
-    for b in bank.values() if isinstance(bank, dict) else [bank] if bank else []:
+    for b in bank.values() if isinstance(bank, dict) else [] if bank is None else [bank]:
         if (b.space.level, b.space.dim) != (config.level, model.dims[config.level]): raise FedgalError(f"the bank lives at {b.space}, the arm is fine-tuned at level {config.level} with {model.dims[config.level]} dimensions")
     part = Mixed(model, config.level, config.encoder_lr) if config.encoder_lr > 0 else model.view(config.level)
     prior = OwnPrior(len(counts)) if own is not None else lambda out, y: balanced_softmax(out.logits, y, counts)
