@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP', 'FederationConfig', 'choose', 'State', 'work', 'deltas', 'note', 'run_round', 'identity', 'LastRound',
-           'save_state', 'load_state', 'FederationResult', 'delivered', 'fit']
+           'save_state', 'load_state', 'FederationResult', 'delivered', 'start_state', 'fit']
 
 # %% ../nbs/43_federation.ipynb #faf88775
 import copy, math, shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .algorithms import Algorithm, get_algorithm
-from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, as_delta, load_payload, payload_from, task_loss
+from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, as_delta, check_schema, load_payload, payload_from, task_loss
 from .core import FedgalError, progress
 from .data import content_hash
 from .engines import payload_of, resolve_engine, run_clients
@@ -135,11 +135,13 @@ def identity(
     engine: str,
     loss: Callable,
     weights: dict[int, float] | None = None,
+    own: dict[int, Tensors] | None = None,  # what clients start from, if not from the payload
 ) -> dict:  # JSON values
     "What a run depends on; equal identities give equal bytes."
     start = {**payload.parameters, **payload.buffers}
     sampling = [w for c in clients if (w := getattr(c, "sample_weights", None)) is not None]
     return {"federation": asdict(config), "seed": seed, "engine": engine, "initial model": _digest(start[n] for n in sorted(start)),
+            "initial models of clients": [[k, _digest(t[n] for n in sorted(t))] for k, t in sorted((own or {}).items())],
             "loss": getattr(loss, "__qualname__", type(loss).__qualname__), "clients": [c.id for c in clients],
             "local": [f"{getattr(c, 'config', None)} augment={getattr(getattr(c, 'augment', None), '__qualname__', None)}" for c in clients],
             "weights": None if weights is None else sorted(weights.items()),
@@ -279,6 +281,23 @@ def _judge(evaluate, algorithm, model, state, clients):
     said = [evaluate(load_payload(model, payload_of(state.payload, state.own.get(c.id))).eval(), c.id) for c in clients]
     return {n: sum(known) / len(known) for n in dict.fromkeys(n for s in said for n in s) if (known := [s[n] for s in said if n in s])}
 
+# %% ../nbs/43_federation.ipynb #399c377b
+def start_state(
+    algorithm: Algorithm,
+    model: nn.Module,
+    clients: list,
+    seed: int,
+    own: dict[int, Tensors] | None = None,  # see `fit`
+) -> State:
+    "The state before the first round; raises FedgalError for start tensors that the algorithm or the model cannot use."
+    extras, kept, keeps = algorithm.start(model, clients, seed)
+    payload, device = replace(payload_from(model), extras=extras), next(model.parameters()).device
+    if own and not algorithm.personal: raise FedgalError(f"{algorithm.name} averages weights, so its clients cannot start from their own; local, fedproto and fedmps can")
+    mine = {c.id: {n: t.to(device, copy=True) for n, t in own[c.id].items()} for c in clients if c.id in (own or {})}
+    for k, t in mine.items():
+        if wrong := check_schema(t, {**payload.parameters, **payload.buffers}): raise FedgalError(f"what client {k} starts from does not fit {type(model).__name__}: {wrong}")
+    return State(payload, own={k: {**keeps.get(k, {}), **mine.get(k, {})} for k in sorted(keeps.keys() | mine.keys())}, kept=kept)
+
 # %% ../nbs/43_federation.ipynb #af188e5a
 def fit(
     model: nn.Module,  # where it starts; not changed
@@ -291,17 +310,17 @@ def fit(
     checkpoint: Path | None = None,  # folder; the run resumes from what is there
     on_round: Callable | None = None,  # called with the state after each round
     weights: dict[int, float] | None = None,  # of the clients in the average, by id; default: their numbers of examples
+    own: dict[int, Tensors] | None = None,  # client -> parameters and buffers that it starts from, where no weights are averaged; default: the model's
 ) -> FederationResult:
     "Run a federation, or what is left of it."
     if not clients: raise FedgalError("a federation needs at least one client")
     model, last, who = copy.deepcopy(model), None, {}
     algorithm = config.make()
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
-    extras, kept, own = algorithm.start(model, clients, seed)
-    state = State(replace(payload_from(model), extras=extras), own=own, kept=kept)
+    state = start_state(algorithm, model, clients, seed, own)
     engine, reason = resolve_engine(engine, model, [clients[i] for i in choose(len(clients), config.participation, seed, 0)])
     if checkpoint:
-        who = identity(state.payload, clients, config, seed, engine, loss, weights)
+        who = identity(state.payload, clients, config, seed, engine, loss, weights, own)
         state, last = load_state(checkpoint, who, next(model.parameters()).device) or (state, None)
     done = state.payload.round
     for r in progress(range(done, config.rounds), f"resumed after round {done}: round" if done else "round"):

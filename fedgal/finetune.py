@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'BANKED', 'federated', 'balance_weights', 'client_weights', 'mix_with_bank', 'nearest', 'Mixed', 'mixed_rows',
-           'FinetuneConfig', 'arm_clients', 'finetune']
+           'FinetuneConfig', 'arm_clients', 'own_models', 'finetune']
 
 # %% ../nbs/45_finetune.ipynb #ebc06598
 import copy
@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from .clients import LocalConfig, MultiStepClient
+from .clients import LocalConfig, MultiStepClient, Tensors
 from .core import FedgalError
 from .federation import FederationConfig, FederationResult, fit
 from .generators.base import Bank
+from .local_losses import OwnPrior
 from .losses import balanced_softmax, cross_entropy
 from .models import SplitModel
 from .repairs import REPAIRS
@@ -138,8 +139,8 @@ def arm_clients(
     model: SplitModel,
     inputs: list[Tensor],  # per client: features [n_k, d], or float inputs [n_k, ...] with a slow encoder
     labels: list[Tensor],  # per client: [n_k]
-    bank: Bank | None,
-    counts: Tensor,  # [C] global counts of real samples
+    bank: Bank | dict[int, Bank] | None,  # a dict: one for each client
+    counts: Tensor | None,  # [C] real samples over all clients; None: every client balances over its own
     config: FinetuneConfig,
 ) -> list[MultiStepClient]:
     "The clients of one arm; on the server there is one, and its id is 0."
@@ -149,11 +150,12 @@ def arm_clients(
         inputs, labels, config = [torch.cat(inputs)], [torch.cat(labels)], replace(config, which="uniform")    # the server has no classes of its own
         if bank is not None: inputs, labels = [inputs[0][:0]], [labels[0][:0]]
     for k, (v, y) in enumerate(zip(inputs, labels, strict=True)):
-        if len(y) == 0 and (bank is None or config.which == "own"): continue    # nothing to learn from
-        z, w = (mixed_rows(v, None, model, config.level) if slow else v), torch.full((len(y),), 1 / max(len(y), 1)) if arm == "refit_prior" else balance_weights(y, counts)
-        if bank is not None:
-            extra = Bank(mixed_rows(None, bank.z, model, config.level), bank.y, _wide(bank, model), bank.generator, bank.n_classes) if slow else bank
-            z, y, w = mix_with_bank(z, y, extra, counts, config.ratio, config.which)
+        given, n = bank.get(k) if isinstance(bank, dict) else bank, torch.bincount(y) if counts is None else counts
+        if len(y) == 0 and (given is None or config.which == "own"): continue    # nothing to learn from
+        z, w = (mixed_rows(v, None, model, config.level) if slow else v), torch.full((len(y),), 1 / max(len(y), 1)) if arm == "refit_prior" else balance_weights(y, n)
+        if given is not None:
+            extra = Bank(mixed_rows(None, given.z, model, config.level), given.y, _wide(given, model), given.generator, given.n_classes) if slow else given
+            z, y, w = mix_with_bank(z, y, extra, n, config.ratio, config.which)
         out.append(MultiStepClient(k, z, y, config.local(), sample_weights=w))
     return out
 
@@ -161,29 +163,49 @@ def _wide(bank, model):
     s = bank.space
     return Space(s.encoder, s.level, False, False, s.dim + 1 + int(torch.tensor(model.in_shape).prod()))
 
+# %% ../nbs/45_finetune.ipynb #c8269578
+def own_models(
+    model: SplitModel,  # for its form
+    own: dict[int, Tensors],  # client -> the state of its model
+    changed: dict[int, Tensors] | None = None,  # what replaces parts of it
+) -> dict[int, SplitModel]:  # in evaluation mode
+    "The clients' own models."
+    out = {k: copy.deepcopy(model).eval() for k in sorted(own)}
+    for k, m in out.items(): m.load_state_dict({**own[k], **(changed or {}).get(k, {})})
+    return out
+
 # %% ../nbs/45_finetune.ipynb #a9568120
+def _in_model(name): return name.removeprefix("model.")    # `Mixed` holds the whole model, a view the parts by their names
+
 def finetune(
     arm: str,
     model: SplitModel,  # of stage 20; not changed
     inputs: list[Tensor],  # see `arm_clients`
     labels: list[Tensor],
-    bank: Bank | None,
-    counts: Tensor,
+    bank: Bank | dict[int, Bank] | None,
+    counts: Tensor,  # [C] real samples over all clients
     config: FinetuneConfig,
     seed: int,
     engine: str = "auto",
     checkpoint=None,  # folder
     evaluate: Callable | None = None,  # see `federation.fit`
-) -> tuple[SplitModel, FederationResult | None]:
-    "The model after one arm, and the federation that made it; `none` returns an unchanged copy."
+    own: dict[int, Tensors] | None = None,  # client -> the state of its own model, where nothing is averaged
+) -> tuple[SplitModel | dict[int, SplitModel], FederationResult | None]:
+    "The model after one arm, or with `own` one for each client, and the federation that made it; `none` returns unchanged copies."
+    if own is not None and config.where != "clients": raise FedgalError("clients' own models are fine-tuned on the clients, where they are; set where = 'clients'")
     model = copy.deepcopy(model)
-    if arm == "none": return model, None
-    if bank is not None and (bank.space.level, bank.space.dim) != (config.level, model.dims[config.level]):
-        raise FedgalError(f"the bank lives at {bank.space}, the arm is fine-tuned at level {config.level} with {model.dims[config.level]} dimensions")
+    if arm == "none": return (model if own is None else own_models(model, own)), None
+    for b in bank.values() if isinstance(bank, dict) else [] if bank is None else [bank]:
+        if (b.space.level, b.space.dim) != (config.level, model.dims[config.level]): raise FedgalError(f"the bank lives at {b.space}, the arm is fine-tuned at level {config.level} with {model.dims[config.level]} dimensions")
     part = Mixed(model, config.level, config.encoder_lr) if config.encoder_lr > 0 else model.view(config.level)
-    loss = (lambda out, y: balanced_softmax(out.logits, y, counts)) if arm == "refit_prior" else (lambda out, y: cross_entropy(out.logits, y))
-    clients = arm_clients(arm, model, inputs, labels, bank, counts, config)
-    weights = client_weights(arm, labels, counts) if config.where == "clients" else None
-    result = fit(part, clients, FederationConfig(rounds=config.rounds, eval_every=config.rounds), seed, engine, loss, evaluate, checkpoint, weights=weights)
-    result.load(part)
-    return model.eval(), result
+    prior = OwnPrior(len(counts)) if own is not None else lambda out, y: balanced_softmax(out.logits, y, counts)
+    run = (seed, engine, prior if arm == "refit_prior" else lambda out, y: cross_entropy(out.logits, y), evaluate, checkpoint)
+    federation = FederationConfig(rounds=config.rounds, eval_every=config.rounds, algorithm="fedavg" if own is None else "local")
+    clients = arm_clients(arm, model, inputs, labels, bank, counts if own is None else None, config)
+    if own is None:
+        result = fit(part, clients, federation, *run, weights=client_weights(arm, labels, counts) if config.where == "clients" else None)
+        result.load(part)
+        return model.eval(), result
+    starts = {k: {n: t[_in_model(n)] for n in part.state_dict()} for k, t in own.items()}
+    result = fit(part, [c for c in clients if c.id in own], federation, *run, own=starts)
+    return own_models(model, own, {k: {_in_model(n): t for n, t in ts.items()} for k, ts in result.client_parameters.items()}), result

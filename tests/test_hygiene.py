@@ -165,6 +165,13 @@ def test_choices_are_those_of_the_library(schemas):
         assert {c for c in choices[name] if "*" not in c} == set(known), name
 
 
+def test_combinations_are_refused_for_what_the_library_has():
+    from fedgal.algorithms import ALGORITHMS, get_algorithm
+    from fedgal.params import ONE_HEAD, PERSONAL
+    from fedgal.repairs import REPAIRS
+    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr"}
+
+
 def test_every_generator_and_model_can_be_made():
     import torch
 

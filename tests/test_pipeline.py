@@ -8,9 +8,11 @@ import sys
 
 import nbformat
 import pytest
+import torch
 from conftest import CHAIN, TINY, Project, data_root, ran
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from safetensors.torch import load_file
 
 # --- fedgal run ---
 
@@ -98,6 +100,27 @@ def test_named_data_come_from_the_data_root(project):
     assert done.returncode == 0, done.stderr
     [folder] = project.folders("10_data")
     assert json.loads((folder / "manifest.json").read_text())["params"]["dataset"] == "mnist"
+
+
+def test_clients_own_models_go_through_all_stages(copy):
+    "FedMPS and a generator, as in its params file but smaller and on the split of the tiny experiment: no global model anywhere."
+    small = {"n_clients": 4, "alpha": 0.3, "rounds": 2, "rff_dim": 32, "gen_steps": 5, "bank_per_class": 20, "finetune_rounds": 2, "finetune_steps": 4, "oracle_per_class": 20}
+    done = copy.fedgal("run", "fedmps_generator_digits", "--name", "own", *[w for n, v in small.items() for w in ("-p", n, v)])
+    assert done.returncode == 0 and ran(done) == len(CHAIN) - 1, done.stderr
+    m = copy.json("own/metrics.json")
+    assert m["readout"] == "clients' own models, balanced test set, last round" and set(m["arms"]) == set(m["readouts"]) == {"none", "refit", "gaussian", "generator", "oracle"}
+    for arm, values in m["readouts"].items():
+        assert set(values) == {"own head, own classes", "own head, all classes"} and all(len(v["values"]) == 4 and number(v["mean"]) for v in values.values())
+        assert m["arms"][arm]["balanced_accuracy"] == pytest.approx(values["own head, all classes"]["mean"])
+        assert number(m["arms"][arm]["clients"]["missing_gain"], -1)
+    assert m["arms"]["none"]["clients"]["harm_rate"] == 0 and m["arms"]["refit"]["bytes"] == {"up": 0, "down": 0} and m["arms"]["gaussian"]["bytes"]["down"] > 0
+    keys = {s["stage"]: s["key"] for s in copy.json("own/run.json")["stages"]}
+    before, after = (load_file(copy.artifacts / s / keys[s] / f) for s, f in (("20_train", "clients.safetensors"), ("50_finetune", "models.safetensors")))
+    assert {n.partition("/")[0] for n in after} == set(m["arms"]) and {n.split("/", 1)[1] for n in after} == set(before)
+    for name, t in after.items():
+        arm, own = name.split("/", 1)
+        if arm == "none" or own.split("/")[1].startswith("low."): assert torch.equal(t, before[own]), f"{name} was not to be trained"
+        elif own.endswith("/head.weight"): assert not torch.equal(t, before[own]), name
 
 
 # --- a sweep ---
