@@ -42,9 +42,11 @@ def _manifest(entry):
     except FedgalError: return {}
 
 # %% ../nbs/73_publish.ipynb #f4da4e8d
+_DRAWN_BY = ("publish", "report", "mathml", "page_style", "sanitise", "cell_html", "run_card", "page_templates")
+
 def _digest(record):
     "What the pages depend on: the results that they show, and the code that draws them."
-    code = [sha256(root() / "fedgal" / f"{m}.py") for m in ("publish", "report")]
+    code = [sha256(root() / "fedgal" / f"{m}.py") for m in _DRAWN_BY]
     shown = [(e["stage"], e["key"], e["status"] in ("ran", "cached")) for e in record["stages"]]
     return hashlib.sha256(canonical([code, shown, record["title"], record["params_file"]]).encode()).hexdigest()[:16]
 
