@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns the exit code."
     args = parser().parse_args(argv)
-    if argv is None: signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))    # a cluster's polite kill
+    if argv is None: signal.signal(signal.SIGTERM, signal.default_int_handler)    # a cluster's polite kill; works where SIGINT is ignored, as behind nohup
     try:
         if getattr(args, "jobs", None) is not None and args.jobs < 1: raise FedgalError("--jobs must be at least 1")
         code = args.function(args)

@@ -2,6 +2,7 @@
 import json
 import random
 import shutil
+import signal
 import subprocess
 import time
 
@@ -110,3 +111,13 @@ def test_an_interrupted_run_is_shown_as_interrupted(project):
     assert status.returncode == 0 and "interrupted" in status.stdout
     done = project.fedgal("run", "cut")
     assert done.returncode == 0 and ran(done) == 1 and "finished" in project.fedgal("status").stdout
+
+
+def test_a_polite_kill_ends_a_run_in_the_background(project):
+    "A shell starts background jobs with SIGINT ignored; SIGTERM must end them all the same."
+    project.write("cut", {"stages": ["10_data"], "seed": 0})
+    process = project.start("run", "cut", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    record, end = project.reports / "cut" / "run.json", time.monotonic() + 60
+    while not record.exists() and time.monotonic() < end: time.sleep(0.01)
+    process.terminate()
+    assert process.wait(30) == 130 and json.loads(record.read_text())["status"] == "interrupted"
