@@ -100,6 +100,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fedgal.compare.check_comparable': ('compare.html#check_comparable', 'fedgal/compare.py'),
                                 'fedgal.compare.contests_of': ('compare.html#contests_of', 'fedgal/compare.py'),
                                 'fedgal.compare.find_row': ('compare.html#find_row', 'fedgal/compare.py'),
+                                'fedgal.compare.label': ('compare.html#label', 'fedgal/compare.py'),
                                 'fedgal.compare.load_runs': ('compare.html#load_runs', 'fedgal/compare.py'),
                                 'fedgal.compare.merge_rows': ('compare.html#merge_rows', 'fedgal/compare.py'),
                                 'fedgal.compare.readouts_of': ('compare.html#readouts_of', 'fedgal/compare.py'),

@@ -71,7 +71,7 @@ def arms_spread(
 
 # %% ../nbs/52e_plots_results.ipynb #13af3315
 def forest(
-    rows: list[dict],  # "rows" of comparison.json
+    rows: list[dict],  # "rows" of comparison.json; a "label" names a row
     baseline: str = "the baseline",
 ) -> tuple[Figure, str]:
     "Paired differences from the baseline with 95 % intervals and Holm-corrected p values."
@@ -82,7 +82,7 @@ def forest(
     title = f"{len(sure)} of {len(shown)} arms {verb} from {baseline} (Holm p < 0.05)"
     fig, ax = new_figure(title, 1.4 + 0.42 * len(shown))
     ax.axvline(0, color=MUTED, lw=1.2)
-    labels, texts = [_arm_label(r, shown) for r in shown], []
+    labels, texts = [r.get("label") or _arm_label(r, shown) for r in shown], []
     for i, r in enumerate(shown):
         d, (low, high), p = (r["versus_baseline"][k] for k in ("difference", "ci95", "p_holm"))
         color = MUTED if r not in sure else GAIN if d > 0 else LOSS
