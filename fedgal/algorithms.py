@@ -26,6 +26,7 @@ class Algorithm:
     summary = "weighted mean of the clients' changes"
     reference = "McMahan et al., AISTATS 2017"
     personal = False  # True: every client keeps its own weights, none are sent or averaged
+    cpu_only = False  # True: parts of it compute on the CPU, and it is refused elsewhere
     sends, reports = "global model", ""  # what goes down, and up beyond the change of weights, in words
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
@@ -48,7 +49,7 @@ class Algorithm:
         "After local work: what the client sends beyond its update, and what it keeps. `payload` is what it started from; `model` is scratch."
         return None, {}
 
-    def told(self, client: MultiStepClient) -> str:
+    def told(self, client: MultiStepClient, update: ClientUpdate) -> str:
         "What a client's report says of its data, in words, for the ledger."
         return self.reports
 
@@ -88,7 +89,8 @@ class Scaffold(Algorithm):
 
     def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
         c = client.config
-        length = len(client.batches(seed, payload.round)) * c.rate(payload.round) / (1 - c.momentum)
+        steps = range(1, 1 + len(client.batches(seed, payload.round)))
+        length = c.rate(payload.round) * sum((1 - c.momentum**j) / (1 - c.momentum) for j in steps)
         change = {f"c/{n}": -payload.extras[f"c/{n}"] - d / length for n, d in update.tensors.items()}
         return change, {n: own.get(n, 0.0) + d for n, d in change.items()}
 

@@ -84,7 +84,7 @@ def note(ledger: Ledger, algorithm: Algorithm, client: MultiStepClient, payload:
     if bn == "local": payload, update = replace(payload, buffers={}), replace(update, buffers={})
     if algorithm.personal: payload, update = replace(payload, parameters={}, buffers={}), replace(update, tensors={}, buffers={})
     down = ledger.down(payload, update.client, algorithm.sends) if payload.n_bytes else 0
-    return down, ledger.up(update, payload.round, algorithm.told(client)) if update.n_bytes or update.failure else 0
+    return down, ledger.up(update, payload.round, algorithm.told(client, update)) if update.n_bytes or update.failure else 0
 
 def _private(algorithm, config, base, update):
     "What stays with a client: its weights if none are averaged, its buffers if they are local."
@@ -292,6 +292,7 @@ def start_state(
     "The state before the first round; raises FedgalError for start tensors that the algorithm or the model cannot use."
     extras, kept, keeps = algorithm.start(model, clients, seed)
     payload, device = replace(payload_from(model), extras=extras), next(model.parameters()).device
+    if algorithm.cpu_only and device.type != "cpu": raise FedgalError(f"{algorithm.name} computes on the CPU only, not on {device}; set device = cpu in settings.ini, or FEDGAL_DEVICE=cpu")
     if own and not algorithm.personal: raise FedgalError(f"{algorithm.name} averages weights, so its clients cannot start from their own; local, fedproto and fedmps can")
     mine = {c.id: {n: t.to(device, copy=True) for n, t in own[c.id].items()} for c in clients if c.id in (own or {})}
     for k, t in mine.items():

@@ -179,6 +179,7 @@ def check_together(params: dict) -> None:
     if get("algorithm") == "creff" and get("head") not in (None, "linear"): raise FedgalError(f"algorithm creff retrains a linear classifier; head = {get('head')} is none")
     if get("algorithm") in PERSONAL:
         if heads := [a for a in arms or () if a in ONE_HEAD]: raise FedgalError(f"arms {', '.join(heads)} make one classifier for all, but {get('algorithm')} leaves every client a model of its own; leave these arms out")
+        if get("norm_factor"): raise FedgalError(f"norm_factor judges the length of updates, and {get('algorithm')} sends none; leave it at 0")
         if get("finetune_on") == "server": raise FedgalError(f"finetune_on = 'server' needs a global model, but {get('algorithm')} leaves every client a model of its own; set finetune_on to 'clients'")
     if get("group_few") and (get("group_few") > 1) != (get("group_many") > 1): raise FedgalError("group_few and group_many are both shares (at most 1) or both numbers of samples (above 1)")
 

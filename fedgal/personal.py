@@ -63,7 +63,7 @@ def all_rows(
 class FedProto(Local):
     "Local training tied to global prototypes."
     name, summary, reference = "fedproto", "class prototypes are averaged, weights are not", "Tan et al., AAAI 2022"
-    sends, reports = "class prototypes", "class prototypes"
+    sends, reports, cpu_only = "class prototypes", "class prototypes", True
     weight: float = 1.0  # lambda; the authors use 0.1 on CIFAR-10
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
@@ -71,7 +71,8 @@ class FedProto(Local):
         if not e: return super().loss(payload, loss)
         return plus(super().loss(payload, loss), lambda out, y, mask: self.weight * prototype_distance(out.high, y, e["high"], e["known"]))
 
-    def told(self, client: MultiStepClient) -> str: return self.reports + lone_samples(client.y)
+    def told(self, client: MultiStepClient, update: ClientUpdate) -> str:
+        return self.reports + (" and raw at level high" if "raw" in (update.statistics or {}) else "") + lone_samples(client.y)
 
     def messages(self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
         "What a client says of its classes: name -> (means [C, d], counts [C])."
@@ -94,11 +95,14 @@ class FedProto(Local):
 class FedMPS(FedProto):
     "Multi-level prototypes, contrastive terms and soft labels."
     name, summary, reference = "fedmps", "prototypes at two levels and soft labels, no weights", "Yang et al., IEEE TNNLS 2025"
-    sends, reports = "class prototypes at two levels, soft labels", "class prototypes at two levels"
+    reports = "class prototypes at two levels"
     weight: float = 1.0  # a, of the contrastive term at level high
     weight_low: float = 1.0  # b, at level low
     weight_soft: float = 0.0  # g, of the soft labels; 0 sends none
     renormalise: bool = False  # scale averaged prototypes to unit length, as a later variant of the authors' code does
+
+    @property
+    def sends(self) -> str: return "class prototypes at two levels" + (", soft labels" if self.weight_soft else "")
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
         e, base = payload.extras, Local.loss(self, payload, loss)
@@ -143,7 +147,9 @@ def readouts(
         with torch.inference_mode(): parts = [model.eval()(to_float(b)) for b in x.split(2048)]
         logits, high, at = torch.cat([p.logits for p in parts]), torch.cat([p.high for p in parts]), mine[y]
         said = {"own head, own classes": (logits.argmax(1), at), "own head, all classes": (logits.argmax(1), torch.ones_like(at))}
-        if prototypes is not None: said["nearest prototype, own classes"] = nearest_prototype(normalize(high, dim=1) if normalised else high, prototypes, mine & prototypes.any(1)), at
+        if prototypes is not None:
+            z, known = normalize(high, dim=1) if normalised else high, mine & prototypes.any(1)    # no owner of its classes may have taken part: nothing is right then
+            said["nearest prototype, own classes"] = nearest_prototype(z, prototypes, known) if known.any() else torch.full_like(y, -1), at
         for name, (guess, where) in said.items(): out[name].append(float(_balanced(guess[where], y[where], len(mine))))
     return out
 

@@ -98,7 +98,7 @@ def run_stage(stage: str, params: dict, stage_keys: dict) -> None:
 # %% ../nbs/71_pipeline.ipynb #2d0259d5
 COMPARE = "90_compare"
 
-PROTOCOL = ("dataset", "fraction", "imbalance", "n_clients", "partition", "alpha", "min_size", "ways", "shots", "stdev", "val_fraction", "shuffle_classes", "split_file")
+PROTOCOL = ("dataset", "fraction", "imbalance", "n_clients", "partition", "alpha", "min_size", "ways", "shots", "stdev", "shots_max", "val_fraction", "shuffle_classes", "split_file")
 
 # %% ../nbs/71_pipeline.ipynb #e27248ad
 @dataclass

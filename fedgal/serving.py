@@ -23,10 +23,14 @@ __all__ = ['FedGenTraining', 'FedGenPFLTraining', 'CReFF']
 class FedGenTraining(Algorithm):
     "FedAvg with a generator that the server trains on the clients' heads and the clients learn from."
     name, summary, reference = "fedgen", "the server trains a generator on the clients' heads, clients learn from its features", "Zhu et al., ICML 2021"
-    sends, reports = "global model and generator", "label counts"
+    sends, reports, cpu_only = "global model, generator and which classes there are", "label counts", True
     level: str = "high"  # where generated features enter
     weight: float = 10.0  # a and b in the first round
     steps: int = 50  # generator steps a round
+
+    def __post_init__(self):
+        if self.level not in ("low", "high"): raise FedgalError(f"option level of {self.name} = {self.level!r}: low or high")
+        if self.weight < 0 or self.steps < 1: raise FedgalError(f"options of {self.name}: weight {self.weight} must be >= 0 and steps {self.steps} >= 1")
 
     def settings(self) -> tuple:  # FedGenConfig, FedGenLocal
         config, local = VARIANTS[self.name]
@@ -49,6 +53,7 @@ class FedGenTraining(Algorithm):
 class FedGenPFLTraining(FedGenTraining):
     "The same in PFLlib's form."
     name, summary, reference = "fedgen_pfllib", "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity", "PFLlib (Zhang et al., JMLR 2025)"
+    sends = "global model, generator and label counts of the round's clients together"
     weight: float = 1.0  # of the cross-entropy on generated features, constant
     steps: int = 1000
 
@@ -61,12 +66,12 @@ class FedGenPFLTraining(FedGenTraining):
 class CReFF(Algorithm):
     "FedAvg whose classifier is retrained on federated features."
     name, summary, reference = "creff", "the server retrains the classifier on features that match the clients' gradients", "Shang et al., IJCAI 2022"
-    sends, reports = "global model and retrained classifier", "class gradients of the classifier"
+    sends, reports, cpu_only = "global model and retrained classifier", "class gradients of the classifier", True
     per_class: int = 100  # federated features of every class
     match_steps: int = 100  # steps on them, a round
     retrain_epochs: int = 300
 
-    def told(self, client: MultiStepClient) -> str: return self.reports + lone_samples(client.y)
+    def told(self, client: MultiStepClient, update: ClientUpdate) -> str: return self.reports + lone_samples(client.y)
 
     def settings(self) -> CReFFConfig: return CReFFConfig(self.per_class, match_steps=self.match_steps, retrain_epochs=self.retrain_epochs)
 

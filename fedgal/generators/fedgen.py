@@ -393,8 +393,7 @@ class FedGen(Generator):
         w = task.teacher_weights
         known = (w.sum(0) > 0).float()
         if self.config.form == "authors": return Teaching(w, known)
-        asked = (w > 0).float()    # who has no weight for a class, a held-out judge for one, is not asked
-        return Teaching(asked / asked.sum(0).clamp(min=1), known if task.statistics is None else known * task.statistics.count.float())
+        return Teaching(w / w.sum(0).clamp(min=1e-12), known if task.statistics is None else known * task.statistics.count.float())
 
     @property
     def known(self) -> Tensor: return self.tensors["labels"] > 0  # [C] bool: classes that somebody taught
