@@ -21,7 +21,6 @@ __all__ = ['ALGORITHMS', 'Algorithm', 'FedProx', 'Scaffold', 'get_algorithm', 'l
 @dataclass(frozen=True)
 class Algorithm:
     "The hooks of a federated algorithm; as they stand here they are FedAvg. Fields of a subclass are its options."
-
     name = "fedavg"
     summary = "weighted mean of the clients' changes"
     reference = "McMahan et al., AISTATS 2017"
@@ -124,6 +123,7 @@ def _as(field, value, name):
     if type(value) is not kind: raise FedgalError(f"option {field.name} of {name} = {value!r}: expected {kind.__name__}")
     return value
 
+# %% ../nbs/44_algorithms.ipynb #0a7cfe31
 def lone_samples(y: Tensor) -> str:
     "Words for classes of which a client has one sample, so that a sum or mean over the class is that sample."
     n = int((torch.bincount(y) == 1).sum())

@@ -8,9 +8,11 @@ __all__ = ['load_runs', 'check_comparable', 'varied', 'cells_of', 'merge_rows', 
 
 # %% ../nbs/53_compare.ipynb #4fb635c5
 from collections import Counter
+from collections.abc import Sequence
 from .core import FedgalError, settings
 from .finetune import ARMS
 from .metrics import holm, paired_comparison, paired_interval
+from .params import member_name
 from .repairs import REPAIRS
 from .store import canonical, load_json
 
@@ -73,9 +75,15 @@ def merge_rows(
 # %% ../nbs/53_compare.ipynb #02824194
 _FIRST = "baseline of the first cell"
 
+def _is_of(name, params):
+    "Whether a failed run would have been in the cell with these parameters, as far as its name says."
+    said = {n: v for n, _, v in (p.partition("=") for p in name.split("/")[-1].split("--"))}
+    return all(said.get(n, v) == v for n, v in ((n, member_name("", {n: v}).partition("=")[2]) for n, v in params.items()))
+
 def rows_of(
     runs: list[dict],
     baseline: str = "gaussian",
+    missing: Sequence[str] = (),  # folders of the runs that failed, named like `level=low--seed=3`
 ) -> list[dict]:  # the "rows" of comparison.json
     "Means, spreads and paired differences from the baseline of the same cell, or of the first that has it where the cell has none or was trained by another algorithm; p values Holm-corrected once over all rows."
     rows, cells = [], cells_of(runs)
@@ -87,7 +95,7 @@ def rows_of(
         reference, shown = (baseline, arms) if own else (_FIRST, {_FIRST: first} | arms)
         series = lambda metric, shown=shown: {a: x[metric] for a, x in shown.items()}
         found = paired_comparison(series("balanced_accuracy"), reference, series("few"), dict.fromkeys(shown, params))
-        rows += [r for r in found if r["arm"] in arms]
+        rows += [r | {"failed": sum(_is_of(name, params) for name in missing)} for r in found if r["arm"] in arms]
     rows = merge_rows(rows)
     for row, p in zip(rows, holm([r["versus_baseline"]["p"] for r in rows]), strict=True): row["versus_baseline"]["p_holm"] = p
     return rows
