@@ -127,9 +127,10 @@ def shorten(rows: list[dict]) -> list[dict]:
     return [r | {"label": label(r)} for r in out]
 
 def label(row: dict) -> str:
-    "A row's name for tables and figures: the generator in place of its arm, values of `algorithm` and `level` without their names."
+    "A row's name for tables and figures: the generator in place of its arm, the algorithm where nothing was added to it, values of `algorithm` and `level` without their names."
     said = dict(row["params"])
-    first = said.pop("generator", row["arm"]) if row["arm"] == "generator" else row["arm"]
+    shown = {"generator": "generator", "none": "algorithm"}.get(row["arm"])
+    first = said.pop(shown, row["arm"])
     return ", ".join([first, *(v if n in ("algorithm", "level") else f"{n} {v}" for n, v in said.items())])
 
 # %% ../nbs/53_compare.ipynb #e577e7b5
