@@ -246,8 +246,9 @@ def run(
         raise Busy(f"experiment {exp.name!r} is already running in another process; wait for it or give this one another --name") from None
     with lock:
         record = _record(exp) | {"pages": _published(home)}
-        save_json(home / "run.json", record)
-        try: _run_locked(exp, record, jobs or settings().jobs or os.cpu_count() or 1)
+        try:
+            save_json(home / "run.json", record)
+            _run_locked(exp, record, jobs or settings().jobs or os.cpu_count() or 1)
         except BaseException as e:
             record |= {"status": "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", "error": record.get("error") or str(e)}
             save_json(home / "run.json", record)
