@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from .core import FedgalError, settings
 from .finetune import ARMS
 from .metrics import holm, paired_comparison, paired_interval
-from .params import member_name
-from .repairs import REPAIRS
+from .params import ONE_HEAD, member_name
 from .store import canonical, load_json
 
 # %% ../nbs/53_compare.ipynb #0e27a3ff
@@ -115,7 +114,7 @@ def readouts_of(
 
 # %% ../nbs/53_compare.ipynb #dbdbd3c3
 _ALWAYS = ("generator", "level")
-_NO_LEVEL = ("none", "ccvr", *REPAIRS)    # what they do does not depend on the level of generation
+_NO_LEVEL = ("none", *ONE_HEAD)    # what they do does not depend on the level of generation
 
 def shorten(rows: list[dict]) -> list[dict]:
     "Rows whose parameters are only those that tell them apart at a glance; for tables and figures."
