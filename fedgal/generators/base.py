@@ -53,7 +53,7 @@ class FitTask:
 class Generator(ABC):
     "Makes features of one space for given labels."
     name = ""
-    trained_on = "server"  # or "client" or "federated": who saw what it was fitted to
+    trained_on = "server"  # or "client", "federated", "pooled": who saw what it was fitted to; "pooled" needs real features in one place
     Config: type = None  # frozen dataclass of options
 
     def __init__(self, space: Space, n_classes: int, config=None):
@@ -81,7 +81,10 @@ class Generator(ABC):
 
 # %% ../../nbs/30_generators_base.ipynb #cf788911
 GENERATORS = {"gaussian": "fedgal.generators.gaussian:Gaussian", "safs": "fedgal.generators.safs:SAFS", "fedgen": "fedgal.generators.fedgen:FedGen",
-              "fedgen_pfllib": "fedgal.generators.fedgen:FedGenPFL", "mlp": "fedgal.generators.mlp:MLP"}
+              "fedgen_pfllib": "fedgal.generators.fedgen:FedGenPFL", "mlp": "fedgal.generators.mlp:MLP",
+              "smote": "fedgal.generators.resample:Smote", "transplant": "fedgal.generators.resample:Transplant",
+              "diffusion": "fedgal.generators.diffusion:Diffusion", "diffusion_pooled": "fedgal.generators.diffusion:DiffusionPooled",
+              "gald": "fedgal.generators.diffusion:Gald", "gald_pooled": "fedgal.generators.diffusion:GaldPooled", "ldmlr": "fedgal.generators.ldmlr:LDMLR"}
 
 def get_generator(name: str) -> type[Generator]:
     "The class behind a name."
