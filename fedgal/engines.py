@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from .core import FedgalError, did_you_mean
 from .data import to_float
-from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, context_of, load_payload, n_bytes, per_example, task_loss
+from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, blend, context_of, draw_mixup, load_payload, mixed_loss, n_bytes, per_example, task_loss
 from .seeds import stream
 
 # %% ../nbs/42_engines.ipynb #5841e20b
@@ -109,13 +109,13 @@ class Chunk:
         self.rng = [stream(seed, "augment", payload.round, c.id) for c, _ in work]
         known = [context_of(loss, c) for c, _ in work]
         self.context = torch.stack(known) if known[0] is not None else torch.zeros(len(work), 0)
-        def objective(w, x, y, mask, context):
-            values = per_example(loss, functional_call(model, {**fixed, **w}, (x,)), y, mask, context if known[0] is not None else None)
+        def objective(w, x, y, mask, context, other=None, lam=None):
+            values = mixed_loss(loss, functional_call(model, {**fixed, **w}, (x,)), y, other, lam, mask, context if known[0] is not None else None)
             return torch.where(mask, values, 0).sum() / mask.sum()
         self.gradients = vmap(grad_and_value(objective))
 
     def batch(self, step):
-        "Inputs [k, B, ...], targets [k, B, ...], mask [k, B] of the clients that still have a batch."
+        "Inputs [k, B, ...], targets [k, B, ...], mask [k, B] of the clients that still have a batch; with mixup also second targets and shares [k]."
         active = [(c, b[step], rng) for (c, b), rng in zip(self.work, self.rng, strict=True) if len(b) > step]
         index, mask = pad_batches([b for _, b, _ in active])
         index = index + self.first[:len(active), None]
@@ -124,7 +124,12 @@ class Chunk:
             if c.augment:
                 row[:len(b)] = c.augment(c.x[b], rng)
                 row[len(b):] = row[:1]
-        return to_float(x.to(self.device)), self.y[index].to(self.device), mask.to(self.device)
+        x, y, mask = to_float(x.to(self.device)), self.y[index].to(self.device), mask.to(self.device)
+        if not self.config.mixup: return x, y, mask, ()
+        drawn, order = [draw_mixup(len(b), self.config.mixup, rng) for _, b, rng in active], torch.arange(x.shape[1]).repeat(len(x), 1)
+        for row, (o, _) in zip(order, drawn, strict=True): row[:len(o)] = o    # padding is blended with itself
+        lam, at = torch.stack([share for _, share in drawn]).to(self.device), (torch.arange(len(x))[:, None], order)
+        return blend(x, x[at], lam), y, mask, (y[at], lam)
 
     def descend(self, grads):
         "One step of SGD for the first clients; `grads` has one row for each."
@@ -143,8 +148,8 @@ def _run_chunk(chunk, payload):
     k = len(chunk.work)
     total, seen, broken = torch.zeros(k, dtype=torch.float64), torch.zeros(k), torch.full((k,), -1)
     for step in range(len(chunk.work[0][1])):
-        x, y, mask = chunk.batch(step)
-        grads, values = chunk.gradients({n: w[:len(x)] for n, w in chunk.w.items()}, x, y, mask, chunk.context[:len(x)])
+        x, y, mask, mixed = chunk.batch(step)
+        grads, values = chunk.gradients({n: w[:len(x)] for n, w in chunk.w.items()}, x, y, mask, chunk.context[:len(x)], *mixed)
         chunk.descend(grads)
         values, count = values.cpu(), mask.sum(1).cpu()
         total[:len(x)] += values * count
@@ -161,7 +166,7 @@ def _run_chunk(chunk, payload):
 def _alike(client):
     "Clients can share a chunk if their optimiser and the shape of an example agree."
     c = client.config
-    return str((c.lr, c.lr_decay, c.momentum, c.weight_decay, c.prox_mu, client.x.shape[1:], client.x.dtype, client.y.shape[1:], client.y.dtype))
+    return str((c.lr, c.lr_decay, c.schedule, c.rounds, c.momentum, c.weight_decay, c.prox_mu, c.mixup, client.x.shape[1:], client.x.dtype, client.y.shape[1:], client.y.dtype))
 
 # %% ../nbs/42_engines.ipynb #b5b24d92
 def obstacle(

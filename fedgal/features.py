@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'encode', 'encode_from', 'TrainedRun', 'by_first', 'load_run', 'owners_in_turn', 'client_model',
-           'pass_through', 'client_features', 'held_out', 'lift', 'balanced_pool']
+           'pass_through', 'client_samples', 'client_features', 'view_statistics', 'told_by', 'held_out', 'lift',
+           'balanced_pool']
 
 # %% ../nbs/25_features.ipynb #970466cc
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from .algorithms import get_algorithm
 from .core import FedgalError
-from .data import Dataset, load_dataset, to_float
+from .data import Dataset, augmentation_for, load_dataset, to_float
 from .models import SplitModel, build_model
 from .partition import Split
 from .seeds import stream
-from .stats import Space
+from .stats import RFF, ClassStatistics, Space
 from .store import load_tensors
 
 # %% ../nbs/25_features.ipynb #402dff63
@@ -128,18 +129,59 @@ def pass_through(
     return out
 
 # %% ../nbs/25_features.ipynb #b145bbe1
+def client_samples(
+    run: TrainedRun,
+    part: str = "train",  # or "val"
+    views: int = 1,  # the image itself and views - 1 random ones
+    seed: int = 0,
+) -> list[tuple[Tensor, Tensor]]:  # (inputs [views * n_k, ...], labels [views * n_k]) per client
+    "Every client's own samples, view after view; a client that has no model of its own has none."
+    if views < 1: raise FedgalError(f"views = {views}: at least 1, the image itself")
+    lists, shake = {"train": run.split.train, "val": run.split.val}[part], augmentation_for(run.data)
+    out = []
+    for k, i in enumerate(lists):
+        x, y = (t[i if k in run.with_model else i[:0]] for t in (run.data.x_train, run.data.y_train))
+        out.append((torch.cat([x, *(shake(x, stream(seed, "views", v, k)) for v in range(1, views))]), y.repeat(views)))
+    return out
+
 def client_features(
     run: TrainedRun,
     level: str,
     part: str = "train",  # or "val"
-) -> list[tuple[Tensor, Tensor]]:  # (features [n_k, d], labels [n_k]) per client
-    "Features of every client's own samples, under the global encoder or its own; a client that has no model of its own has none."
-    lists = {"train": run.split.train, "val": run.split.val}[part]
-    lists = [i if k in run.with_model else i[:0] for k, i in enumerate(lists)]
-    sizes = torch.tensor([len(i) for i in lists])
-    z = pass_through(run, run.data.x_train[torch.cat(lists)], torch.repeat_interleave(torch.arange(len(lists)), sizes), level, lambda m, x: encode(m, x, level))
-    return list(zip(z.split(sizes.tolist()), [run.data.y_train[i] for i in lists], strict=True))
+    views: int = 1,  # see `client_samples`
+    seed: int = 0,
+) -> list[tuple[Tensor, Tensor]]:  # (features [views * n_k, d], labels [views * n_k]) per client
+    "Features of every client's own samples, view after view, under the global encoder or its own."
+    samples = client_samples(run, part, views, seed)
+    sizes = [len(y) // views for _, y in samples]
+    x = torch.cat([x.view(views, n, *x.shape[1:]) for (x, _), n in zip(samples, sizes, strict=True)], 1)
+    client = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    z = torch.stack([pass_through(run, v, client, level, lambda m, rows: encode(m, rows, level)) for v in x])
+    return [(of_one.flatten(0, 1), y) for of_one, (_, y) in zip(z.split(sizes, 1), samples, strict=True)]
 
+# %% ../nbs/25_features.ipynb #5f95025b
+def view_statistics(
+    z: Tensor,  # [views * n, d]
+    y: Tensor,  # [views * n]
+    n_classes: int,
+    space: Space,
+    rff: RFF | None = None,
+    views: int = 1,
+) -> ClassStatistics:
+    "Class statistics in which all views of an image count as one sample."
+    s = ClassStatistics.from_features(z, y, n_classes, space, rff)
+    if views == 1: return s
+    return replace(s, count=s.count / views, sum=s.sum / views, second=s.second / views, fourier=None if s.fourier is None else s.fourier / views)
+
+def told_by(s: ClassStatistics, views: int = 1) -> str:
+    "What the receiver of a client's statistics learns beyond averages, in words for the ledger."
+    if views == 1: return "; ".join(s.disclosures()) or "sums over several samples"
+    pick = lambda mask: ", ".join(map(str, torch.nonzero(mask)[:, 0].tolist()))
+    one, few = s.count.round() == 1, s.present & (s.count * views <= s.space.dim)
+    notes = [(one, "n = 1: the mean is that of the views of one sample"), (few, f"at most {s.space.dim} views: the covariance gives the subspace spanned by the samples and their views")]
+    return "; ".join([f"label counts of {int(s.present.sum())} classes", *(f"{text} (class {pick(mask)})" for mask, text in notes if mask.any())])
+
+# %% ../nbs/25_features.ipynb #f6349e77
 def held_out(
     run: TrainedRun,
     level: str,

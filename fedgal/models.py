@@ -166,7 +166,7 @@ class Recipe:
 
 MODELS = {
     "cnn8": Recipe(_cnn8, 8), "lenet": Recipe(_lenet, 16), "cnn": Recipe(_cnn, 16),
-    "resnet8": Recipe(_resnet(1, 16, 32, 64), 8, True), "resnet32": Recipe(_resnet(5, 16, 32, 64), 8, True),
+    "resnet8": Recipe(_resnet(1, 16, 32, 64), 8, True), "resnet8w": Recipe(_resnet(1, 32, 64, 128), 8, True), "resnet32": Recipe(_resnet(5, 16, 32, 64), 8, True),
     "resnet18": Recipe(_resnet(2, 64, 128, 256, 512), 8, True), "fedgen": Recipe(_fedgen, 8, True), "mlp": Recipe(_mlp, None),
 }
 
