@@ -398,6 +398,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fedgal/generators/diffusion.py'),
                                              'fedgal.generators.diffusion.Diffusion.fit': ( 'latent_diffusion.html#diffusion.fit',
                                                                                             'fedgal/generators/diffusion.py'),
+                                             'fedgal.generators.diffusion.Diffusion.in_steps': ( 'latent_diffusion.html#diffusion.in_steps',
+                                                                                                 'fedgal/generators/diffusion.py'),
                                              'fedgal.generators.diffusion.Diffusion.load_state': ( 'latent_diffusion.html#diffusion.load_state',
                                                                                                    'fedgal/generators/diffusion.py'),
                                              'fedgal.generators.diffusion.Diffusion.measure': ( 'latent_diffusion.html#diffusion.measure',

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/38_latent_diffusion.ipynb #6a5da53f
 from __future__ import annotations
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -246,6 +247,12 @@ class Diffusion(Generator):
             return free + weight[y][:, None] * (told - free)
         plain = not (c.guidance or c.borrow)
         return SAMPLERS[c.sampler](self.model if plain else model, labels, self.schedule, self.space.dim, c.sample_steps, generator, target=c.target)
+
+    def in_steps(self, steps: int) -> Diffusion:
+        "The same network, sampled in another number of steps."
+        other = copy.copy(self)
+        other.config = replace(self.config, sample_steps=steps)
+        return other
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.frame.prototypes.isfinite().all(1))

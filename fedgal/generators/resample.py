@@ -86,10 +86,11 @@ class TransplantConfig:
     whiten: str = "pooled"  # standardise by the full within-class covariance, or by the "scale" of each dimension
     kappa: float = 50.0  # samples at which a class's own radius and the frequent classes' weigh the same
     own: float = 1.0  # weight of a residual of the class itself against a borrowed one
+    widen: float = 0.0  # radii are sqrt(1 + widen / n) times as large
 
     def __post_init__(self):
         if self.whiten not in WHITEN: raise FedgalError(f"whiten = {self.whiten!r}: one of {', '.join(WHITEN)}{did_you_mean(self.whiten, WHITEN)}")
-        if min(self.kappa, self.own) < 0: raise FedgalError(f"kappa = {self.kappa} and own = {self.own}: must be >= 0")
+        if min(self.kappa, self.own, self.widen) < 0: raise FedgalError(f"kappa = {self.kappa}, own = {self.own}, widen = {self.widen}: must be >= 0")
 
 def inverse_root(
     second: Tensor,  # [d, d] second moments
@@ -119,7 +120,7 @@ class Transplant(Generator):
     def fit(self, task: FitTask) -> list[dict]:
         task.require("latents"); self.space.check(task.space)
         z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
-        s, c = ClassStatistics.from_features(z, y, self.n_classes, self.space), self.config
+        s, c = task.statistics or ClassStatistics.from_features(z, y, self.n_classes, self.space), self.config
         n, self.known, head, self.give = s.count, s.present, head_classes(s.count), donors(s.count, c.own)
         order = torch.argsort(y, stable=True)
         order = order[(self.give.sum(0) > 0)[y[order]]]    # residuals that somebody may be given
@@ -128,9 +129,9 @@ class Transplant(Generator):
         pool = r[head[y]]
         e = r @ inverse_root(pool.T @ pool / len(pool), c.whiten)
         root = covariance_factor(cov, "sqrt") if c.whiten == "pooled" else cov.diagonal(dim1=1, dim2=2).sqrt().diag_embed()
-        second = class_sums(e, y, self.n_classes)[2] / n.clamp(min=1)[:, None, None]
+        second = class_sums(e, y, self.n_classes)[2] / torch.bincount(y, minlength=self.n_classes).clamp(min=1)[:, None, None]
         lengths = torch.einsum("yij,cij->yc", root @ root, second)    # mean of |S_y e|^2 over the residuals of class c
-        gain = class_radius(s, "calibrated", kappa=c.kappa) / (self.give * lengths).sum(1).clamp(min=1e-300).sqrt()
+        gain = (1 + c.widen / n.clamp(min=1)).sqrt() * class_radius(s, "calibrated", kappa=c.kappa) / (self.give * lengths).sum(1).clamp(min=1e-300).sqrt()
         self.size, self.residual, self.mean = torch.bincount(y, minlength=self.n_classes), e.float(), mean.float()
         self.factor = (root * torch.where(self.known, gain, 0.0)[:, None, None]).float()
         return []
