@@ -237,6 +237,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fedgal.engines._probe_input': ('engines.html#_probe_input', 'fedgal/engines.py'),
                                 'fedgal.engines._run_chunk': ('engines.html#_run_chunk', 'fedgal/engines.py'),
                                 'fedgal.engines._stack': ('engines.html#_stack', 'fedgal/engines.py'),
+                                'fedgal.engines.blend_rows': ('engines.html#blend_rows', 'fedgal/engines.py'),
                                 'fedgal.engines.chunk_size': ('engines.html#chunk_size', 'fedgal/engines.py'),
                                 'fedgal.engines.example_bytes': ('engines.html#example_bytes', 'fedgal/engines.py'),
                                 'fedgal.engines.obstacle': ('engines.html#obstacle', 'fedgal/engines.py'),

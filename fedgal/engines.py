@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'ENGINES', 'AUTO_CLIENTS', 'AUTO_STEP', 'run_serial', 'payload_of', 'pad_batches', 'reached',
-           'example_bytes', 'chunk_size', 'Chunk', 'obstacle', 'run_batched', 'step_bytes', 'resolve_engine',
-           'run_clients']
+           'example_bytes', 'chunk_size', 'blend_rows', 'Chunk', 'obstacle', 'run_batched', 'step_bytes',
+           'resolve_engine', 'run_clients']
 
 # %% ../nbs/42_engines.ipynb #e0439ba5
 from collections.abc import Callable
@@ -87,6 +87,18 @@ def chunk_size(
     "Clients whose stacked copies and activations fit into the budget."
     return max(1, budget // (_KEPT * parameters + 3 * batch_size * example))
 
+# %% ../nbs/42_engines.ipynb #21d399d4
+def blend_rows(
+    x: Tensor,  # [k, B, ...] float inputs
+    y: Tensor,  # [k, B]
+    drawn: list[tuple[Tensor, Tensor]],  # of each client: order of its examples [<= B], share of the example itself []
+) -> tuple[Tensor, Tensor, Tensor]:  # blended inputs [k, B, ...], second targets [k, B], shares [k]
+    "Mixup of stacked batches."
+    order = torch.arange(x.shape[1]).repeat(len(x), 1)
+    for row, (o, _) in zip(order, drawn, strict=True): row[:len(o)] = o
+    at, lam = (torch.arange(len(x))[:, None], order), torch.stack([share for _, share in drawn]).to(x.device)
+    return blend(x, x[at], lam), y[at], lam
+
 # %% ../nbs/42_engines.ipynb #c0373c92
 def _stack(tensors):
     "[k, ...]; without a copy if all are the same tensor."
@@ -126,10 +138,8 @@ class Chunk:
                 row[len(b):] = row[:1]
         x, y, mask = to_float(x.to(self.device)), self.y[index].to(self.device), mask.to(self.device)
         if not self.config.mixup: return x, y, mask, ()
-        drawn, order = [draw_mixup(len(b), self.config.mixup, rng) for _, b, rng in active], torch.arange(x.shape[1]).repeat(len(x), 1)
-        for row, (o, _) in zip(order, drawn, strict=True): row[:len(o)] = o    # padding is blended with itself
-        lam, at = torch.stack([share for _, share in drawn]).to(self.device), (torch.arange(len(x))[:, None], order)
-        return blend(x, x[at], lam), y, mask, (y[at], lam)
+        x, *mixed = blend_rows(x, y, [draw_mixup(len(b), self.config.mixup, rng) for _, b, rng in active])
+        return x, y, mask, mixed
 
     def descend(self, grads):
         "One step of SGD for the first clients; `grads` has one row for each."
