@@ -173,6 +173,10 @@ def check_together(params: dict) -> None:
     if get("algorithm_options"):
         from fedgal.algorithms import get_algorithm    # seconds of torch that most plans do not need
         get_algorithm(get("algorithm"), **get("algorithm_options"))
+    if get("generator_options"):
+        from fedgal.generators.base import make_config
+        make_config(get("generator"), **get("generator_options"))
+    if get("consistency") and not get("encoder_lr"): raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
     if arms and get("levels") is not None and "high" not in get("levels") and (bad := [a for a in arms if a in ("fedncm", "fed3r", "lda", "ccvr")]):
         raise FedgalError(f"arm {bad[0]} is made from statistics of level high; put it among levels = {get('levels')}")
     if arms and "tau_norm" in arms and get("head") == "cosine": raise FedgalError("arm tau_norm rescales the rows of a linear layer, and head cosine ignores their length; use head linear, or leave the arm out")

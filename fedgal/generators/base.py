@@ -17,8 +17,8 @@ from ..stats import ClassStatistics, Space, check_features, class_blocks
 from ..store import load_meta, load_tensors, save_tensors
 
 # %% auto #0
-__all__ = ['GENERATORS', 'FitTask', 'Generator', 'get_generator', 'make_generator', 'load_generator', 'Bank', 'make_bank',
-           'class_matmul']
+__all__ = ['GENERATORS', 'FitTask', 'Generator', 'get_generator', 'make_config', 'make_generator', 'load_generator', 'Bank',
+           'make_bank', 'class_matmul']
 
 # %% ../../nbs/30_generators_base.ipynb #fc85f0db
 @dataclass(frozen=True, eq=False)
@@ -94,6 +94,14 @@ def get_generator(name: str) -> type[Generator]:
     module, attribute = target.split(":")
     return getattr(import_module(module), attribute)
 
+def make_config(name: str, **options):
+    "The options of a generator; raises FedgalError for unknown ones."
+    cls = get_generator(name)
+    known = [f.name for f in fields(cls.Config)]
+    for o in options:
+        if o not in known: raise FedgalError(f"generator {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known)}")
+    return cls.Config(**options)
+
 def make_generator(
     name: str,  # see `GENERATORS`
     space: Space,
@@ -101,11 +109,7 @@ def make_generator(
     **options,  # fields of the generator's Config
 ) -> Generator:
     "A generator, not fitted yet."
-    cls = get_generator(name)
-    known = [f.name for f in fields(cls.Config)]
-    for o in options:
-        if o not in known: raise FedgalError(f"generator {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known)}")
-    return cls(space, n_classes, cls.Config(**options))
+    return get_generator(name)(space, n_classes, make_config(name, **options))
 
 def load_generator(path: Path) -> Generator:
     "Read what `Generator.save` wrote."

@@ -169,7 +169,7 @@ class DiffusionConfig:
     prototype: float = 0.0  # weight of the prototype loss
     radius: float = 0.0  # weight of the radius loss
     margin: float = 0.0  # weight of the margin loss
-    proto_form: str = "mean"  # "mean" of a class in the batch, or every "sample" as in the notes
+    proto_form: str = "unbiased"  # prototype loss of class means free of sampling noise, plain "mean", or every "sample" as in the notes
     width: int = 128
     blocks: int = 2
     target: str = "v"
@@ -193,7 +193,7 @@ class DiffusionConfig:
         if not 1 <= self.rounds <= self.steps: raise FedgalError(f"{self.rounds} rounds with {self.steps} steps: at least one round and one step in each")
 
     @property
-    def geometry(self) -> Geometry: return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form)
+    def geometry(self) -> Geometry: return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode="rms")
     @property
     def denoiser(self) -> DenoiserConfig:
         return DenoiserConfig(width=self.width, blocks=self.blocks, target=self.target, steps=self.steps, batch_size=self.batch_size, lr=self.lr, power=self.power, drop=self.drop, ema=self.ema)
