@@ -115,8 +115,7 @@ class Chunk:
         self.w = {n: p.clone() for n, p in self.start.items()}
         self.correction = {n: torch.stack([corrections[c.id][n] for c, _ in work]) for n in used} if corrections else {}
         self.velocity = {n: torch.zeros_like(p) for n, p in self.w.items()} if self.config.momentum else {}
-        sizes = torch.tensor([0] + [len(c.x) for c, _ in work[:-1]])
-        self.first = sizes.cumsum(0)    # row of each client's first example in x
+        self.first = torch.tensor([0] + [len(c.x) for c, _ in work[:-1]]).cumsum(0)    # row of each client's first example in x
         self.x, self.y = torch.cat([c.x for c, _ in work]), torch.cat([c.y for c, _ in work])
         self.rng = [stream(seed, "augment", payload.round, c.id) for c, _ in work]
         known = [context_of(loss, c) for c, _ in work]
