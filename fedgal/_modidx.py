@@ -597,6 +597,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fedgal.joint.combine': ('joint.html#combine', 'fedgal/joint.py'),
                               'fedgal.joint.dot': ('joint.html#dot', 'fedgal/joint.py'),
                               'fedgal.joint.effective_rank': ('joint.html#effective_rank', 'fedgal/joint.py'),
+                              'fedgal.joint.ema_decay': ('joint.html#ema_decay', 'fedgal/joint.py'),
                               'fedgal.joint.equal_radius_loss': ('joint.html#equal_radius_loss', 'fedgal/joint.py'),
                               'fedgal.joint.fit_joint': ('joint.html#fit_joint', 'fedgal/joint.py'),
                               'fedgal.joint.mean_radius': ('joint.html#mean_radius', 'fedgal/joint.py'),

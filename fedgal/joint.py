@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from .core import FedgalError, did_you_mean, progress
 from .data import to_float
@@ -26,7 +26,7 @@ from .stats import head_classes
 
 # %% auto #0
 __all__ = ['COMBINE', 'WARMUPS', 'dot', 'combine', 'Gradients', 'split_gradients', 'equal_radius_loss', 'effective_rank',
-           'mean_radius', 'collapsed', 'JointConfig', 'plateaued', 'at_rest', 'LatentNorm', 'JointState',
+           'mean_radius', 'collapsed', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay', 'LatentNorm', 'JointState',
            'JointTrainer', 'JointResult', 'fit_joint']
 
 # %% ../nbs/49a_joint.ipynb #fa2a71ec
@@ -179,6 +179,14 @@ def at_rest(
     if config.warmup == "share": return epoch < share
     return epoch < 2 * share and not any(plateaued(losses[:e]) for e in range(epoch + 1))
 
+# %% ../nbs/49a_joint.ipynb #1d028785
+def ema_decay(
+    decay: float,  # in the long run
+    n: int,  # steps so far
+) -> float:
+    "Decay of a running average that forgets its start fast."
+    return min(decay, (1 + n) / (10 + n))
+
 # %% ../nbs/49a_joint.ipynb #50a258fd
 class LatentNorm(nn.BatchNorm1d):
     "Batch normalisation without weights between encoder and denoiser, and its inverse for samples."
@@ -214,7 +222,7 @@ class JointState:
         self.share, self.weight = share / share.sum(), (share / self.counts.clamp(min=1))[y]    # of classes; of samples when drawing
         self.rich = head_classes(self.counts).to(self.device)
         self.denoiser = initialised(lambda: Denoiser(d, C, config.width, config.blocks), stream(seed, "joint denoiser")).to(self.device)
-        self.averaged = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.averaged = AveragedModel(self.denoiser, multi_avg_fn=lambda old, new, n: torch._foreach_lerp_(old, new, 1 - ema_decay(config.ema, int(n))))
         self.parts = {"encoder": self.encoder, "head": self.model.head, "denoiser": self.denoiser}
         self.optimiser = torch.optim.AdamW([g for n, m in self.parts.items() for g in decay_groups(m, config.weight_decay, lr=getattr(config, f"lr_{n}"), part=n)])
         self.norm.measure(z)
