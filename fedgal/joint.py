@@ -294,8 +294,7 @@ class JointTrainer(JointState):
         params = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.parts.items()}
         self.last = g = split_gradients(terms["real"], semantic, terms.get("generated"), *params.values(), gamma=c.gamma)
         for n, grads in {"encoder": combine(g.real, g.semantic, c.rule) if moving else [], "head": g.head, "denoiser": g.denoiser}.items():
-            for p, v in zip(params[n], grads, strict=True): p.grad = v
-            if c.clip: nn.utils.clip_grad_norm_(params[n], c.clip)
+            for p, v in zip(params[n], clipped(grads, c.clip), strict=True): p.grad = v
         self.moved += moving
         for group in self.optimiser.param_groups:
             if group["part"] == "encoder": group["lr"] = c.lr_encoder * min(1.0, self.moved / max(1, c.ramp))
@@ -326,9 +325,9 @@ class JointTrainer(JointState):
 
     def look(self, e: int, terms: dict[str, Tensor]) -> dict:
         "A row of the history: losses, gradients of the last step, head and latents; the only place that waits for the device."
-        g, row = self.last, {"epoch": e + 1, "step": self.steps, "resting": not self.norm.training, **{n: float(v) for n, v in terms.items()}}
+        g, row = self.last, {"epoch": e + 1, "step": self.steps, "resting": not self.norm.training, **{f"loss_{n}": float(v) for n, v in terms.items()}}
         length = {n: float(dot(v, v).sqrt()) if v else 0.0 for n, v in g._asdict().items()}
-        if not all(map(math.isfinite, [*length.values(), row["real"], row["ldm"]])): raise FedgalError(f"joint training diverged at step {self.steps}: a loss or gradient is not finite; lower the learning rates, or clip")
+        if not all(map(math.isfinite, [*length.values(), row["loss_real"], row["loss_ldm"]])): raise FedgalError(f"joint training diverged at step {self.steps}: a loss or gradient is not finite; lower the learning rates, or clip")
         row |= {f"norm_{n}": v for n, v in length.items()} | {"cosine": float(dot(g.real, g.semantic)) / max(length["real"] * length["semantic"], 1e-30) if g.real else None,
                 "conflicts": float(self.conflicts) / self.since if self.since else None, "lr_encoder": self.optimiser.param_groups[0]["lr"] if self.moved else 0.0}
         self.conflicts, self.since = self.conflicts * 0, 0

@@ -31,7 +31,7 @@ def latents(
     "Mean radius and effective rank of real latents over the steps, and where the alarm fired."
     fired = {n: next((r for r in rows if r["alarm"]), None) for n, rows in runs.items()}
     lost = [n for n, r in fired.items() if r]
-    fig, axes = new_figure(f"The latents collapse: {', '.join(lost)}" if lost else "The latents keep their width and their directions", 3.3, columns=2)
+    fig, axes = new_figure(f"The latents collapse in {len(lost)} of {len(runs)} runs: {'; '.join(lost)}" if lost else "The latents keep their width and their directions", 3.3, columns=2)
     for ax, (column, label) in zip(axes, {"radius": "mean radius of a class", "rank": "effective rank"}.items(), strict=True):
         for i, (name, rows) in enumerate(runs.items()):
             ax.plot([0, *(r["step"] for r in rows)], [start[column], *(r[column] for r in rows)], color=PALETTE[i], label=name, ls=("-", "-", "--")[i % 3])
@@ -50,7 +50,7 @@ _PARTS = {"norm_real": "encoder, real loss", "norm_semantic": "encoder, semantic
 def gradients(
     history: list[dict],  # with "step", "resting", "norm_...", "cosine", "conflicts"
 ) -> tuple[Figure, str]:
-    "Lengths of all gradients, and the angle between the two that meet at the encoder."
+    "Lengths of all gradients, before clipping, and the angle between the two that meet at the encoder."
     moving = [r for r in history if r["cosine"] is not None]
     conflicts = sum(r["conflicts"] for r in moving) / len(moving) if moving else 0.0
     fig, axes = new_figure(f"At the encoder the two gradients conflict in {percent(conflicts)} of the steps" if moving else "The encoder never moved", 3.4, columns=2)
@@ -60,7 +60,7 @@ def gradients(
     axes[0].set(xlabel="step", ylabel="length of the gradient", yscale="log")
     axes[1].plot([r["step"] for r in moving], [r["cosine"] for r in moving], color=PALETTE[0])
     axes[1].axhline(0, color=MUTED, lw=1)
-    axes[1].set(xlabel="step", ylabel="cosine of real and semantic gradient", ylim=(-1.05, 1.05), xlim=axes[0].get_xlim())
+    axes[1].set(xlabel="step", ylabel="cosine of the two at the encoder", ylim=(-1.05, 1.05), xlim=axes[0].get_xlim())
     for ax in axes: mark_rest(ax, history)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     last = {label: history[-1][column] for column, label in _PARTS.items()}
