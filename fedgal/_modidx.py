@@ -593,6 +593,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fedgal.joint.LatentNorm.inverse': ('joint.html#latentnorm.inverse', 'fedgal/joint.py'),
                               'fedgal.joint.LatentNorm.measure': ('joint.html#latentnorm.measure', 'fedgal/joint.py'),
                               'fedgal.joint.at_rest': ('joint.html#at_rest', 'fedgal/joint.py'),
+                              'fedgal.joint.clipped': ('joint.html#clipped', 'fedgal/joint.py'),
                               'fedgal.joint.collapsed': ('joint.html#collapsed', 'fedgal/joint.py'),
                               'fedgal.joint.combine': ('joint.html#combine', 'fedgal/joint.py'),
                               'fedgal.joint.dot': ('joint.html#dot', 'fedgal/joint.py'),

@@ -25,9 +25,9 @@ from .seeds import stream
 from .stats import head_classes
 
 # %% auto #0
-__all__ = ['COMBINE', 'WARMUPS', 'dot', 'combine', 'Gradients', 'split_gradients', 'equal_radius_loss', 'effective_rank',
-           'mean_radius', 'collapsed', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay', 'LatentNorm', 'JointState',
-           'JointTrainer', 'JointResult', 'fit_joint']
+__all__ = ['COMBINE', 'WARMUPS', 'dot', 'combine', 'Gradients', 'split_gradients', 'clipped', 'equal_radius_loss',
+           'effective_rank', 'mean_radius', 'collapsed', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay',
+           'LatentNorm', 'JointState', 'JointTrainer', 'JointResult', 'fit_joint']
 
 # %% ../nbs/49a_joint.ipynb #fa2a71ec
 COMBINE = ("sum", "real_only", "semantic_only", "normalised", "pcgrad")
@@ -75,6 +75,16 @@ def split_gradients(
     n, g = len(encoder), list(a[len(encoder):])
     if generated is not None: g = [u + gamma * v for u, v in zip(g, torch.autograd.grad(generated, head), strict=True)]
     return Gradients(list(a[:n]), list(b[:n]), g, list(b[n:]))
+
+# %% ../nbs/49a_joint.ipynb #f2016d12
+def clipped(
+    grads: list[Tensor],
+    limit: float,  # largest length of all of them together; 0: any
+) -> list[Tensor]:
+    "Gradients scaled down to a length; those given stay as they are."
+    if not limit or not grads: return grads
+    scale = (limit / dot(grads, grads).sqrt().clamp(min=torch.finfo(grads[0].dtype).tiny)).clamp(max=1)
+    return [scale * v for v in grads]
 
 # %% ../nbs/49a_joint.ipynb #41b5233f
 def equal_radius_loss(
