@@ -27,7 +27,7 @@ from .stats import head_classes
 # %% auto #0
 __all__ = ['COMBINE', 'WARMUPS', 'dot', 'combine', 'Gradients', 'split_gradients', 'clipped', 'equal_radius_loss',
            'effective_rank', 'mean_radius', 'collapsed', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay',
-           'LatentNorm', 'JointState', 'JointTrainer', 'JointResult', 'fit_joint']
+           'LatentNorm', 'JointState', 'JointBank', 'JointStep', 'JointTrainer', 'JointResult', 'fit_joint']
 
 # %% ../nbs/49a_joint.ipynb #fa2a71ec
 COMBINE = ("sum", "real_only", "semantic_only", "normalised", "pcgrad")
@@ -253,6 +253,9 @@ class JointState:
         z = self.encode(2048)
         return {"radius": float(mean_radius(z, self.y[:len(z)].to(z.device))), "rank": float(effective_rank(z))}
 
+# %% ../nbs/49a_joint.ipynb #d44187b6
+class JointBank(JointState):
+    "Generated latents, and the class mix that they make together with real ones."
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:  # [N, d]
         "Generated latents of given classes, by the averaged denoiser."
         z = ddim(self.averaged.module, labels, self.schedule, self.model.dims["high"], self.config.sampling_steps, generator)
@@ -268,15 +271,14 @@ class JointState:
         return class_log_prior(mixed_prior(self.share, class_weights(self.counts), self.config.gamma if self.bank else 0.0)).to(self.device)
 
 # %% ../nbs/49a_joint.ipynb #1cde6102
-class JointTrainer(JointState):
-    "`step` and `epoch` of joint training."
+class JointStep(JointBank):
+    "The losses of a batch and what each network makes of them."
     def __init__(self, model: SplitModel, x: Tensor, y: Tensor, config: JointConfig, seed: int,
         loss: Callable = cross_entropy,  # (logits, y, log prior) -> [B]
         augment: Callable | None = None,  # (x, generator) -> x, on a whole batch as stored
     ):
         super().__init__(model, x, y, config, seed)
-        self.loss, self.augment, self.steps, self.moved = loss, augment, 0, 0
-        self.conflicts, self.since = torch.zeros((), device=self.device), 0
+        self.loss, self.augment, self.steps, self.moved, self.since, self.conflicts = loss, augment, 0, 0, 0, torch.zeros((), device=self.device)
 
     def rest(self, resting: bool) -> None:
         "Freeze the encoder in evaluation mode, or let it move."
@@ -315,6 +317,9 @@ class JointTrainer(JointState):
         self.steps += 1
         return {n: v.detach() for n, v in terms.items()}
 
+# %% ../nbs/49a_joint.ipynb #225650c0
+class JointTrainer(JointStep):
+    "Passes over the samples, and what is seen on the way."
     def epoch(self, e: int, history: list[dict]) -> float:
         "One pass; appends a row to `history` every `watch` steps and returns the mean diffusion loss."
         c, total = self.config, 0.0
