@@ -236,7 +236,7 @@ class JointState:
         self.parts = {"encoder": self.encoder, "head": self.model.head, "denoiser": self.denoiser}
         self.optimiser = torch.optim.AdamW([g for n, m in self.parts.items() for g in decay_groups(m, config.weight_decay, lr=getattr(config, f"lr_{n}"), part=n)])
         self.norm.measure(z)
-        self.geometry = MovingGeometry.start(C, d).update(self.norm.eval()(z), y.to(self.device), config.rate)
+        self.geometry = MovingGeometry.start(C, d, self.device).update(self.norm.eval()(z), y.to(self.device), config.rate)
         self.bank, self.start = None, self.shape()
 
     @torch.no_grad()
