@@ -154,9 +154,11 @@ def registries():
     from fedgal.finetune import ARMS
     from fedgal.generators.base import GENERATORS
     from fedgal.heads import HEADS
+    from fedgal.joint import COMBINE, WARMUPS
     from fedgal.local_losses import LOCAL_LOSSES
     from fedgal.models import MODELS, NORMS
-    return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": ["digits", *SOURCES]}
+    return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": ["digits", *SOURCES],
+            "joint_rule": COMBINE, "joint_warmup": WARMUPS}
 
 
 def test_choices_are_those_of_the_library(schemas):
