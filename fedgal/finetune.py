@@ -136,7 +136,7 @@ def mixed_rows(
     level: str,
 ) -> Tensor:  # [n + m, pixels + d + 1]
     "Input rows for `Mixed`."
-    pixels, d, parts = int(torch.tensor(model.in_shape).prod()), model.dims[level], []
+    pixels, parts = int(torch.tensor(model.in_shape).prod()), []
     if x is not None: parts.append(torch.cat([x.flatten(1), encode(model, x, level), torch.zeros(len(x), 1)], 1))
     if z is not None: parts.append(torch.cat([torch.zeros(len(z), pixels), z, torch.ones(len(z), 1)], 1))
     return torch.cat(parts)

@@ -26,7 +26,7 @@ def publish_members(exp, record: dict) -> None:
             save_json(target, load_json(made[-1]) | {"experiment": m.name, "seconds": {s["stage"]: s["seconds"] for s in entry["stages"]}})
 
 # %% ../nbs/73_publish.ipynb #a25af64c
-_TITLES = {"60_evaluate": "Result", "61_models": "Result", "90_compare": "Comparison"}
+_TITLES = {"25_joint": "Result", "60_evaluate": "Result", "61_models": "Result", "90_compare": "Comparison"}
 
 def _label(stage): return _TITLES.get(stage, re.sub(r"^[a-z0-9]*?_?\d+_", "", stage).replace("_", " ").capitalize())
 

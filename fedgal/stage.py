@@ -142,7 +142,7 @@ def gather(
     merged = {n: v for n, v in (values | given | edited).items() if n not in RESERVED}
     later = [s for s in (p.stem for p in sorted((root() / "nbs" / "stages").glob("*.ipynb"))) if s not in chain]
     params = resolve(chain + later, merged)
-    check_together(params)
+    check_together({s: params[s] for s in chain})    # what later stages are given is not known here
     return params
 
 # %% ../nbs/70_stage.ipynb #235ccdae
