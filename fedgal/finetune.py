@@ -44,6 +44,7 @@ def balance_weights(
     w = 1.0 / counts.double()[y]
     return (w / w.sum()).float()
 
+# %% ../nbs/45_finetune.ipynb #theycome
 def as_they_come(arm: str, sampling: str) -> bool:
     "Whether an arm draws real features with their own class frequencies."
     return arm == "refit_prior" or sampling != "balanced" and arm != "refit"
@@ -68,6 +69,7 @@ def client_weights(
     share = {k: float(len(y)) if as_they_come(arm, sampling) else float((1.0 / counts.double()[y]).sum()) for k, y in enumerate(labels)}
     return {k: max(v, 1e-12) for k, v in share.items()}
 
+# %% ../nbs/45_finetune.ipynb #mixbank0
 def mix_with_bank(
     z: Tensor,  # [n, d] real features; n may be 0
     y: Tensor,  # [n]

@@ -26,8 +26,8 @@ from ..stats import ClassStatistics, pooled_within, standardiser
 
 # %% auto #0
 __all__ = ['FRAMES', 'SAMPLERS', 'Frame', 'in_coordinates', 'make_frame', 'Averaged', 'average_rows', 'train_federated', 'draw',
-           'client_loss', 'summary', 'DiffusionConfig', 'Diffusion', 'GaldConfig', 'Gald', 'DiffusionPooled',
-           'GaldPooled']
+           'client_loss', 'summary', 'DiffusionConfig', 'Diffusion', 'fit_denoiser', 'residuals', 'stretch',
+           'GaldConfig', 'Gald', 'DiffusionPooled', 'GaldPooled']
 
 # %% ../../nbs/38_latent_diffusion.ipynb #fc7520ca
 class Frame(NamedTuple):
@@ -215,39 +215,9 @@ class Diffusion(Generator):
         teaches = s.count > (1 if c.frame == "class" else 0)    # the residual of a lone sample is zero
         parts = [(self.frame.encode(z[teaches[y]], y[teaches[y]]), y[teaches[y]]) for z, y in task.latents]
         if self.trained_on == "pooled": parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
-        history = self.train(parts, task.seed)
-        self.stretch = torch.ones(self.n_classes)
-        if c.dilate: self.stretch = self.measure(task.rng("radius"))
+        history = fit_denoiser(self, parts, task.seed)
+        self.stretch = stretch(self, task.rng("radius")) if c.dilate else torch.ones(self.n_classes)
         return history
-
-    def terms(self, x0: Tensor, y: Tensor, t: Tensor, told: Tensor | None = None) -> dict[str, Tensor]:
-        "Geometry losses of an estimate, where it will be placed."
-        return gald_loss(self.frame.place(x0, y), y, self.schedule.alpha_bar[t], self.frame.anchors, self.config.geometry, told)
-
-    def train(self, parts: list, seed: int) -> list[dict]:
-        c = self.config
-        extra = self.terms if c.prototype + c.radius + c.margin > 0 else None
-        if len(parts) > 1:
-            made = train_federated(parts, self.n_classes, c.denoiser, c.rounds, seed, self.schedule, extra, c.class_rows)
-            self.sent = [{"round": r, "client": k, "bytes": made.bytes} for r in range(c.rounds) for k, (x, _) in enumerate(parts) if len(x)]
-        else: made = train_denoiser(*parts[0], self.n_classes, c.denoiser, seed, self.schedule, extra)
-        self.model = made.model
-        return made.history
-
-    def measure(self, generator: torch.Generator, per_class: int = 256) -> Tensor:
-        "Wanted over made radius of every class [C]; 1 for a class that is not known."
-        y = torch.arange(self.n_classes).repeat_interleave(per_class)
-        ratio = self.frame.target / measured_radius(self.frame.place(self.residuals(y, generator), y), y, self.n_classes, about=self.frame.prototypes.nan_to_num())
-        return torch.where(self.frame.prototypes.isfinite().all(1) & ratio.isfinite(), ratio, 1.0)
-
-    def residuals(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        "What the network makes, [N, d], in the coordinates it was trained in."
-        c, weight = self.config, (1 + self.config.guidance) * self.count / (self.count + self.config.borrow).clamp(min=1e-9)
-        def model(z, t, y):
-            free, told = self.model(z.repeat(2, 1), t.repeat(2), torch.cat([torch.full_like(y, self.model.null), y])).chunk(2)
-            return free + weight[y][:, None] * (told - free)
-        plain = not (c.guidance or c.borrow)
-        return SAMPLERS[c.sampler](self.model if plain else model, labels, self.schedule, self.space.dim, c.sample_steps, generator, target=c.target)
 
     def in_steps(self, steps: int) -> Diffusion:
         "The same network, sampled in another number of steps."
@@ -257,7 +227,7 @@ class Diffusion(Generator):
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.frame.prototypes.isfinite().all(1))
-        u, mu = self.frame.place(self.residuals(labels, generator), labels), self.frame.prototypes[labels]
+        u, mu = self.frame.place(residuals(self, labels, generator), labels), self.frame.prototypes[labels]
         z = self.frame.leave(mu + self.stretch[labels][:, None] * (u - mu))
         if self.config.clamp and self.space.nonnegative: z = z.relu()
         return normalize(z, dim=1) if self.space.normalised else z
@@ -270,6 +240,34 @@ class Diffusion(Generator):
         self.count, self.stretch = tensors["count"].clone(), tensors["stretch"].clone()
         self.model = Denoiser(self.space.dim, self.n_classes, self.config.width, self.config.blocks).requires_grad_(False)
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+
+# %% ../../nbs/38_latent_diffusion.ipynb #fitden00
+def fit_denoiser(gen: Diffusion, parts: list, seed: int) -> list[dict]:
+    "Train the denoiser of a generator, with the geometry of what it will place; on several parts federatedly."
+    c = gen.config
+    def geometry(x0, y, t, told=None): return gald_loss(gen.frame.place(x0, y), y, gen.schedule.alpha_bar[t], gen.frame.anchors, c.geometry, told)
+    extra = geometry if c.prototype + c.radius + c.margin > 0 else None
+    if len(parts) > 1:
+        made = train_federated(parts, gen.n_classes, c.denoiser, c.rounds, seed, gen.schedule, extra, c.class_rows)
+        gen.sent = [{"round": r, "client": k, "bytes": made.bytes} for r in range(c.rounds) for k, (x, _) in enumerate(parts) if len(x)]
+    else: made = train_denoiser(*parts[0], gen.n_classes, c.denoiser, seed, gen.schedule, extra)
+    gen.model = made.model
+    return made.history
+
+def residuals(gen: Diffusion, labels: Tensor, generator: torch.Generator) -> Tensor:
+    "What the network makes, [N, d], in the coordinates it was trained in."
+    c, weight = gen.config, (1 + gen.config.guidance) * gen.count / (gen.count + gen.config.borrow).clamp(min=1e-9)
+    def model(z, t, y):
+        free, told = gen.model(z.repeat(2, 1), t.repeat(2), torch.cat([torch.full_like(y, gen.model.null), y])).chunk(2)
+        return free + weight[y][:, None] * (told - free)
+    plain = not (c.guidance or c.borrow)
+    return SAMPLERS[c.sampler](gen.model if plain else model, labels, gen.schedule, gen.space.dim, c.sample_steps, generator, target=c.target)
+
+def stretch(gen: Diffusion, generator: torch.Generator, per_class: int = 256) -> Tensor:
+    "Wanted over made radius of every class [C]; 1 for a class that is not known."
+    y, f = torch.arange(gen.n_classes).repeat_interleave(per_class), gen.frame
+    ratio = f.target / measured_radius(f.place(residuals(gen, y, generator), y), y, gen.n_classes, about=f.prototypes.nan_to_num())
+    return torch.where(f.prototypes.isfinite().all(1) & ratio.isfinite(), ratio, 1.0)
 
 # %% ../../nbs/38_latent_diffusion.ipynb #3e7942d4
 @dataclass(frozen=True)
