@@ -130,7 +130,8 @@ def label(row: dict) -> str:
     said = dict(row["params"])
     shown = {"generator": "generator", "none": "algorithm"}.get(row["arm"])
     first = said.pop(shown, row["arm"])
-    return ", ".join([first, *(v if n in ("algorithm", "level") else f"{n} {v}" for n, v in said.items())])
+    spell = lambda n, v: v if n in ("algorithm", "level") else ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else f"{n} {v}"
+    return ", ".join([first, *(spell(n, v) for n, v in said.items())])
 
 # %% ../nbs/53_compare.ipynb #e577e7b5
 def find_row(
