@@ -179,7 +179,9 @@ def check_together(params: dict) -> None:
     if get("consistency") and not get("encoder_lr"): raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
     if arms and get("levels") is not None and "high" not in get("levels") and (bad := [a for a in arms if a in ("fedncm", "fed3r", "lda", "ccvr")]):
         raise FedgalError(f"arm {bad[0]} is made from statistics of level high; put it among levels = {get('levels')}")
-    if arms and "tau_norm" in arms and get("head") == "cosine": raise FedgalError("arm tau_norm rescales the rows of a linear layer, and head cosine ignores their length; use head linear, or leave the arm out")
+    if arms and "tau_norm" in arms and get("head") in ("cosine", "wcdas"): raise FedgalError(f"arm tau_norm rescales the rows of a linear layer, and head {get('head')} ignores their length; use head linear, or leave the arm out")
+    if get("local_loss") == "ldam" and get("head") != "cosine": raise FedgalError(f"local_loss ldam needs cosines; set head to cosine, it is {get('head')}")
+    if get("mixup") and get("local_loss") == "abbl": raise FedgalError("mixup blends labels sample by sample, and local_loss abbl looks at whole batches; leave one of them out")
     if get("algorithm") == "creff" and get("head") not in (None, "linear"): raise FedgalError(f"algorithm creff retrains a linear classifier; head = {get('head')} is none")
     if get("algorithm") in PERSONAL:
         if heads := [a for a in arms or () if a in ONE_HEAD]: raise FedgalError(f"arms {', '.join(heads)} make one classifier for all, but {get('algorithm')} leaves every client a model of its own; leave these arms out")

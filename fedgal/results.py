@@ -27,7 +27,8 @@ def setup_sentence(
     "Data, clients, training, seed and fingerprint."
     d, t = stage.upstream("10_data"), stage.upstream("20_train")
     how = {"dirichlet": f" {d['alpha']:g}", "ways": f" {d['ways']}, shots {d['shots']}"}.get(d["partition"], "")
-    return (f"**Setup.** {d['dataset']}, imbalance factor {d['imbalance']:g}, {run.split.n_clients} clients ({d['partition']}{how}), {int(run.split.class_counts().sum()):,} training samples; "
+    who = "all samples in one place" if run.split.n_clients == 1 else f"{run.split.n_clients} clients ({d['partition']}{how})"
+    return (f"**Setup.** {d['dataset']}, imbalance factor {d['imbalance']:g}, {who}, {int(run.split.class_counts().sum()):,} training samples; "
             f"{t['algorithm']} over {t['rounds']} rounds, {t['model']}{then}. Seed {stage.params['seed']}, fingerprint `{tag_of(run)}`.")
 
 # %% ../nbs/54_results.ipynb #94a24b52

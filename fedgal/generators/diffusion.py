@@ -174,7 +174,7 @@ class DiffusionConfig:
     width: int = 128
     blocks: int = 2
     target: str = "v"
-    rounds: int = 40  # of the federation; pooled training has none
+    rounds: int = 40  # of the federation, at most one a step; pooled training has none
     steps: int = 800  # optimiser steps, all rounds together
     batch_size: int = 64
     lr: float = 2e-3
@@ -191,7 +191,7 @@ class DiffusionConfig:
         if self.sampler not in SAMPLERS: raise FedgalError(f"sampler {self.sampler!r}: one of {', '.join(SAMPLERS)}{did_you_mean(self.sampler, SAMPLERS)}")
         for name in ("kappa", "widen", "borrow", "prototype", "radius", "margin"):
             if getattr(self, name) < 0: raise FedgalError(f"{name} = {getattr(self, name)}: must be >= 0")
-        if not 1 <= self.rounds <= self.steps: raise FedgalError(f"{self.rounds} rounds with {self.steps} steps: at least one round and one step in each")
+        if min(self.rounds, self.steps) < 1: raise FedgalError(f"rounds = {self.rounds} and steps = {self.steps}: at least one of each")
 
     @property
     def geometry(self) -> Geometry: return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode="rms")
@@ -248,8 +248,8 @@ def fit_denoiser(gen: Diffusion, parts: list, seed: int) -> list[dict]:
     def geometry(x0, y, t, told=None): return gald_loss(gen.frame.place(x0, y), y, gen.schedule.alpha_bar[t], gen.frame.anchors, c.geometry, told)
     extra = geometry if c.prototype + c.radius + c.margin > 0 else None
     if len(parts) > 1:
-        made = train_federated(parts, gen.n_classes, c.denoiser, c.rounds, seed, gen.schedule, extra, c.class_rows)
-        gen.sent = [{"round": r, "client": k, "bytes": made.bytes} for r in range(c.rounds) for k, (x, _) in enumerate(parts) if len(x)]
+        made = train_federated(parts, gen.n_classes, c.denoiser, min(c.rounds, c.steps), seed, gen.schedule, extra, c.class_rows)
+        gen.sent = [{"round": r, "client": k, "bytes": made.bytes} for r in range(min(c.rounds, c.steps)) for k, (x, _) in enumerate(parts) if len(x)]
     else: made = train_denoiser(*parts[0], gen.n_classes, c.denoiser, seed, gen.schedule, extra)
     gen.model = made.model
     return made.history
