@@ -339,6 +339,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fedgal.finetune.Mixed': ('finetune.html#mixed', 'fedgal/finetune.py'),
                                  'fedgal.finetune.Mixed.__init__': ('finetune.html#mixed.__init__', 'fedgal/finetune.py'),
                                  'fedgal.finetune.Mixed.forward': ('finetune.html#mixed.forward', 'fedgal/finetune.py'),
+                                 'fedgal.finetune.Mixed.train': ('finetune.html#mixed.train', 'fedgal/finetune.py'),
                                  'fedgal.finetune.Moved': ('finetune.html#moved', 'fedgal/finetune.py'),
                                  'fedgal.finetune._in_model': ('finetune.html#_in_model', 'fedgal/finetune.py'),
                                  'fedgal.finetune._wide': ('finetune.html#_wide', 'fedgal/finetune.py'),

@@ -27,13 +27,13 @@ from .repairs import REPAIRS
 from .stats import Space
 
 # %% ../nbs/45_finetune.ipynb #d65ed585
-ARMS = ("none", "refit", "refit_prior", *REPAIRS, "ccvr", "gaussian", "generator", "oracle")
+ARMS = ("none", "refit", "refit_plain", "refit_prior", *REPAIRS, "ccvr", "gaussian", "generator", "oracle")
 SAMPLING = ("balanced", "plain", "offset")
 BANKED = ("ccvr", "gaussian", "generator", "oracle")
 
 def federated(arm: str, where: str) -> bool:
     "Whether an arm could run without raw features leaving a client."
-    return arm != "oracle" and (where == "clients" or arm not in ("refit", "refit_prior"))
+    return arm != "oracle" and (where == "clients" or arm not in ("refit", "refit_plain", "refit_prior"))
 
 # %% ../nbs/45_finetune.ipynb #f9a14544
 def balance_weights(
@@ -47,7 +47,7 @@ def balance_weights(
 # %% ../nbs/45_finetune.ipynb #theycome
 def as_they_come(arm: str, sampling: str) -> bool:
     "Whether an arm draws real features with their own class frequencies."
-    return arm == "refit_prior" or sampling != "balanced" and arm != "refit"
+    return arm in ("refit_plain", "refit_prior") or sampling != "balanced" and arm != "refit"
 
 def union_prior(
     counts: Tensor,  # [C] real samples
@@ -79,11 +79,12 @@ def mix_with_bank(
     which: str = "uniform",  # classes of the bank that a client uses: "uniform" (all), "own" or "missing"
     sampling: str = "balanced",  # see `FinetuneConfig`
     pseudo: str = "uniform",  # see `FinetuneConfig`
+    views: int = 1,  # rows of z for each sample
 ) -> tuple[Tensor, Tensor, Tensor]:  # features, labels, sampling weights
     "Real features and a bank, with weights that give both their share."
     of_class, mine = bank.counts(), torch.bincount(y, minlength=bank.n_classes) > 0
     used = (of_class > 0) & (mine if which == "own" else ~mine if which == "missing" else torch.ones_like(mine))
-    if sampling == "plain": return torch.cat([z, bank.z]), torch.cat([y, bank.y]), torch.cat([torch.ones(len(y)), used[bank.y].float()]) / (len(y) + used[bank.y].sum())
+    if sampling == "plain": return torch.cat([z, bank.z]), torch.cat([y, bank.y]), torch.cat([torch.full((len(y),), 1 / views), used[bank.y].float()]) / (len(y) / views + used[bank.y].sum())
     q = used * (class_weights(counts, pseudo) if sampling == "offset" else 1.0)
     wb = (q[bank.y] / of_class.double()[bank.y] / q.sum().clamp(min=1e-30)).float()
     wr = torch.full((len(y),), 1 / max(len(y), 1)) if sampling == "offset" else balance_weights(y, counts)
@@ -124,6 +125,13 @@ class Mixed(nn.Module):
         self.model, self.level, self.scale = model, level, encoder_lr
         self.d = model.dims[level]
 
+    def train(self, mode: bool = True):
+        "Training mode, except for normalisation below the level: rows of a bank have no image to take statistics from."
+        super().train(mode)
+        self.model.low.eval()
+        if self.level == "high": self.model.high.eval()
+        return self
+
     def forward(self, rows: Tensor):  # [B, pixels + d + 1]
         x, z, is_bank = rows[:, :-self.d - 1], rows[:, -self.d - 1:-1], rows[:, -1:]
         own = getattr(self.model(x.view(-1, *self.model.in_shape)), self.level)
@@ -160,9 +168,11 @@ class FinetuneConfig:
     sampling: str = "balanced"  # classes drawn alike; "plain": real and generated as they come; "offset": real as they come, classes of the bank alike, and the loss corrects the prior of the union
     pseudo: str = "uniform"  # with "offset": how often each class is drawn from the bank, see `geometry.class_weights`
     consistency: float = 0.0  # weight of the encoder's drift from the frozen one, where it moves (GALD-DC 3-H)
+    views: int = 1  # rows of real features for each sample
 
     def __post_init__(self):
         if self.level not in ("low", "high"): raise FedgalError(f"finetune level {self.level!r}: 'low' or 'high'; above 'projected' there is nothing to train")
+        if self.sampling != "balanced" and self.where == "server": raise FedgalError(f"sampling {self.sampling!r} mixes real features with the bank, and the server has none; set where = 'clients'")
         if self.sampling not in SAMPLING: raise FedgalError(f"finetune sampling = {self.sampling!r}: one of {', '.join(SAMPLING)}{did_you_mean(self.sampling, SAMPLING)}")
         if self.consistency and not self.encoder_lr: raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
         if self.where not in ("clients", "server"): raise FedgalError(f"finetune where = {self.where!r}: 'clients' or 'server'")
@@ -193,7 +203,7 @@ def arm_clients(
         z, w = (mixed_rows(v, None, model, config.level) if slow else v), torch.full((len(y),), 1 / max(len(y), 1)) if as_they_come(arm, config.sampling) else balance_weights(y, n)
         if given is not None:
             extra = Bank(mixed_rows(None, given.z, model, config.level), given.y, _wide(given, model), given.generator, given.n_classes) if slow else given
-            z, y, w = mix_with_bank(z, y, extra, n, config.ratio, config.which, config.sampling, config.pseudo)
+            z, y, w = mix_with_bank(z, y, extra, n, config.ratio, config.which, config.sampling, config.pseudo, config.views)
         out.append(MultiStepClient(k, z, y, config.local(), sample_weights=w))
     return out
 
@@ -239,7 +249,8 @@ def finetune(
     part = Mixed(model, config.level, config.encoder_lr) if config.encoder_lr > 0 else model.view(config.level)
     prior = OwnPrior(len(counts)) if own is not None else lambda out, y: balanced_softmax(out.logits, y, counts)
     told = union_prior(counts, bank, config.ratio, config.pseudo) if config.sampling == "offset" and isinstance(bank, Bank) else None
-    plain = lambda out, y: cross_entropy(out.logits, y, told) + (config.consistency * out.drift if config.consistency else 0)
+    real = max(1 - config.ratio, 1e-9) if bank is not None else 1    # share of rows that can drift
+    plain = lambda out, y: cross_entropy(out.logits, y, told) + (config.consistency * out.drift / real if config.consistency else 0)
     run = (seed, engine, prior if arm == "refit_prior" else plain, evaluate, checkpoint)
     federation = FederationConfig(rounds=config.rounds, eval_every=config.rounds, algorithm="fedavg" if own is None else "local")
     clients = arm_clients(arm, model, inputs, labels, bank, counts if own is None else None, config)

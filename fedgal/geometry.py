@@ -202,12 +202,14 @@ def gald_loss(
     anchors: Anchors,
     geometry: Geometry = Geometry(),
     mask: Tensor | None = None,  # [B]; 0 or False: padding
+    variance: Tensor | float | None = None,  # [C] or a number: of a class per dimension in the coordinates that noise is added to; None: target^2 / d
 ) -> dict[str, Tensor]:  # scalars "prototype", "radius", "margin", times their strength
     "The geometry losses of GALD-DC; their sum is added to the diffusion loss."
     mu, target, unit = anchors
     w = timestep_weight(alpha_bar, geometry.at)
     if mask is not None: w = torch.where(mask.bool(), w, 0)
-    factor = radius_factor(alpha_bar, (target.square() / x0.shape[1])[y])
+    own = target.square() / x0.shape[1] if variance is None else torch.as_tensor(variance).to(target).expand(len(target))
+    factor = radius_factor(alpha_bar, own[y])
     return {"prototype": geometry.prototype * prototype_loss(x0, y, mu, w, unit, geometry.form),
             "radius": geometry.radius * radius_loss(x0, y, mu, target, w, factor, unit, geometry.mode),
             "margin": geometry.margin * margin_loss(x0, y, mu, w, unit, geometry.width)}

@@ -30,6 +30,7 @@ class FitTask:
     teachers: tuple[Callable, ...] = ()  # upper parts: features [N, dim] -> Features
     teacher_weights: Tensor | None = None  # [T, C]; default: all teachers count the same
     latents: tuple[tuple[Tensor, Tensor], ...] = ()  # (features, labels), one pair a client
+    views: int = 1  # how often every image is among them, view after view
     seed: int = 0
 
     def __post_init__(self):

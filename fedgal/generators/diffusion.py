@@ -19,15 +19,15 @@ from ..diffusion import Denoiser, DenoiserConfig, Schedule, check_target, ddim, 
 from .base import FitTask, Generator
 from .gaussian import require_known
 from .mlp import whitening
-from ..geometry import Anchors, Geometry, gald_loss, measured_radius
+from ..geometry import Anchors, Geometry, dilate, gald_loss, gradient_norms, measured_radius
 from ..heads import initialised
 from ..seeds import stream
 from ..stats import ClassStatistics, pooled_within, standardiser
 
 # %% auto #0
-__all__ = ['FRAMES', 'SAMPLERS', 'Frame', 'in_coordinates', 'make_frame', 'Averaged', 'average_rows', 'train_federated', 'draw',
-           'client_loss', 'summary', 'DiffusionConfig', 'Diffusion', 'fit_denoiser', 'residuals', 'stretch',
-           'GaldConfig', 'Gald', 'DiffusionPooled', 'GaldPooled']
+__all__ = ['FRAMES', 'SEVERAL', 'SAMPLERS', 'Frame', 'in_coordinates', 'make_frame', 'Averaged', 'average_rows',
+           'train_federated', 'draw', 'client_loss', 'summary', 'DiffusionConfig', 'Diffusion', 'fit_denoiser',
+           'residuals', 'stretch', 'GaldConfig', 'Gald', 'DiffusionPooled', 'GaldPooled']
 
 # %% ../../nbs/38_latent_diffusion.ipynb #fc7520ca
 class Frame(NamedTuple):
@@ -41,6 +41,7 @@ class Frame(NamedTuple):
     prototypes: Tensor  # [C, d] in u; NaN for an absent class
     target: Tensor  # [C] wanted root mean square radius in u
     unit: Tensor  # scalar, mean squared radius in u
+    variance: Tensor  # [C] of real residuals per dimension
 
     @property
     def anchors(self) -> Anchors: return Anchors(self.prototypes, self.target, self.unit)
@@ -76,7 +77,8 @@ def make_frame(
     biased = observed * ((n - 1).clamp(min=0) / n.clamp(min=1)).sqrt() / size
     one = torch.ones_like(n)
     shift, inner, outer = (u.mean().nan_to_num(), torch.where(biased > 0, biased, one), target / size) if kind == "class" else (torch.zeros_like(u.sum), one, one)
-    return Frame(*(v.float().contiguous() for v in (centre, white, colour, shift, inner, outer, u.mean(), target, observed.square().nanmean())))
+    variance = one if kind == "class" else (observed / size).square()
+    return Frame(*(v.float().contiguous() for v in (centre, white, colour, shift, inner, outer, u.mean(), target, observed.square().nanmean(), variance)))
 
 # %% ../../nbs/38_latent_diffusion.ipynb #56fbb82f
 class Averaged(NamedTuple):
@@ -108,7 +110,7 @@ def train_federated(
     rounds: int,
     seed: int = 0,
     schedule: Schedule = Schedule(),
-    extra=None,  # (x0 [B, d], y [B], t [B], told [B]) -> {name: scalar}; must map over clients
+    extra=None,  # (x0 [B, d], y [B], t [B], counts [B]) -> {name: scalar}; must map over clients; `counts` is False where it should not look
     class_rows: bool = True,
 ) -> Averaged:
     "Train a denoiser on clients that keep their residuals; raises FedgalError if nobody has any."
@@ -120,43 +122,47 @@ def train_federated(
     share = torch.stack([torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, w) for (_, _, y), w in zip(parts, rows, strict=True)])
     model = initialised(lambda: Denoiser(d, n_classes, c.width, c.blocks), stream(seed, "denoiser weights"))
     world = {n: p.detach() for n, p in model.named_parameters()}
-    mean, history, local = {n: p.clone() for n, p in world.items()}, [], max(1, c.steps // rounds)
+    mean, history, local = {n: p.clone() for n, p in world.items()}, [], -(-c.steps // rounds)    # whole rounds
     loss = client_loss(model, schedule, c, extra)
     for r in range(rounds):
         stacked = {n: p.expand(len(parts), *p.shape).clone().requires_grad_() for n, p in world.items()}
         optimiser = torch.optim.AdamW(stacked.values(), lr=c.lr * (0.5 + 0.5 * math.cos(math.pi * r / rounds) if c.cosine else 1.0), weight_decay=c.weight_decay)
         rngs = [stream(seed, "denoiser batches", r, k) for k, _, _ in parts]
-        seen = []
+        seen, norms, log = [], {}, extra and (r + 1) * 20 // rounds > r * 20 // rounds
         for _ in range(local):
             terms = vmap(loss)(stacked, *map(torch.stack, zip(*(draw(x, y, w, c, schedule, g) for (_, x, y), w, g in zip(parts, rows, rngs, strict=True)), strict=True)))
+            if log and not seen: norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
             optimiser.zero_grad(); sum(v.sum() for v in terms.values()).backward(); optimiser.step()
             seen.append({k: v.detach().mean() for k, v in terms.items()})
         world = average_rows(stacked, world, share, class_rows)
         keep = min(c.ema**local, (1 + r) / (10 + r))
         mean = {n: torch.lerp(p, mean[n], keep) for n, p in world.items()}
-        if (r + 1) * 20 // rounds > r * 20 // rounds: history.append(summary(r + 1, seen))
+        if (r + 1) * 20 // rounds > r * 20 // rounds: history.append(summary(r + 1, seen) | {f"gradient of {k}": float(v) for k, v in norms.items()})
     model.load_state_dict(mean)
     return Averaged(model.requires_grad_(False), history, n_bytes(world))
 
 # %% ../../nbs/38_latent_diffusion.ipynb #d5d9a2e2
+SEVERAL = 5    # samples of a class that a client needs before its batch says anything of mean and radius
+
 def draw(x: Tensor, y: Tensor, weights: Tensor, c: DenoiserConfig, schedule: Schedule, g: torch.Generator) -> tuple[Tensor, ...]:
-    "One client's batch: residuals [B, d], labels, steps, noise, and which samples are told their class."
+    "One client's batch: residuals [B, d], labels, steps, noise, which samples are told their class, and of which classes the client has several samples."
     i = draw_rows(weights, c.batch_size, g)
-    return x[i], y[i], stratified_t(c.batch_size, schedule.T, g), torch.randn(c.batch_size, x.shape[1], generator=g), torch.rand(c.batch_size, generator=g) >= c.drop
+    several = torch.bincount(y)[y[i]] >= SEVERAL
+    return x[i], y[i], stratified_t(c.batch_size, schedule.T, g), torch.randn(c.batch_size, x.shape[1], generator=g), torch.rand(c.batch_size, generator=g) >= c.drop, several
 
 def client_loss(model: Denoiser, schedule: Schedule, c: DenoiserConfig, extra=None):
     "The terms of one client's loss as a function of its weights and batch."
-    def loss(weights, x, y, t, noise, told):
+    def loss(weights, x, y, t, noise, told, several):
         call = lambda z, t, y: functional_call(model, weights, (z, t, y))
         each, x0 = denoising_loss(call, x, torch.where(told, y, model.null), t, noise, schedule, c.target, c.gamma)
-        return {"denoising": each.mean()} | (extra(x0, y, t, told) if extra else {})
+        return {"denoising": each.mean()} | (extra(x0, y, t, told & several) if extra else {})
     return loss
 
 def summary(round: int, seen: list[dict]) -> dict:
     "A row of the history."
     row = {k: float(torch.stack([s[k] for s in seen]).mean()) for k in seen[0]}
     if not all(map(math.isfinite, row.values())): raise FedgalError(f"the denoiser's loss is not finite in round {round}: use a smaller lr")
-    return {"step": round, "loss": sum(row.values())} | (row if len(row) > 1 else {})
+    return {"round": round, "loss": sum(row.values())} | (row if len(row) > 1 else {})
 
 # %% ../../nbs/38_latent_diffusion.ipynb #69e5b8b5
 @dataclass(frozen=True)
@@ -185,12 +191,12 @@ class DiffusionConfig:
     sampler: str = "second"  # second-order DDIM; "ddim", of first order, or "dpm", DPM-Solver++ through diffusers
     sample_steps: int = 20
     guidance: float = 0.0
-    clamp: bool = False  # in a non-negative space: ReLU on every sample
 
     def __post_init__(self):
         if self.sampler not in SAMPLERS: raise FedgalError(f"sampler {self.sampler!r}: one of {', '.join(SAMPLERS)}{did_you_mean(self.sampler, SAMPLERS)}")
         for name in ("kappa", "widen", "borrow", "prototype", "radius", "margin"):
             if getattr(self, name) < 0: raise FedgalError(f"{name} = {getattr(self, name)}: must be >= 0")
+        if self.frame == "all" and self.borrow: raise FedgalError(f"borrow = {self.borrow} needs frame 'class': in frame 'all' a class that borrows would move towards the others")
         if min(self.rounds, self.steps) < 1: raise FedgalError(f"rounds = {self.rounds} and steps = {self.steps}: at least one of each")
 
     @property
@@ -214,22 +220,24 @@ class Diffusion(Generator):
         self.frame, self.count = make_frame(s, c.frame, c.kappa, c.widen), s.count.float()
         teaches = s.count > (1 if c.frame == "class" else 0)    # the residual of a lone sample is zero
         parts = [(self.frame.encode(z[teaches[y]], y[teaches[y]]), y[teaches[y]]) for z, y in task.latents]
+        many = sum(len(x) > 0 for x, _ in parts)
         if self.trained_on == "pooled": parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
-        history = fit_denoiser(self, parts, task.seed)
-        self.stretch = stretch(self, task.rng("radius")) if c.dilate else torch.ones(self.n_classes)
+        history = fit_denoiser(self, parts, many, task.seed)
+        wide = (1 + c.widen / self.count.clamp(min=1)).sqrt() if c.frame == "all" else torch.ones(self.n_classes)    # in frame "class" it is in the radius
+        self.stretch = stretch(self, task.rng("radius")) if c.dilate else wide
         return history
 
-    def in_steps(self, steps: int) -> Diffusion:
-        "The same network, sampled in another number of steps."
+    def in_steps(self, steps: int, generator: torch.Generator) -> Diffusion:
+        "The same network, sampled in another number of steps and calibrated for it."
         other = copy.copy(self)
         other.config = replace(self.config, sample_steps=steps)
+        if self.config.dilate: other.stretch = stretch(other, generator)
         return other
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.frame.prototypes.isfinite().all(1))
-        u, mu = self.frame.place(residuals(self, labels, generator), labels), self.frame.prototypes[labels]
-        z = self.frame.leave(mu + self.stretch[labels][:, None] * (u - mu))
-        if self.config.clamp and self.space.nonnegative: z = z.relu()
+        u = self.frame.place(residuals(self, labels, generator), labels)
+        z = self.frame.leave(dilate(u, labels, self.frame.prototypes, self.stretch, torch.ones(self.n_classes)))
         return normalize(z, dim=1) if self.space.normalised else z
 
     def state(self) -> dict[str, Tensor]:
@@ -242,15 +250,20 @@ class Diffusion(Generator):
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
 
 # %% ../../nbs/38_latent_diffusion.ipynb #fitden00
-def fit_denoiser(gen: Diffusion, parts: list, seed: int) -> list[dict]:
-    "Train the denoiser of a generator, with the geometry of what it will place; on several parts federatedly."
+def fit_denoiser(
+    gen: Diffusion,
+    parts: list,  # (residuals, labels); several are trained on federatedly
+    many: int,  # clients that the parts come from: where they are pooled, a batch is that many times as large, so that both see as much
+    seed: int,
+) -> list[dict]:
+    "Train the denoiser of a generator, with the geometry of what it will place."
     c = gen.config
-    def geometry(x0, y, t, told=None): return gald_loss(gen.frame.place(x0, y), y, gen.schedule.alpha_bar[t], gen.frame.anchors, c.geometry, told)
+    def geometry(x0, y, t, counts=None): return gald_loss(gen.frame.place(x0, y), y, gen.schedule.alpha_bar[t], gen.frame.anchors, c.geometry, counts, gen.frame.variance)
     extra = geometry if c.prototype + c.radius + c.margin > 0 else None
     if len(parts) > 1:
         made = train_federated(parts, gen.n_classes, c.denoiser, min(c.rounds, c.steps), seed, gen.schedule, extra, c.class_rows)
         gen.sent = [{"round": r, "client": k, "bytes": made.bytes} for r in range(min(c.rounds, c.steps)) for k, (x, _) in enumerate(parts) if len(x)]
-    else: made = train_denoiser(*parts[0], gen.n_classes, c.denoiser, seed, gen.schedule, extra)
+    else: made = train_denoiser(*parts[0], gen.n_classes, replace(c.denoiser, batch_size=c.batch_size * many), seed, gen.schedule, extra)
     gen.model = made.model
     return made.history
 

@@ -40,19 +40,22 @@ def unrectify(
     return torch.where(plain, mean, t * s), torch.where(plain, variance.sqrt(), s)
 
 # %% ../../nbs/31_gaussian.ipynb #fbd42b50
-def target_covariance(statistics: ClassStatistics, shrink: str | float, widen: float) -> Tensor:
-    "Shrunk class covariances, (1 + widen / N) times as large."
-    if widen < 0: raise FedgalError(f"widen = {widen}: must be >= 0")
-    return statistics.covariance(shrink) * (1 + widen / statistics.count.clamp(min=1))[:, None, None]
+def target_covariance(statistics: ClassStatistics, shrink: str | float, widen: float, kappa: float = 0.0) -> Tensor:
+    "Shrunk class covariances, with `kappa` of the calibrated radius, (1 + widen / N) times as large."
+    if widen < 0 or kappa < 0: raise FedgalError(f"widen = {widen}, kappa = {kappa}: must be >= 0")
+    cov = statistics.covariance(shrink)
+    size = statistics.radius("calibrated", kappa=kappa).square() / cov.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300) if kappa else 1
+    return cov * (size * (1 + widen / statistics.count.clamp(min=1)))[:, None, None]
 
 def sampling_moments(
     statistics: ClassStatistics,
     shrink: str | float = "ratio",
     widen: float = 0.0,
     rectify: bool = False,  # moments before a ReLU that is applied to every sample
+    kappa: float = 0.0,  # see `GaussianConfig`
 ) -> tuple[Tensor, Tensor]:  # mean [C, d] and factor [C, d, d], float64; zero for an absent class
     "Mean and covariance factor of every class."
-    mean, cov = statistics.mean().nan_to_num(), target_covariance(statistics, shrink, widen)
+    mean, cov = statistics.mean().nan_to_num(), target_covariance(statistics, shrink, widen, kappa)
     if not rectify: return mean, covariance_factor(cov) * statistics.present[:, None, None]
     variance = cov.diagonal(dim1=1, dim2=2)
     m, s = unrectify(mean.clamp(min=0), variance)
@@ -66,6 +69,7 @@ class GaussianConfig:
     shrink: str | float = "ratio"  # "ratio", "oas", "none", or a constant; see stats
     widen: float = 0.0  # covariances are (1 + widen / N) times as large
     clamp: bool = False  # in a non-negative space: rectified samples with matched mean and variance
+    kappa: float = 0.0  # above 0: the radius is the calibrated one, half from frequent classes at this many samples; see stats
 
 class Gaussian(Generator):
     "Normal features with the exact moments of every class."
@@ -76,7 +80,7 @@ class Gaussian(Generator):
 
     def fit(self, task: FitTask) -> list[dict]:
         task.require("statistics"); self.space.check(task.space)
-        mean, factor = sampling_moments(task.statistics, self.config.shrink, self.config.widen, self.rectified)
+        mean, factor = sampling_moments(task.statistics, self.config.shrink, self.config.widen, self.rectified, self.config.kappa)
         self.mean, self.factor, self.known = mean.float(), factor.float().contiguous(), task.statistics.present
         return []
 

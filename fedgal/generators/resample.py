@@ -21,14 +21,15 @@ def same_class_neighbours(
     z: Tensor,  # [N, d] features of one client
     y: Tensor,  # [N] labels
     k: int,
+    views: int = 1,  # rows are view after view; views of one image are not its neighbours
 ) -> Tensor:  # [N, k] indices, nearest first; -1 where a class has no more
     "The k nearest other features of the same class."
     out, columns = torch.full((len(y), k), -1), min(k, len(y) - 1)
     if columns < 1: return out
-    z = z.double()
+    z, image = z.double(), torch.arange(len(y)) % (len(y) // views)
     for rows in torch.arange(len(y)).split(1024):    # bounded memory
         distance = torch.cdist(z[rows], z).masked_fill_(y[rows, None] != y, torch.inf)
-        distance[torch.arange(len(rows)), rows] = torch.inf
+        distance.masked_fill_(image[rows, None] == image, torch.inf)
         near, index = distance.topk(columns, largest=False)
         out[rows, :columns] = torch.where(near < torch.inf, index, -1)
     return out
@@ -51,7 +52,7 @@ class Smote(Generator):
         z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
         near, first = [], 0
         for own, labels in task.latents:
-            found = same_class_neighbours(own, labels, self.config.k)
+            found = same_class_neighbours(own, labels, self.config.k, task.views)
             near.append(torch.where(found < 0, -1, found + first)); first += len(labels)
         order = torch.argsort(y, stable=True)
         place = torch.argsort(order)    # where each row went
