@@ -723,6 +723,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fedgal.heads.init_weights': ('heads.html#init_weights', 'fedgal/heads.py'),
                               'fedgal.heads.initialised': ('heads.html#initialised', 'fedgal/heads.py'),
                               'fedgal.heads.takes_unit_length': ('heads.html#takes_unit_length', 'fedgal/heads.py'),
+                              'fedgal.heads.undecayed_names': ('heads.html#undecayed_names', 'fedgal/heads.py'),
                               'fedgal.heads.wrapped_cauchy': ('heads.html#wrapped_cauchy', 'fedgal/heads.py')},
             'fedgal.joint': { 'fedgal.joint.Gradients': ('joint.html#gradients', 'fedgal/joint.py'),
                               'fedgal.joint.JointBank': ('joint.html#jointbank', 'fedgal/joint.py'),
