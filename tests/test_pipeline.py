@@ -23,6 +23,7 @@ def test_a_run_leaves_its_pages(tiny):
     assert {p.name for p in tiny.folders()} == {s["key"] for s in tiny.json("tiny/run.json")["stages"]}
     assert tiny.first.stdout.splitlines()[-1].endswith("tiny/index.html")
     assert "Tiny" in (tiny.reports / "index.html").read_text()
+    assert ">teachers and generator</th>" in (tiny.reports / "tiny" / "index.html").read_text(), "40_generator sends both"
 
 
 def test_a_run_leaves_nothing_where_it_was_called_from(tiny):
