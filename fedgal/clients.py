@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from .core import FedgalError, did_you_mean
 from .data import to_float
+from .heads import undecayed_names
 from .losses import cross_entropy
 from .seeds import stream
 
@@ -341,7 +342,9 @@ def train_locally(
     weights = _trainable(load_payload(model, payload).train())
     if len(client.x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         return client.failed("one example: BatchNorm needs two")
-    optimiser = torch.optim.SGD(weights.values(), c.rate(payload.round), c.momentum, weight_decay=c.weight_decay)
+    left, groups = undecayed_names(model), list(weights.values())
+    if left: groups = [{"params": [w for n, w in weights.items() if n not in left]}, {"params": [w for n, w in weights.items() if n in left], "weight_decay": 0.0}]
+    optimiser = torch.optim.SGD(groups, c.rate(payload.round), c.momentum, weight_decay=c.weight_decay)
     device, total, seen = next(iter(weights.values())).device, 0.0, 0
     with own_rng(seed, "dropout", payload.round, client.id):
         for step, index in enumerate(client.batches(seed, payload.round)):

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from .core import FedgalError, did_you_mean
 from .data import to_float
 from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, blend, context_of, draw_mixup, load_payload, mixed_loss, n_bytes, per_example, task_loss
+from .heads import undecayed_names
 from .seeds import stream
 
 # %% ../nbs/42_engines.ipynb #5841e20b
@@ -109,7 +110,7 @@ class Chunk:
     "Stacked state of several clients; `work` is sorted by decreasing number of batches."
     def __init__(self, model, used, work, payload, seed, loss, own=None, corrections=None):
         self.work, self.config, self.device = work, work[0][0].config, next(model.parameters()).device
-        self.rate = self.config.rate(payload.round)
+        self.rate, self.undecayed = self.config.rate(payload.round), undecayed_names(model)
         fixed = {**{n: p for n, p in payload.parameters.items() if n not in used}, **payload.buffers}
         self.start = {n: _stack([(own or {}).get(c.id, {}).get(n, payload.parameters[n]) for c, _ in work]) for n in used}
         self.w = {n: p.clone() for n, p in self.start.items()}
@@ -147,7 +148,7 @@ class Chunk:
             w = self.w[n][:k]
             if c.prox_mu: g = g + c.prox_mu * (w - self.start[n][:k])
             if self.correction: g = g + self.correction[n][:k]
-            if c.weight_decay: g = g.add(w, alpha=c.weight_decay)
+            if c.weight_decay and n not in self.undecayed: g = g.add(w, alpha=c.weight_decay)
             if c.momentum: g = self.velocity[n][:k].mul_(c.momentum).add_(g)
             w.sub_(g, alpha=self.rate)
 

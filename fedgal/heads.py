@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'init_weights', 'fill_uniform', 'initialised', 'CosineHead', 'WCDASHead', 'wrapped_cauchy', 'UnitLength',
-           'build_head', 'takes_unit_length', 'decay_groups']
+           'build_head', 'takes_unit_length', 'decay_groups', 'undecayed_names']
 
 # %% ../nbs/14_heads.ipynb #c4caa536
 import math
@@ -69,6 +69,7 @@ class CosineHead(nn.Module):
 # %% ../nbs/14_heads.ipynb #e4f6dd5b
 class WCDASHead(nn.Module):
     "Logits `s` times the wrapped Cauchy density of the angle to `w_c`; the concentration of every class and the scale are learned (Han, ICML 2023)."
+    undecayed = ("g", "s0")
     def __init__(self,
         dim_in: int,  # width of the feature
         n_classes: int,
@@ -136,3 +137,9 @@ def decay_groups(
     trained = [p for p in module.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, **options},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, **options}]
+
+def undecayed_names(
+    module: nn.Module,
+) -> set[str]:  # as in `named_parameters`; empty for most models
+    "Full names of the parameters that modules list in `undecayed`: those that weight decay never touches, in whatever optimiser."
+    return {f"{path}.{n}".lstrip(".") for path, m in module.named_modules() for n in getattr(m, "undecayed", ())}

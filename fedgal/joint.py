@@ -27,7 +27,8 @@ from .stats import head_classes
 # %% auto #0
 __all__ = ['COMBINE', 'WARMUPS', 'dot', 'combine', 'Gradients', 'split_gradients', 'clipped', 'equal_radius_loss',
            'effective_rank', 'mean_radius', 'collapsed', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay',
-           'LatentNorm', 'JointState', 'JointBank', 'JointStep', 'JointTrainer', 'JointResult', 'fit_joint']
+           'LatentNorm', 'JointState', 'JointBank', 'JointLosses', 'JointStep', 'JointTrainer', 'JointResult',
+           'fit_joint']
 
 # %% ../nbs/49a_joint.ipynb #fa2a71ec
 COMBINE = ("sum", "real_only", "semantic_only", "normalised", "pcgrad")
@@ -271,8 +272,8 @@ class JointBank(JointState):
         return class_log_prior(mixed_prior(self.share, class_weights(self.counts), self.config.gamma if self.bank else 0.0)).to(self.device)
 
 # %% ../nbs/49a_joint.ipynb #1cde6102
-class JointStep(JointBank):
-    "The losses of a batch and what each network makes of them."
+class JointLosses(JointBank):
+    "The losses of a batch, with the encoder at rest or moving."
     def __init__(self, model: SplitModel, x: Tensor, y: Tensor, config: JointConfig, seed: int,
         loss: Callable = cross_entropy,  # (logits, y, log prior) -> [B]
         augment: Callable | None = None,  # (x, generator) -> x, on a whole batch as stored
@@ -298,6 +299,9 @@ class JointStep(JointBank):
         if made is not None: terms["generated"] = self.loss(self.model.head(made[0]), made[1], prior).mean()
         return terms, z.detach()
 
+# %% ../nbs/49a_joint.ipynb #1cde6103
+class JointStep(JointLosses):
+    "One step of all three networks: what each makes of the losses."
     def step(self, x: Tensor, y: Tensor, t: Tensor, noise: Tensor, made: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
         "One step of all three networks; the losses before it."
         c, moving = self.config, self.norm.training

@@ -134,6 +134,13 @@ def test_a_stage_is_clean_and_has_one_parameters_cell(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_augments_as_suits_the_data(stage):
+    "`augment` mirrors whatever it gets; `augmentation_for` knows that a mirrored digit is another sign."
+    imported = [a.name for source in code(REPO / "nbs" / "stages" / f"{stage}.ipynb") for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) for a in n.names]
+    assert "augment" not in imported
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_parameter_says_what_it_is_and_its_default_is_allowed(stage, schemas):
     for p in schemas[stage].values():
         assert len(p.help) > 5, f"{stage}: {p.name} has no help"

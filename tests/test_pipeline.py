@@ -186,6 +186,7 @@ def test_a_comparison_has_the_agreed_form(swept):
     for r in c["rows"]:
         members = [swept.json(f"levels/members/seed={s}--level={r['params']['level']}/metrics.json")["arms"] for s in (0, 1)]
         values = [m[r["arm"]]["balanced_accuracy"] for m in members]
+        assert r["federated"] == all(m[r["arm"]]["federated"] for m in members)
         assert r["balanced_accuracy"]["values"] == pytest.approx(values) and r["balanced_accuracy"]["mean"] == pytest.approx(sum(values) / 2)
         assert r["balanced_accuracy"]["sd"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
         assert set(r["few"]) == {"mean", "sd", "values"} and r["n_seeds"] == 2 and r["failed"] == 0
@@ -315,6 +316,7 @@ def test_clients_train_a_diffusion_model_together(copy):
         return copy.json(f"{name}/metrics.json")["arms"], {s["stage"]: copy.artifacts / s["stage"] / s["key"] for s in copy.json(f"{name}/run.json")["stages"]}
     arms, stages = run("gald", "gald", generator_options={"rounds": 2, "width": 16, "blocks": 1})
     assert arms["generator"]["federated"] and all(number(a["balanced_accuracy"]) for a in arms.values())
+    assert ">teachers and generator</th>" in (copy.reports / "gald" / "index.html").read_text(), "the table of costs names both"
     rows = json.loads((stages["40_generator"] / "ledger.json").read_text())["rows"]
     assert {(r["messages"], r["first_round"], r["last_round"]) for r in rows if r["kind"] == "denoiser"} == {(2, 0, 1)} and not [r for r in rows if r["kind"] == "features"]
     before, after = load_file(stages["20_train"] / "model.safetensors"), load_file(stages["50_finetune"] / "models.safetensors")
