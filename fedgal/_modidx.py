@@ -212,8 +212,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fedgal.diffusion.dpm_solver': ('diffusion.html#dpm_solver', 'fedgal/diffusion.py'),
                                   'fedgal.diffusion.draw_rows': ('diffusion.html#draw_rows', 'fedgal/diffusion.py'),
                                   'fedgal.diffusion.factors': ('diffusion.html#factors', 'fedgal/diffusion.py'),
-                                  'fedgal.diffusion.gradient_norms': ('diffusion.html#gradient_norms', 'fedgal/diffusion.py'),
-                                  'fedgal.diffusion.kept_variance': ('diffusion.html#kept_variance', 'fedgal/diffusion.py'),
                                   'fedgal.diffusion.min_snr_weight': ('diffusion.html#min_snr_weight', 'fedgal/diffusion.py'),
                                   'fedgal.diffusion.modulate': ('diffusion.html#modulate', 'fedgal/diffusion.py'),
                                   'fedgal.diffusion.recover': ('diffusion.html#recover', 'fedgal/diffusion.py'),

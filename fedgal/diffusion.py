@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import FedgalError, did_you_mean, require
+from .geometry import gradient_norms
 from .heads import initialised
 from .seeds import stream
 
 # %% auto #0
 __all__ = ['TARGETS', 'Tables', 'Schedule', 'check_target', 'factors', 'add_noise', 'target_of', 'recover', 'min_snr_weight',
            'ZeroLinear', 'ClassEmbedding', 'modulate', 'Block', 'sinusoid', 'Denoiser', 'denoising_loss',
-           'stratified_t', 'clean_estimate', 'ddim', 'kept_variance', 'dpm_solver', 'row_weights', 'draw_rows',
-           'DenoiserConfig', 'Trained', 'gradient_norms', 'train_denoiser']
+           'stratified_t', 'clean_estimate', 'ddim', 'dpm_solver', 'row_weights', 'draw_rows', 'DenoiserConfig',
+           'Trained', 'train_denoiser']
 
 # %% ../nbs/37_diffusion.ipynb #13b20d9a
 class Tables(NamedTuple):
@@ -255,12 +256,6 @@ def ddim(
 def _factors(schedule, t): return (1.0, 0.0) if t is None else (schedule.signal[t].item(), schedule.noise[t].item())
 def _half_log_snr(a, s): return math.log(a / s) if a > 0 else -math.inf
 
-# %% ../nbs/37_diffusion.ipynb #1bee6321
-def kept_variance(t: Tensor, schedule: Schedule, s: float = 1.0) -> Tensor:  # [B] in [0, 1]
-    "k_t: share of a class's variance s² per dimension that is left in the best estimate of a latent at the steps `t` [B]."
-    bar = schedule.alpha_bar.to(t.device)[t]
-    return s * s * bar / (s * s * bar + 1 - bar)
-
 # %% ../nbs/37_diffusion.ipynb #4ef623aa
 def dpm_solver(
     model: Callable,
@@ -329,11 +324,6 @@ class Trained(NamedTuple):
     history: list[dict]  # about twenty rows
 
 # %% ../nbs/37_diffusion.ipynb #e616382d
-def gradient_norms(terms: dict[str, Tensor], params: list[Tensor]) -> dict[str, float]:
-    "Norm of the gradient of every term."
-    grads = {k: torch.autograd.grad(v, params, retain_graph=True, allow_unused=True) for k, v in terms.items() if v.requires_grad}
-    return {f"gradient of {k}": float(torch.stack(torch._foreach_norm([g for g in gs if g is not None])).norm()) for k, gs in grads.items()}
-
 def _row(step, names, losses):
     mean = torch.stack(losses).mean(0)
     if not mean.isfinite().all(): raise FedgalError(f"the denoiser's loss is not finite after {step} steps: use a smaller lr, and latents of about unit variance")
@@ -366,7 +356,7 @@ def train_denoiser(
         terms = {"denoising": loss.mean()}
         if extra: terms |= {k: (weights or {}).get(k, 1.0) * v for k, v in extra(x0[told], y[at][told], t[told]).items()}
         log = (i + 1) * 20 // c.steps > i * 20 // c.steps
-        norms = gradient_norms(terms, params) if log and extra else {}
+        norms = {f"gradient of {k}": float(v) for k, v in gradient_norms(terms, params).items()} if log and extra else {}
         optimiser.param_groups[0]["lr"] = c.lr * (0.5 + 0.5 * math.cos(math.pi * i / c.steps) if c.cosine else 1.0)
         optimiser.zero_grad(); sum(terms.values()).backward(); optimiser.step()
         torch._foreach_lerp_(average, [p.detach() for p in params], 1 - min(c.ema, (1 + i) / (10 + i)))

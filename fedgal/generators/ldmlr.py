@@ -215,6 +215,6 @@ def train_ldmlr(
     return history
 
 # %% ../../nbs/39_ldmlr.ipynb #e63d9315
-def ldmlr_counts(counts: Tensor) -> Tensor:
-    "Features to generate for each class [C] from its training samples [C]: max(round(0.2 n), 5), 0 for an absent class; Han et al. (2024)."
-    return torch.where(counts > 0, (0.2 * counts.double()).round().long().clamp(min=5), 0)
+def ldmlr_counts(counts: Tensor, share: float = 0.2) -> Tensor:
+    "Features to generate for each class [C] from its training samples [C]: max(round(share n), 5), 0 for an absent class; Han et al. (2024)."
+    return torch.where(counts > 0, (share * counts.double()).round().long().clamp(min=5), 0)
