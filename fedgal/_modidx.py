@@ -109,6 +109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'fedgal.compare.label': ('compare.html#label', 'fedgal/compare.py'),
                                 'fedgal.compare.load_runs': ('compare.html#load_runs', 'fedgal/compare.py'),
                                 'fedgal.compare.merge_rows': ('compare.html#merge_rows', 'fedgal/compare.py'),
+                                'fedgal.compare.pooled': ('compare.html#pooled', 'fedgal/compare.py'),
                                 'fedgal.compare.readouts_of': ('compare.html#readouts_of', 'fedgal/compare.py'),
                                 'fedgal.compare.row_name': ('compare.html#row_name', 'fedgal/compare.py'),
                                 'fedgal.compare.rows_of': ('compare.html#rows_of', 'fedgal/compare.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_runs', 'check_comparable', 'varied', 'cells_of', 'merge_rows', 'rows_of', 'readouts_of', 'shorten', 'label',
-           'find_row', 'row_name', 'contests_of']
+           'pooled', 'find_row', 'row_name', 'contests_of']
 
 # %% ../nbs/53_compare.ipynb #4fb635c5
 from collections import Counter
@@ -59,7 +59,7 @@ def cells_of(
     for setting, by_seed in groups.values():
         order = sorted(set().union(*by_seed.values()), key=lambda a: (ARMS.index(a) if a in ARMS else len(ARMS), a))
         at = lambda s, a, m, by_seed=by_seed: by_seed.get(s, {}).get(a, {}).get(m)
-        out.append((setting, {a: {m: [at(s, a, m) for s in seeds] for m in ("balanced_accuracy", "few")} for a in order}))
+        out.append((setting, {a: {m: [at(s, a, m) for s in seeds] for m in ("balanced_accuracy", "few", "federated")} for a in order}))
     return out
 
 # %% ../nbs/53_compare.ipynb #2c1d0cbc
@@ -69,7 +69,7 @@ def merge_rows(
     "Rows of one arm with the same values and differences become one, which keeps the parameters that they share."
     groups = {}
     for r in rows: groups.setdefault(canonical([r["arm"], r["balanced_accuracy"]["values"], r["versus_baseline"]["difference"]]), []).append(r)    # not p_holm, which counts the rows of a cell
-    return [same[0] | {"params": {n: v for n, v in same[0]["params"].items() if all(q["params"].get(n) == v for q in same)}} for same in groups.values()]
+    return [same[0] | {"params": {n: v for n, v in same[0]["params"].items() if all(q["params"].get(n) == v for q in same)}, "federated": all(q["federated"] for q in same)} for same in groups.values()]
 
 # %% ../nbs/53_compare.ipynb #02824194
 _FIRST = "baseline of the first cell"
@@ -94,7 +94,7 @@ def rows_of(
         reference, shown = (baseline, arms) if own else (_FIRST, {_FIRST: first} | arms)
         series = lambda metric, shown=shown: {a: x[metric] for a, x in shown.items()}
         found = paired_comparison(series("balanced_accuracy"), reference, series("few"), dict.fromkeys(shown, params))
-        rows += [r | {"failed": sum(_is_of(name, params) for name in missing)} for r in found if r["arm"] in arms]
+        rows += [r | {"failed": sum(_is_of(name, params) for name in missing), "federated": False not in arms[r["arm"]]["federated"]} for r in found if r["arm"] in arms]
     rows = merge_rows(rows)
     for row, p in zip(rows, holm([r["versus_baseline"]["p"] for r in rows]), strict=True): row["versus_baseline"]["p_holm"] = p
     return rows
@@ -102,13 +102,14 @@ def rows_of(
 # %% ../nbs/53_compare.ipynb #d1f07a52
 def readouts_of(
     runs: list[dict],
-) -> list[dict]:  # {"arm", "params", "readouts": {name: [mean over clients, one per run]}}
+) -> list[dict]:  # {"arm", "params", "federated", "readouts": {name: [mean over clients, one per run]}}
     "Readouts of clients' own models, grouped like the rows; empty where there are none."
     names, groups = varied(runs), {}
     for r in sorted(runs, key=lambda r: r["params"]["seed"]):
         for arm, spoken in r.get("readouts", {}).items():
             setting = {n: r["params"].get(n) for n in names}
-            row = groups.setdefault(canonical([arm, setting]), {"arm": arm, "params": setting, "readouts": {}})
+            row = groups.setdefault(canonical([arm, setting]), {"arm": arm, "params": setting, "federated": True, "readouts": {}})
+            row["federated"] &= r["arms"][arm]["federated"]
             for name, s in spoken.items(): row["readouts"].setdefault(name, []).append(s["mean"])
     return list(groups.values())
 
@@ -131,7 +132,11 @@ def label(row: dict) -> str:
     shown = {"generator": "generator", "none": "algorithm"}.get(row["arm"])
     first = said.pop(shown, row["arm"])
     spell = lambda n, v: v if n in ("algorithm", "level") else ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else f"{n} {v}"
-    return ", ".join([first, *(spell(n, v) for n, v in said.items())])
+    return ", ".join([first, *(spell(n, v) for n, v in said.items())]) + (" (not federated)" if pooled(row) else "")
+
+def pooled(row: dict) -> bool:
+    "Whether a row needed samples or features of several clients in one place, and is not the upper bound `oracle`, which nobody takes for a method."
+    return row["arm"] != "oracle" and not row.get("federated", True)
 
 # %% ../nbs/53_compare.ipynb #e577e7b5
 def find_row(

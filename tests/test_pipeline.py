@@ -186,6 +186,7 @@ def test_a_comparison_has_the_agreed_form(swept):
     for r in c["rows"]:
         members = [swept.json(f"levels/members/seed={s}--level={r['params']['level']}/metrics.json")["arms"] for s in (0, 1)]
         values = [m[r["arm"]]["balanced_accuracy"] for m in members]
+        assert r["federated"] == all(m[r["arm"]]["federated"] for m in members)
         assert r["balanced_accuracy"]["values"] == pytest.approx(values) and r["balanced_accuracy"]["mean"] == pytest.approx(sum(values) / 2)
         assert r["balanced_accuracy"]["sd"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
         assert set(r["few"]) == {"mean", "sd", "values"} and r["n_seeds"] == 2 and r["failed"] == 0
