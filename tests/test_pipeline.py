@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 import torch
-from conftest import CHAIN, TINY, Project, data_root, ran
+from conftest import CHAIN, TINY, data_root, ran
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
@@ -121,52 +121,6 @@ def test_clients_own_models_go_through_all_stages(copy):
         arm, own = name.split("/", 1)
         if arm == "none" or own.split("/")[1].startswith("low."): assert torch.equal(t, before[own]), f"{name} was not to be trained"
         elif own.endswith("/head.weight"): assert not torch.equal(t, before[own]), name
-
-
-def test_centralised_training_is_a_federation_of_one(copy):
-    "One client with everything, the recipe of long-tailed recognition, and three views of every image behind all that follows."
-    copy.write("central", n_clients=1, val_fraction=0, shuffle_classes=False, head="cosine", local_loss="ldam", lr=0.01, lr_schedule="one_cycle", mixup=0.2, augment=True,
-               views=3, arms=["none", "refit", "fed3r", "gaussian", "generator"])
-    done = copy.fedgal("run", "central")
-    assert done.returncode == 0 and ran(done) == len(CHAIN), done.stderr
-    m, stages = copy.json("central/metrics.json"), {s["stage"]: copy.artifacts / s["stage"] / s["key"] for s in copy.json("central/run.json")["stages"]}
-    assert set(m["arms"]) == {"none", "refit", "fed3r", "gaussian", "generator"} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
-    network = load_file(stages["20_train"] / "model.safetensors")
-    assert network["head.scale"] == 30 and torch.equal(network["head.weight"], load_file(stages["20_train"] / "clients.safetensors")["0/head.weight"])
-    split, statistics = load_file(stages["10_data"] / "split.safetensors"), load_file(stages["30_statistics"] / "statistics_low.safetensors")
-    assert statistics["count"].tolist() == torch.bincount(split["labels"][split["train"]]).tolist(), "a view is not a sample"
-    [row] = [r for r in json.loads((stages["30_statistics"] / "ledger.json").read_text())["rows"] if r["kind"] == "statistics low"]
-    assert "and their views" in row["discloses"]
-
-
-def test_joint_training_takes_over_from_training(copy):
-    "Strategy A on the trained model of the tiny experiment: its arms, its guard and its files."
-    copy.write("joint", stages=["10_data", "20_train", "25_joint"], joint_epochs=3, joint_refresh=1, joint_width=16, joint_blocks=1, joint_sampling=3,
-               **dict.fromkeys(("generator", "gen_steps", "rff_dim", "finetune_rounds", "finetune_steps", "oracle_per_class")))
-    done = copy.fedgal("run", "joint")
-    assert done.returncode == 0 and ran(done) == 1, done.stderr
-    m = copy.json("joint/metrics.json")
-    assert set(m["arms"]) == {"none", "refit", "joint", "unguarded"} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
-    assert m["arms"]["none"]["federated"] and not m["arms"]["joint"]["federated"], "four clients' samples were pooled"
-    assert set(m["fidelity"]) == {"joint"} and m["readout"] == "global model, balanced test set, last round"
-    assert m["arms"]["none"]["balanced_accuracy"] == copy.json("tiny/metrics.json")["arms"]["none"]["balanced_accuracy"]
-    [folder] = copy.folders("25_joint")
-    history = json.loads((folder / "history.json").read_text())
-    assert {n: len(h["epochs"]) for n, h in history.items()} == dict.fromkeys(("refit", "joint", "unguarded"), 3)
-    saved = load_file(folder / "models.safetensors")
-    assert all(t.isfinite().all() for t in saved.values()) and len(load_file(folder / "bank_joint.safetensors")["y"]) == 30 * 10
-    assert not torch.equal(saved["joint/head.weight"], saved["unguarded/head.weight"]) or not torch.equal(saved["joint/low.0.weight"], saved["unguarded/low.0.weight"])
-
-
-# --- a sweep ---
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    project = Project.make(tmp_path_factory.mktemp("sweep") / "project")
-    project.write("levels", stages=[*CHAIN, "90_compare"], seed=None, generator="gaussian", sweep={"seed": [0, 1], "level": ["low", "high"]}, baseline="refit")
-    project.first = project.fedgal("run", "levels", "--jobs", 2)
-    assert project.first.returncode == 0, project.first.stderr + project.first.stdout
-    return project
 
 
 def test_a_sweep_shares_what_it_can(swept):
@@ -305,29 +259,3 @@ def test_params_lists_every_parameter(project):
 def test_status_without_experiments_says_how_to_start(project):
     done = project.fedgal("status")
     assert done.returncode == 2 and "fedgal run params/quickstart.yaml" in done.stderr
-
-
-def test_clients_train_a_diffusion_model_together(copy):
-    "GALD-DC on the trained model of the tiny experiment: what is sent, what stays frozen, and what is not federated."
-    def run(name, generator, **more):
-        copy.write(name, arms=["none", "refit", "gaussian", "generator"], generator=generator, **more)
-        done = copy.fedgal("run", name)
-        assert done.returncode == 0 and ran(done) == 3, done.stderr
-        return copy.json(f"{name}/metrics.json")["arms"], {s["stage"]: copy.artifacts / s["stage"] / s["key"] for s in copy.json(f"{name}/run.json")["stages"]}
-    arms, stages = run("gald", "gald", generator_options={"rounds": 2, "width": 16, "blocks": 1})
-    assert arms["generator"]["federated"] and all(number(a["balanced_accuracy"]) for a in arms.values())
-    assert ">teachers and generator</th>" in (copy.reports / "gald" / "index.html").read_text(), "the table of costs names both"
-    rows = json.loads((stages["40_generator"] / "ledger.json").read_text())["rows"]
-    assert {(r["messages"], r["first_round"], r["last_round"]) for r in rows if r["kind"] == "denoiser"} == {(2, 0, 1)} and not [r for r in rows if r["kind"] == "features"]
-    before, after = load_file(stages["20_train"] / "model.safetensors"), load_file(stages["50_finetune"] / "models.safetensors")
-    for name, t in after.items():
-        if name.split("/")[1].startswith("low."): assert torch.equal(t, before[name.split("/")[1]]), f"{name}: the encoder is frozen"
-    pooled, stages = run("pooled", "gald_pooled", generator_options={"width": 16, "blocks": 1}, encoder_lr=0.1, consistency=1.0, finetune_sampling="offset", pseudo_classes="sqrt")
-    assert not pooled["generator"]["federated"] and pooled["gaussian"]["federated"]
-    sent = [r for r in json.loads((stages["40_generator"] / "ledger.json").read_text())["rows"] if r["kind"] == "features"]
-    assert len(sent) == 4 and all("not federated" in r["discloses"] for r in sent)
-    after = load_file(stages["50_finetune"] / "models.safetensors")
-    assert any(not torch.equal(t, before[n.split("/")[1]]) for n, t in after.items() if n.startswith("generator/low.")), "the encoder moves, held by its old features"
-    ldmlr, stages = run("ldmlr", "ldmlr", generator_options={"base": 8, "multipliers": [1, 2], "sample_steps": 3}, bank_share=0.2, finetune_sampling="plain")
-    counts = load_file(stages["30_statistics"] / "statistics_low.safetensors")["count"]
-    assert torch.equal(torch.bincount(load_file(stages["40_generator"] / "bank_generator.safetensors")["y"], minlength=10), (0.2 * counts).round().clamp(min=5).long())
