@@ -1,7 +1,6 @@
 """Long-tailed recognition in one place, joint training and latent diffusion, end to end on digits."""
 import json
 
-import pytest
 import torch
 from conftest import CHAIN, ran
 from safetensors.torch import load_file
@@ -41,17 +40,6 @@ def test_joint_training_takes_over_from_training(copy):
     saved = load_file(folder / "models.safetensors")
     assert all(t.isfinite().all() for t in saved.values()) and len(load_file(folder / "bank_joint.safetensors")["y"]) == 30 * 10
     assert not torch.equal(saved["joint/head.weight"], saved["unguarded/head.weight"]) or not torch.equal(saved["joint/low.0.weight"], saved["unguarded/low.0.weight"])
-
-
-# --- a sweep ---
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    project = Project.make(tmp_path_factory.mktemp("sweep") / "project")
-    project.write("levels", stages=[*CHAIN, "90_compare"], seed=None, generator="gaussian", sweep={"seed": [0, 1], "level": ["low", "high"]}, baseline="refit")
-    project.first = project.fedgal("run", "levels", "--jobs", 2)
-    assert project.first.returncode == 0, project.first.stderr + project.first.stdout
-    return project
 
 
 def test_clients_train_a_diffusion_model_together(copy):

@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 import torch
-from conftest import CHAIN, TINY, data_root, ran
+from conftest import CHAIN, TINY, Project, data_root, ran
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from safetensors.torch import load_file
@@ -121,6 +121,17 @@ def test_clients_own_models_go_through_all_stages(copy):
         arm, own = name.split("/", 1)
         if arm == "none" or own.split("/")[1].startswith("low."): assert torch.equal(t, before[own]), f"{name} was not to be trained"
         elif own.endswith("/head.weight"): assert not torch.equal(t, before[own]), name
+
+
+# --- a sweep ---
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    project = Project.make(tmp_path_factory.mktemp("sweep") / "project")
+    project.write("levels", stages=[*CHAIN, "90_compare"], seed=None, generator="gaussian", sweep={"seed": [0, 1], "level": ["low", "high"]}, baseline="refit")
+    project.first = project.fedgal("run", "levels", "--jobs", 2)
+    assert project.first.returncode == 0, project.first.stderr + project.first.stdout
+    return project
 
 
 def test_a_sweep_shares_what_it_can(swept):
