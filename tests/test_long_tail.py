@@ -57,12 +57,11 @@ def test_clients_train_a_diffusion_model_together(copy):
     before, after = load_file(stages["20_train"] / "model.safetensors"), load_file(stages["50_finetune"] / "models.safetensors")
     for name, t in after.items():
         if name.split("/")[1].startswith("low."): assert torch.equal(t, before[name.split("/")[1]]), f"{name}: the encoder is frozen"
-    pooled, stages = run("pooled", "gald_pooled", generator_options={"width": 16, "blocks": 1}, encoder_lr=0.1, consistency=1.0, finetune_sampling="offset", pseudo_classes="sqrt")
-    assert not pooled["generator"]["federated"] and pooled["gaussian"]["federated"]
+    arms, stages = run("pooled", "ldmlr", generator_options={"base": 8, "multipliers": [1, 2], "sample_steps": 3}, bank_share=0.2, encoder_lr=0.1, consistency=1.0, finetune_sampling="offset", pseudo_classes="sqrt")
+    assert not arms["generator"]["federated"] and arms["gaussian"]["federated"]
     sent = [r for r in json.loads((stages["40_generator"] / "ledger.json").read_text())["rows"] if r["kind"] == "features"]
     assert len(sent) == 4 and all("not federated" in r["discloses"] for r in sent)
     after = load_file(stages["50_finetune"] / "models.safetensors")
     assert any(not torch.equal(t, before[n.split("/")[1]]) for n, t in after.items() if n.startswith("generator/low.")), "the encoder moves, held by its old features"
-    ldmlr, stages = run("ldmlr", "ldmlr", generator_options={"base": 8, "multipliers": [1, 2], "sample_steps": 3}, bank_share=0.2, finetune_sampling="plain")
     counts = load_file(stages["30_statistics"] / "statistics_low.safetensors")["count"]
     assert torch.equal(torch.bincount(load_file(stages["40_generator"] / "bank_generator.safetensors")["y"], minlength=10), (0.2 * counts).round().clamp(min=5).long())
