@@ -231,7 +231,7 @@ class Diffusion(Generator):
         "The same network, sampled in another number of steps and calibrated for it."
         other = copy.copy(self)
         other.config = replace(self.config, sample_steps=steps)
-        if self.config.dilate: other.stretch = stretch(other, generator)
+        if self.config.dilate: other.stretch = stretch(other, generator, 64)
         return other
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
