@@ -20,12 +20,22 @@ from .heads import initialised
 from .seeds import stream
 
 # %% auto #0
-__all__ = ['TARGETS', 'Tables', 'Schedule', 'check_target', 'factors', 'add_noise', 'target_of', 'recover', 'min_snr_weight',
-           'ZeroLinear', 'ClassEmbedding', 'modulate', 'Block', 'sinusoid', 'Denoiser', 'denoising_loss',
-           'stratified_t', 'clean_estimate', 'ddim', 'dpm_solver', 'row_weights', 'draw_rows', 'DenoiserConfig',
-           'Trained', 'train_denoiser']
+__all__ = ['TARGETS', 'cosine_schedule', 'Tables', 'Schedule', 'check_target', 'factors', 'add_noise', 'target_of', 'recover',
+           'min_snr_weight', 'ZeroLinear', 'ClassEmbedding', 'modulate', 'Block', 'sinusoid', 'Denoiser',
+           'denoising_loss', 'stratified_t', 'clean_estimate', 'ddim', 'dpm_solver', 'row_weights', 'draw_rows',
+           'DenoiserConfig', 'Trained', 'train_denoiser']
 
 # %% ../nbs/37_diffusion.ipynb #13b20d9a
+def cosine_schedule(
+    steps: int = 1000,  # T
+    offset: float = 0.008,
+    clip: float = 0.999,  # largest beta
+) -> Tensor:  # cumulated alphas [T], float64
+    "Share of the signal's variance that is left after each step; Nichol and Dhariwal (2021), eq. 17."
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    f = ((u + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return (1 - (1 - f[1:] / f[:-1]).clamp(max=clip)).cumprod(0)
+
 class Tables(NamedTuple):
     "Values of a schedule for each of its T steps, float32 [T]."
     alpha_bar: Tensor
@@ -45,8 +55,7 @@ class Schedule:
     @cached_property
     def tables(self) -> Tables:
         with torch.inference_mode(False):    # else a table first used while sampling could not be trained with
-            f = torch.cos((torch.arange(self.T + 1, dtype=torch.float64) / self.T + 0.008) / 1.008 * math.pi / 2) ** 2
-            signal = (f[1:] / f[:-1]).clamp(min=0.001).cumprod(0).sqrt()
+            signal = cosine_schedule(self.T).sqrt()
             if self.zero_terminal: signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
             bar = signal * signal
             return Tables(*(v.float() for v in (bar, signal, (1 - bar).sqrt(), bar / (1 - bar))))

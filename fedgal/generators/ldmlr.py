@@ -11,25 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import FedgalError
+from ..diffusion import cosine_schedule
 from .base import FitTask, Generator
 from .gaussian import require_known
 from ..heads import initialised
 from ..seeds import runtime
 
 # %% auto #0
-__all__ = ['cosine_schedule', 'RMSNorm', 'Block', 'Attention', 'UNet1d', 'ancestral', 'LDMLRConfig', 'feature_range', 'LDMLR',
-           'train_ldmlr', 'ldmlr_counts']
-
-# %% ../../nbs/39_ldmlr.ipynb #288da29e
-def cosine_schedule(
-    steps: int = 1000,  # T
-    offset: float = 0.008,
-    clip: float = 0.999,  # largest beta
-) -> Tensor:  # cumulated alphas [T], float64
-    "Share of the signal's variance that is left after each step; Nichol and Dhariwal (2021), eq. 17."
-    u = torch.arange(steps + 1, dtype=torch.float64) / steps
-    f = ((u + offset) / (1 + offset) * math.pi / 2).cos().square()
-    return (1 - (1 - f[1:] / f[:-1]).clamp(max=clip)).cumprod(0)
+__all__ = ['RMSNorm', 'Block', 'Attention', 'UNet1d', 'ancestral', 'LDMLRConfig', 'feature_range', 'LDMLR', 'train_ldmlr',
+           'ldmlr_counts']
 
 # %% ../../nbs/39_ldmlr.ipynb #f8d038ae
 class RMSNorm(nn.Module):
