@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'CHARACTERS', 'Dataset', 'rank_in_class', 'balance', 'hold_out', 'check_labels', 'fetch', 'find_file',
-           'load_dataset', 'to_float', 'augment', 'augmentation_for']
+           'load_dataset', 'to_float', 'check_images', 'augment', 'distort', 'augmentation_for']
 
 # %% ../nbs/10_data.ipynb #853bf097
-import hashlib, importlib, os, sys
+import hashlib, importlib, math, os, sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +256,9 @@ def to_float(
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
 # %% ../nbs/10_data.ipynb #12b92735
+def check_images(x: Tensor) -> None:
+    if x.ndim != 4: raise FedgalError(f"augmentation needs images [B, C, H, W], not {list(x.shape)}; switch it off for tables and features")
+
 def augment(
     x: Tensor,  # [B, C, H, W], best as uint8: padding is then black
     generator: torch.Generator,  # on the CPU
@@ -263,9 +266,7 @@ def augment(
     flip: bool = True,  # mirror half of the images left to right
 ) -> Tensor:  # like `x`
     "Random shift and mirror image, a whole batch at once."
-    if x.ndim != 4:
-        raise FedgalError(f"augmentation needs images [B, C, H, W], not {list(x.shape)}; "
-                          "switch it off for tables and features")
+    check_images(x)
     b, c, h, w = x.shape
     dy, dx = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=generator)
     mirror = torch.rand(b, 1, generator=generator) < 0.5 * flip
@@ -276,13 +277,34 @@ def augment(
     return F.pad(x, [crop] * 4)[tuple(index)]
 
 # %% ../nbs/10_data.ipynb #5fec5c57
+def distort(
+    x: Tensor,  # [B, C, H, W]
+    generator: torch.Generator,  # on the CPU
+    degrees: float = 15.0,  # largest rotation, either way
+    stretch: float = 0.15,  # largest change of each side, a share of it
+    slant: float = 0.1,  # largest shear, columns per row
+    shift: float = 0.06,  # largest shift along each side, a share of it
+) -> Tensor:  # like `x`
+    "Random affine views of characters (Simard et al. 2003), a whole batch at once; what enters from outside repeats the border."
+    check_images(x)
+    u = 2 * torch.rand(len(x), 6, generator=generator) - 1
+    angle, wide, high, lean = math.radians(degrees) * u[:, 0], 1 + stretch * u[:, 1], 1 + stretch * u[:, 2], slant * u[:, 3]
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    shape = torch.stack([wide, lean, torch.zeros_like(lean), high], 1).view(-1, 2, 2)
+    maps = torch.cat([turn @ shape, 2 * shift * u[:, 4:, None]], 2).to(x.device)    # from places in the view to places in the image, both in [-1, 1]
+    y = F.grid_sample(x.float(), F.affine_grid(maps, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
+    return y.round().to(x.dtype) if x.dtype == torch.uint8 else y.to(x.dtype)
+
+
+# %% ../nbs/10_data.ipynb #d15707a3
 CHARACTERS = ("digits", "mnist")  # data sets whose mirror images belong to no class
 
 def augmentation_for(
     dataset: Dataset,
 ) -> Callable:  # (x [B, C, H, W], generator) -> x
-    "The random shift and mirror image that suit a data set; tables are refused when it is called."
+    "The random views that suit a data set: `distort` for characters, `augment` for all else; tables are refused when it is called."
+    if dataset.name in CHARACTERS: return distort
     crop = min(4, round(min(dataset.in_shape[1:], default=0) / 8))
-    flip = dataset.name not in CHARACTERS
-    def view(x, generator): return augment(x, generator, crop, flip)
+    def view(x, generator): return augment(x, generator, crop)
     return view
+

@@ -27,7 +27,7 @@ from .repairs import REPAIRS
 from .stats import Space
 
 # %% ../nbs/45_finetune.ipynb #d65ed585
-ARMS = ("none", "refit", "refit_plain", "refit_prior", *REPAIRS, "ccvr", "gaussian", "generator", "oracle")
+ARMS = ("none", "refit", "refit_plain", "refit_prior", *REPAIRS, "ccvr", "gaussian", "generator", "generator_adjusted", "oracle")
 SAMPLING = ("balanced", "plain", "offset")
 BANKED = ("ccvr", "gaussian", "generator", "oracle")
 

@@ -10,13 +10,17 @@ from test_pipeline import number
 def test_centralised_training_is_a_federation_of_one(copy):
     "One client with everything, the recipe of long-tailed recognition, and three views of every image behind all that follows."
     copy.write("central", n_clients=1, val_fraction=0, shuffle_classes=False, head="cosine", local_loss="ldam", lr=0.01, lr_schedule="one_cycle", mixup=0.2, augment=True,
-               views=3, arms=["none", "refit", "fed3r", "gaussian", "generator"])
+               views=3, arms=["none", "refit", "fed3r", "gaussian", "generator", "generator_adjusted"], finetune_sampling="plain")
     done = copy.fedgal("run", "central")
     assert done.returncode == 0 and ran(done) == len(CHAIN), done.stderr
     m, stages = copy.json("central/metrics.json"), {s["stage"]: copy.artifacts / s["stage"] / s["key"] for s in copy.json("central/run.json")["stages"]}
-    assert set(m["arms"]) == {"none", "refit", "fed3r", "gaussian", "generator"} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
+    assert set(m["arms"]) == {"none", "refit", "fed3r", "gaussian", "generator", "generator_adjusted"} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
     network = load_file(stages["20_train"] / "model.safetensors")
     assert network["head.scale"] == 30 and torch.equal(network["head.weight"], load_file(stages["20_train"] / "clients.safetensors")["0/head.weight"])
+    tuned, bank = load_file(stages["50_finetune"] / "models.safetensors"), load_file(stages["40_generator"] / "bank_generator.safetensors")
+    seen = torch.bincount(bank["y"], minlength=10) + load_file(stages["30_statistics"] / "statistics_low.safetensors")["count"]
+    torch.testing.assert_close(tuned["generator_adjusted/head.shift"], -(seen / seen.sum()).log().float())
+    assert torch.equal(tuned["generator_adjusted/head.head.weight"], tuned["generator/head.weight"])
     split, statistics = load_file(stages["10_data"] / "split.safetensors"), load_file(stages["30_statistics"] / "statistics_low.safetensors")
     assert statistics["count"].tolist() == torch.bincount(split["labels"][split["train"]]).tolist(), "a view is not a sample"
     [row] = [r for r in json.loads((stages["30_statistics"] / "ledger.json").read_text())["rows"] if r["kind"] == "statistics low"]
