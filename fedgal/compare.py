@@ -159,7 +159,7 @@ def contests_of(
     contests: list[str],  # "row > row"
 ) -> list[dict]:
     "Paired differences of the pairs that were announced, Holm-corrected among themselves; a name that does not fit one row is a `problem` of its contest alone."
-    out = []
+    out, shown = [], dict(zip(map(row_name, rows), shorten(rows), strict=True))
     for c in contests:
         if c.count(" > ") != 1: raise FedgalError(f"contest {c!r}: two rows with ` > ` between them are needed")
         try: a, b = (find_row(rows, n.strip()) for n in c.split(" > "))
@@ -168,5 +168,5 @@ def contests_of(
             continue
         pairs = [(x, y) for x, y in zip(a["balanced_accuracy"]["values"], b["balanced_accuracy"]["values"], strict=True) if x is not None and y is not None]
         d, ci, p = paired_interval([x - y for x, y in pairs])
-        out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs)})
+        out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs), "labels": [shown[row_name(r)]["label"] for r in (a, b)]})
     return [r | {"p_holm": p} for r, p in zip(out, holm([r["p"] for r in out]), strict=True)]

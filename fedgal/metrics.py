@@ -275,9 +275,9 @@ def gap_closed(
     refit: float | Sequence[float],
     oracle: float | Sequence[float],
 ) -> float | None:  # 0: no better than `refit`, 1: as good as `oracle`, below 0: worse than `refit`
-    "Share of the distance from `refit` to `oracle` that an arm closes."
+    "Share of the distance from `refit` to `oracle` that an arm closes; None where that is under a point, a share of noise."
     low, high = np.mean(refit), np.mean(oracle)
-    return float((np.mean(value) - low) / (high - low)) if high > low else None
+    return float((np.mean(value) - low) / (high - low)) if high - low >= 0.01 else None
 
 # %% ../nbs/50_metrics.ipynb #8264ffa9
 def paired_interval(
