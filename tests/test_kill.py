@@ -69,7 +69,7 @@ def test_killed_at_random_moments(project, tiny, orphans):
 AT = """
 import os, signal, sys
 from fnmatch import fnmatch
-if any("ipykernel" in a for a in sys.orig_argv):        # the stage, not the runner
+if any("ipykernel" in a or "forkserver" in a for a in sys.orig_argv):        # the stage, not the runner
     when, where = os.environ["KILL_AT"].split()
     real = os.replace
     def replace(a, b, **k):
