@@ -242,7 +242,7 @@ def test_two_experiments_share_a_stage_that_is_running(project):
 
 FULL = """
 import errno, os, sys
-if any("ipykernel" in a for a in sys.orig_argv):        # the stage, not the runner
+if any("ipykernel" in a or "forkserver" in a for a in sys.orig_argv):        # the stage, not the runner
     left, real = int(os.environ["FULL_AFTER"]), os.fsync
     def fsync(fd):
         global left
