@@ -38,7 +38,7 @@ def become_kernel(
     os.setsid()
     os.environ.clear(); os.environ.update(env)
     os.chdir(cwd)
-    sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}"]
+    sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}", "--IPKernelApp.matplotlib=inline"]
     from ipykernel.kernelapp import launch_new_instance
     launch_new_instance()
 
