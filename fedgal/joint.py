@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from .core import FedgalError, did_you_mean, progress
 from .data import to_float
-from .diffusion import Denoiser, Schedule, ddim, denoising_loss, stratified_t
+from .denoiser import Denoiser
+from .diffusion import Schedule, ddim, denoising_loss, stratified_t
 from .geometry import MovingGeometry, class_weights, mixed_prior, prototype_loss, timestep_weight
 from .heads import WCDASHead, decay_groups, initialised
 from .losses import class_log_prior, cross_entropy

@@ -15,7 +15,8 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import normalize
 from ..clients import n_bytes
 from ..core import FedgalError, did_you_mean
-from ..diffusion import Denoiser, DenoiserConfig, Schedule, check_target, ddim, denoising_loss, dpm_solver, draw_rows, stratified_t, train_denoiser
+from ..denoiser import Denoiser, DenoiserConfig, draw_rows, train_denoiser
+from ..diffusion import Schedule, check_target, ddim, denoising_loss, dpm_solver, stratified_t
 from .base import FitTask, Generator
 from .gaussian import require_known
 from .mlp import whitening
