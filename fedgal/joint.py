@@ -18,10 +18,11 @@ from .core import FedgalError, did_you_mean, progress
 from .data import to_float
 from .denoiser import Denoiser
 from .diffusion import Schedule, ddim, denoising_loss, stratified_t
-from .geometry import MovingGeometry, class_weights, mixed_prior, prototype_loss, timestep_weight
+from .geometry import class_weights, mixed_prior, prototype_loss, timestep_weight
 from .heads import WCDASHead, decay_groups, initialised
 from .losses import class_log_prior, cross_entropy
 from .models import SplitModel
+from .moving_geometry import MovingGeometry
 from .seeds import stream
 from .stats import head_classes
 
