@@ -687,7 +687,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fedgal.geometry._one_of': ('geometry.html#_one_of', 'fedgal/geometry.py'),
                                  'fedgal.geometry._root': ('geometry.html#_root', 'fedgal/geometry.py'),
                                  'fedgal.geometry.balancing_weights': ('geometry.html#balancing_weights', 'fedgal/geometry.py'),
-                                 'fedgal.geometry.class_anchors': ('geometry.html#class_anchors', 'fedgal/geometry.py'),
                                  'fedgal.geometry.class_weights': ('geometry.html#class_weights', 'fedgal/geometry.py'),
                                  'fedgal.geometry.dilate': ('geometry.html#dilate', 'fedgal/geometry.py'),
                                  'fedgal.geometry.gald_loss': ('geometry.html#gald_loss', 'fedgal/geometry.py'),

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import FedgalError, did_you_mean
-from .stats import ClassStatistics, class_radius, pooled_within
 
 # %% auto #0
 __all__ = ['RADIUS_KINDS', 'WEIGHT_KINDS', 'RADIUS_MODES', 'PROTOTYPE_FORMS', 'WEIGHTINGS', 'measured_radius', 'dilate',
-           'timestep_weight', 'radius_factor', 'Anchors', 'class_anchors', 'members', 'prototype_loss', 'radius_loss',
-           'margin_loss', 'Geometry', 'gald_loss', 'gradient_norms', 'class_weights', 'mixed_prior',
-           'balancing_weights']
+           'timestep_weight', 'radius_factor', 'Anchors', 'members', 'prototype_loss', 'radius_loss', 'margin_loss',
+           'Geometry', 'gald_loss', 'gradient_norms', 'class_weights', 'mixed_prior', 'balancing_weights']
 
 # %% ../nbs/37a_geometry.ipynb #284ccd05
 RADIUS_KINDS = ("rms", "mean")
@@ -83,17 +81,6 @@ class Anchors(NamedTuple):
     prototypes: Tensor  # [C, d], NaN for a class without samples
     target: Tensor  # [C] wanted radius of the kind that the mode compares, NaN where none is known
     unit: Tensor  # scalar, mean squared radius
-
-def class_anchors(
-    statistics: ClassStatistics,
-    mode: str = "mean",  # of the radius loss; "mean" and "sample" compare distances, so the rms radius is converted
-    radius: Tensor | None = None,  # [C] wanted rms radius; default `class_radius(statistics, "calibrated")`
-) -> Anchors:
-    "Prototypes, wanted radii, and the mean squared observed radius over classes."
-    _one_of("radius mode", mode, RADIUS_MODES)
-    target, within = class_radius(statistics, "calibrated") if radius is None else radius, pooled_within(statistics)
-    share = 1 if mode == "rms" else 1 - within.square().sum() / (4 * within.trace() ** 2)
-    return Anchors(statistics.prototypes(), (target * share).float(), class_radius(statistics).square().nanmean().float())
 
 def members(y: Tensor, n_classes: int) -> Tensor:  # [B, C] bool
     "Which sample is of which class; `one_hot` looks at values and so cannot be mapped together with a gradient."
