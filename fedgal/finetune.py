@@ -9,6 +9,7 @@ __all__ = ['ARMS', 'SAMPLING', 'BANKED', 'federated', 'balance_weights', 'as_the
 
 # %% ../nbs/45_finetune.ipynb #ebc06598
 import copy
+import math
 from dataclasses import dataclass, replace
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from .core import FedgalError, did_you_mean
 from .features import encode
 from .federation import FederationConfig, FederationResult, fit
 from .generators.base import Bank
-from .geometry import class_weights
+from .geometry import class_weights, mixed_prior
 from .local_losses import OwnPrior
 from .losses import balanced_softmax, class_log_prior, cross_entropy
 from .models import SplitModel
@@ -57,7 +58,7 @@ def union_prior(
 ) -> Tensor:  # [C] log-probabilities
     "Log class prior of real features as they come and a bank together; added to the logits it corrects exactly for both (balanced softmax on the union)."
     q = (bank.counts() > 0) * class_weights(counts, pseudo)
-    return class_log_prior((1 - ratio) * counts / counts.sum() + ratio * q / q.sum())
+    return class_log_prior(mixed_prior(counts, q / q.sum(), ratio / (1 - ratio) if ratio < 1 else math.inf))
 
 def client_weights(
     arm: str,

@@ -235,10 +235,11 @@ def class_weights(
 def mixed_prior(
     counts: Tensor,  # [C] real samples per class
     q: Tensor,  # [C] share of every class among generated features
-    gamma: float,  # weight of the loss on generated features
+    gamma: float,  # weight of the loss on generated features; infinite: those alone
 ) -> Tensor:  # [C] float64
     "Class prior that a loss on real plus gamma times one on generated features amounts to."
-    return (counts.double() / counts.sum() + gamma * q.double()) / (1 + gamma)
+    real = 1 / (1 + gamma)
+    return real * counts.double() / counts.sum() + (1 - real) * q.double()
 
 def balancing_weights(
     counts: Tensor,  # [C] real samples per class
