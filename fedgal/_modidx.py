@@ -763,7 +763,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fedgal.local_losses.LDAM': ('local_losses.html#ldam', 'fedgal/local_losses.py'),
                                      'fedgal.local_losses.LDAM.__call__': ('local_losses.html#ldam.__call__', 'fedgal/local_losses.py'),
                                      'fedgal.local_losses.LDAM.at': ('local_losses.html#ldam.at', 'fedgal/local_losses.py'),
-                                     'fedgal.local_losses.LDAM.context': ('local_losses.html#ldam.context', 'fedgal/local_losses.py'),
                                      'fedgal.local_losses.LDAM.margins': ('local_losses.html#ldam.margins', 'fedgal/local_losses.py'),
                                      'fedgal.local_losses.LDAM.prepare': ('local_losses.html#ldam.prepare', 'fedgal/local_losses.py'),
                                      'fedgal.local_losses.LDAM.weights': ('local_losses.html#ldam.weights', 'fedgal/local_losses.py'),
