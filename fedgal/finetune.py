@@ -9,6 +9,7 @@ __all__ = ['ARMS', 'SAMPLING', 'BANKED', 'federated', 'balance_weights', 'as_the
 
 # %% ../nbs/45_finetune.ipynb #ebc06598
 import copy
+import math
 from dataclasses import dataclass, replace
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from .core import FedgalError, did_you_mean
 from .features import encode
 from .federation import FederationConfig, FederationResult, fit
 from .generators.base import Bank
-from .geometry import class_weights
+from .geometry import class_weights, mixed_prior
 from .local_losses import OwnPrior
 from .losses import balanced_softmax, class_log_prior, cross_entropy
 from .models import SplitModel
@@ -57,7 +58,7 @@ def union_prior(
 ) -> Tensor:  # [C] log-probabilities
     "Log class prior of real features as they come and a bank together; added to the logits it corrects exactly for both (balanced softmax on the union)."
     q = (bank.counts() > 0) * class_weights(counts, pseudo)
-    return class_log_prior((1 - ratio) * counts / counts.sum() + ratio * q / q.sum())
+    return class_log_prior(mixed_prior(counts, q / q.sum(), ratio / (1 - ratio) if ratio < 1 else math.inf))
 
 def client_weights(
     arm: str,
@@ -115,7 +116,7 @@ class Moved(NamedTuple):
     drift: Tensor  # [B] mean squared distance of a real feature from the frozen encoder's; 0 for a bank row
 
 class Mixed(nn.Module):
-    "Rows of (flat image, feature, mark): real rows pass the whole model, bank rows enter at the level; the feature of a real row is what the frozen encoder saw."
+    "Rows of (flat image, feature, mark): real rows pass the whole model, bank rows enter at the level; the feature of a real row is what the frozen encoder saw, and needed for the drift alone."
     def __init__(self,
         model: SplitModel,
         level: str,  # "low" or "high"
@@ -144,10 +145,11 @@ def mixed_rows(
     z: Tensor | None,  # [m, d] bank features
     model: SplitModel,
     level: str,
+    drifts: bool = True,  # whether the drift of real rows is asked for; if not, their feature is 0 and the encoder is not run
 ) -> Tensor:  # [n + m, pixels + d + 1]
     "Input rows for `Mixed`."
     pixels, parts = int(torch.tensor(model.in_shape).prod()), []
-    if x is not None: parts.append(torch.cat([x.flatten(1), encode(model, x, level), torch.zeros(len(x), 1)], 1))
+    if x is not None: parts.append(torch.cat([x.flatten(1), encode(model, x, level) if drifts else torch.zeros(len(x), model.dims[level]), torch.zeros(len(x), 1)], 1))
     if z is not None: parts.append(torch.cat([torch.zeros(len(z), pixels), z, torch.ones(len(z), 1)], 1))
     return torch.cat(parts)
 
@@ -200,7 +202,7 @@ def arm_clients(
     for k, (v, y) in enumerate(zip(inputs, labels, strict=True)):
         given, n = bank.get(k) if isinstance(bank, dict) else bank, torch.bincount(y) if counts is None else counts
         if len(y) == 0 and (given is None or config.which == "own"): continue    # nothing to learn from
-        z, w = (mixed_rows(v, None, model, config.level) if slow else v), torch.full((len(y),), 1 / max(len(y), 1)) if as_they_come(arm, config.sampling) else balance_weights(y, n)
+        z, w = (mixed_rows(v, None, model, config.level, config.consistency > 0) if slow else v), torch.full((len(y),), 1 / max(len(y), 1)) if as_they_come(arm, config.sampling) else balance_weights(y, n)
         if given is not None:
             extra = Bank(mixed_rows(None, given.z, model, config.level), given.y, _wide(given, model), given.generator, given.n_classes) if slow else given
             z, y, w = mix_with_bank(z, y, extra, n, config.ratio, config.which, config.sampling, config.pseudo, config.views)

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import FedgalError, did_you_mean
-from .stats import ClassStatistics, class_radius, pooled_within
 
 # %% auto #0
 __all__ = ['RADIUS_KINDS', 'WEIGHT_KINDS', 'RADIUS_MODES', 'PROTOTYPE_FORMS', 'WEIGHTINGS', 'measured_radius', 'dilate',
-           'timestep_weight', 'radius_factor', 'Anchors', 'class_anchors', 'prototype_loss', 'radius_loss',
-           'margin_loss', 'Geometry', 'gald_loss', 'gradient_norms', 'class_weights', 'mixed_prior',
-           'balancing_weights', 'MovingGeometry']
+           'timestep_weight', 'radius_factor', 'Anchors', 'members', 'prototype_loss', 'radius_loss', 'margin_loss',
+           'Geometry', 'gald_loss', 'gradient_norms', 'class_weights', 'mixed_prior', 'balancing_weights']
 
 # %% ../nbs/37a_geometry.ipynb #284ccd05
 RADIUS_KINDS = ("rms", "mean")
@@ -84,26 +82,15 @@ class Anchors(NamedTuple):
     target: Tensor  # [C] wanted radius of the kind that the mode compares, NaN where none is known
     unit: Tensor  # scalar, mean squared radius
 
-def class_anchors(
-    statistics: ClassStatistics,
-    mode: str = "mean",  # of the radius loss; "mean" and "sample" compare distances, so the rms radius is converted
-    radius: Tensor | None = None,  # [C] wanted rms radius; default `class_radius(statistics, "calibrated")`
-) -> Anchors:
-    "Prototypes, wanted radii, and the mean squared observed radius over classes."
-    _one_of("radius mode", mode, RADIUS_MODES)
-    target, within = class_radius(statistics, "calibrated") if radius is None else radius, pooled_within(statistics)
-    share = 1 if mode == "rms" else 1 - within.square().sum() / (4 * within.trace() ** 2)
-    return Anchors(statistics.prototypes(), (target * share).float(), class_radius(statistics).square().nanmean().float())
-
-def _members(y, n_classes):
-    "Which sample is of which class [B, C] bool; `one_hot` looks at values and so cannot be mapped together with a gradient."
+def members(y: Tensor, n_classes: int) -> Tensor:  # [B, C] bool
+    "Which sample is of which class; `one_hot` looks at values and so cannot be mapped together with a gradient."
     return y[:, None] == torch.arange(n_classes, device=y.device)
 
 def _deviations(x0, y, prototypes, weight):
     "Estimate minus own prototype [B, d], weight [B], weighted membership [B, C]; zero for a sample that does not count."
     known = prototypes.isfinite().all(1)
     w = torch.where(known[y], weight.to(x0), 0)
-    return torch.where(w[:, None] > 0, x0 - prototypes.detach().to(x0)[y], 0), w, _members(y, len(prototypes)) * w[:, None]
+    return torch.where(w[:, None] > 0, x0 - prototypes.detach().to(x0)[y], 0), w, members(y, len(prototypes)) * w[:, None]
 
 def _mean(values, counted):
     "Mean of the values that count; 0 if none does."
@@ -172,7 +159,7 @@ def margin_loss(
     w = torch.where(known[y], weight.to(x0), 0)
     mu, x = mu - centre, torch.where(w[:, None] > 0, x0 - centre, 0)
     score = mu.square().sum(1) - 2 * x @ mu.T    # [B, C], squared distance less |x|^2
-    rival = score.masked_fill(_members(y, len(prototypes)) | ~known, torch.inf).amin(1)
+    rival = score.masked_fill(members(y, len(prototypes)) | ~known, torch.inf).amin(1)
     return _mean(w * F.relu(margin + (score.gather(1, y[:, None])[:, 0] - rival) / unit), w > 0)
 
 # %% ../nbs/37a_geometry.ipynb #ea5daed9
@@ -248,10 +235,11 @@ def class_weights(
 def mixed_prior(
     counts: Tensor,  # [C] real samples per class
     q: Tensor,  # [C] share of every class among generated features
-    gamma: float,  # weight of the loss on generated features
+    gamma: float,  # weight of the loss on generated features; infinite: those alone
 ) -> Tensor:  # [C] float64
     "Class prior that a loss on real plus gamma times one on generated features amounts to."
-    return (counts.double() / counts.sum() + gamma * q.double()) / (1 + gamma)
+    real = 1 / (1 + gamma)
+    return real * counts.double() / counts.sum() + (1 - real) * q.double()
 
 def balancing_weights(
     counts: Tensor,  # [C] real samples per class
@@ -264,45 +252,3 @@ def balancing_weights(
         raise FedgalError(f"gamma = {gamma:g}: generated features balance these classes from gamma = {least:.2f} on; "
                           "raise it, or add log(mixed_prior) to the logits")
     return (((1 + gamma) / len(pi) - pi) / gamma).clamp(min=0)
-
-# %% ../nbs/37a_geometry.ipynb #168e2f78
-class MovingGeometry(NamedTuple):
-    "Prototypes and squared radii that follow a moving encoder; a value, so that it maps over clients."
-    prototypes: Tensor  # [C, d], NaN until seen
-    square: Tensor  # [C] squared rms radius, NaN until measurable
-    noise: Tensor  # [C] variance of the prototype, in squared radii
-    count: Tensor  # [C] samples seen
-
-    @classmethod
-    def start(cls, n_classes: int, dim: int, device: torch.device | str | None = None) -> MovingGeometry:
-        "Nothing seen yet."
-        row = torch.zeros(n_classes, device=device)
-        return cls(torch.full((n_classes, dim), torch.nan, device=device), row + torch.nan, row, row)
-
-    @property
-    def radius(self) -> Tensor: return self.square.sqrt()  # [C]
-
-    def anchors(self, target: Tensor | None = None) -> Anchors:
-        "For the losses; the wanted rms radius is the followed one unless given."
-        return Anchors(self.prototypes, self.radius if target is None else target, torch.nanmean(self.square))
-
-    def update(
-        self,
-        z: Tensor,  # [B, d] real features of a batch
-        y: Tensor,  # [B] int64
-        rate: float = 0.01,  # of one sample
-        mask: Tensor | None = None,  # [B]; 0 or False: padding
-    ) -> MovingGeometry:
-        "State after a batch."
-        keep = torch.ones_like(y, dtype=torch.bool) if mask is None else mask.bool()
-        z, member = torch.where(keep[:, None], z.detach().to(self.prototypes), 0), (_members(y, len(self.count)) & keep[:, None]).to(self.prototypes)
-        n, known = member.sum(0), self.count > 0
-        mean = member.T @ z / n.clamp(min=1)[:, None]
-        centre = torch.where(known[:, None], self.prototypes, mean)
-        freedom = torch.where(known, n * (1 + self.noise), n - 1)
-        square = member.T @ (z - centre[y]).square().sum(1) / torch.where(freedom > 0, freedom, 1)
-        step = (1 - (1 - rate) ** n) / torch.where(n > 0, 1 - (1 - rate) ** (self.count + n), 1)
-        blended = torch.where(self.square.isnan(), square, torch.lerp(self.square, square, step))
-        prototypes = torch.where((n > 0)[:, None], torch.lerp(centre, mean, step[:, None]), self.prototypes)
-        noise = (1 - step).square() * self.noise + step.square() / n.clamp(min=1)
-        return MovingGeometry(prototypes, torch.where(freedom > 0, blended, self.square), noise, self.count + n)

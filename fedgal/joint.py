@@ -8,126 +8,28 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from .collapse import LatentNorm, collapsed, effective_rank, equal_radius_loss, mean_radius
 from .core import FedgalError, did_you_mean, progress
 from .data import to_float
-from .diffusion import Denoiser, Schedule, ddim, denoising_loss, stratified_t
-from .geometry import MovingGeometry, class_weights, mixed_prior, prototype_loss, timestep_weight
+from .denoiser import Denoiser
+from .diffusion import Schedule, ddim, denoising_loss, stratified_t
+from .geometry import class_weights, mixed_prior, prototype_loss, timestep_weight
+from .gradients import COMBINE, clipped, combine, dot, split_gradients
 from .heads import WCDASHead, decay_groups, initialised
 from .losses import class_log_prior, cross_entropy
 from .models import SplitModel
+from .moving_geometry import MovingGeometry
 from .seeds import stream
 from .stats import head_classes
 
 # %% auto #0
-__all__ = ['COMBINE', 'WARMUPS', 'dot', 'combine', 'Gradients', 'split_gradients', 'clipped', 'equal_radius_loss',
-           'effective_rank', 'mean_radius', 'collapsed', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay',
-           'LatentNorm', 'JointState', 'JointBank', 'JointLosses', 'JointStep', 'JointTrainer', 'JointResult',
-           'fit_joint']
-
-# %% ../nbs/49a_joint.ipynb #fa2a71ec
-COMBINE = ("sum", "real_only", "semantic_only", "normalised", "pcgrad")
-
-def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    "Inner product of two lists of tensors, taken as one long vector each."
-    return torch.stack([(u * v).sum() for u, v in zip(a, b, strict=True)]).sum()
-
-def combine(
-    a: list[Tensor],  # gradient of the real loss, one tensor a parameter
-    b: list[Tensor],  # gradient of the semantic losses, the same shapes
-    rule: str = "sum",  # one of `COMBINE`
-) -> list[Tensor]:
-    "One gradient out of two; nothing is synchronised with the device."
-    if rule not in COMBINE: raise FedgalError(f"unknown rule {rule!r}{did_you_mean(rule, COMBINE)}; known: {', '.join(COMBINE)}")
-    if rule == "real_only": return list(a)
-    if rule == "semantic_only": return list(b)
-    u, v = 1.0, 1.0
-    if rule != "sum":
-        aa, bb = (dot(g, g).clamp(min=torch.finfo(g[0].dtype).tiny) for g in (a, b))
-        if rule == "normalised": u, v = ((aa.sqrt() + bb.sqrt()) / 2 / n.sqrt() for n in (aa, bb))
-        else:
-            conflict = dot(a, b).clamp(max=0)
-            u, v = 1 - conflict / aa, 1 - conflict / bb    # a' + b', collected by a and b
-    return [u * p + v * q for p, q in zip(a, b, strict=True)]
-
-# %% ../nbs/49a_joint.ipynb #61ca158d
-class Gradients(NamedTuple):
-    "What each network gets of each loss; one tensor a parameter."
-    real: list[Tensor]  # encoder, real loss
-    semantic: list[Tensor]  # encoder, semantic losses
-    head: list[Tensor]  # real and generated loss
-    denoiser: list[Tensor]  # semantic losses
-
-def split_gradients(
-    real: Tensor,  # scalar loss of real samples
-    semantic: Tensor,  # scalar, weighted sum of the semantic losses
-    generated: Tensor | None,  # scalar loss of generated features, or None
-    encoder: list[Tensor], head: list[Tensor], denoiser: list[Tensor],  # parameters; an encoder at rest is []
-    gamma: float = 1.0,  # weight of the generated loss
-) -> Gradients:
-    "The gradients of three losses from one forward pass, each only where it belongs."
-    a = torch.autograd.grad(real, [*encoder, *head], retain_graph=True)
-    b = torch.autograd.grad(semantic, [*encoder, *denoiser], allow_unused=True, materialize_grads=True)
-    n, g = len(encoder), list(a[len(encoder):])
-    if generated is not None: g = [u + gamma * v for u, v in zip(g, torch.autograd.grad(generated, head), strict=True)]
-    return Gradients(list(a[:n]), list(b[:n]), g, list(b[n:]))
-
-# %% ../nbs/49a_joint.ipynb #f2016d12
-def clipped(
-    grads: list[Tensor],
-    limit: float,  # largest length of all of them together; 0: any
-) -> list[Tensor]:
-    "Gradients scaled down to a length; those given stay as they are."
-    if not limit or not grads: return grads
-    scale = (limit / dot(grads, grads).sqrt().clamp(min=torch.finfo(grads[0].dtype).tiny)).clamp(max=1)
-    return [scale * v for v in grads]
-
-# %% ../nbs/49a_joint.ipynb #41b5233f
-def equal_radius_loss(
-    z: Tensor,  # [B, d] real latents
-    y: Tensor,  # [B]
-    prototypes: Tensor,  # [C, d], NaN for a class that was never seen
-    prior_radius: Tensor,  # scalar r*, root mean square
-) -> Tensor:  # scalar
-    "Mean squared deviation of the classes' batch radii from the prior radius, in units of the latter; only `z` gets a gradient."
-    known, r = prototypes.isfinite().all(1)[y], torch.as_tensor(prior_radius).detach().to(z)
-    square = torch.where(known[:, None], z - prototypes.detach().to(z)[y], 0.0).square().sum(1)
-    member = torch.nn.functional.one_hot(y, len(prototypes)).to(z) * known[:, None]  # [B, C]
-    n = member.sum(0)
-    radius = (square @ member / n.clamp(min=1)).clamp(min=torch.finfo(z.dtype).tiny).sqrt()    # at 0 the slope of a root is infinite
-    return ((radius - r).square() * (n > 0)).sum() / ((n > 0).sum().clamp(min=1) * r.square())
-
-# %% ../nbs/49a_joint.ipynb #a932bf46
-def effective_rank(
-    z: Tensor,  # [N, d]
-) -> Tensor:  # scalar in [1, d]; 1 for constant features
-    "Exponential of the entropy of the normalised singular values of centred features."
-    centred = z.double() - z.double().mean(0)
-    s = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
-    return torch.special.entr(s / s.sum().clamp(min=1e-300)).sum().exp()
-
-def mean_radius(
-    z: Tensor,  # [N, d]
-    y: Tensor,  # [N]
-) -> Tensor:  # scalar
-    "Mean distance to the class mean, averaged over the classes with two samples or more."
-    n = torch.bincount(y)
-    centre = z.new_zeros(len(n), z.shape[1]).index_add(0, y, z) / n.clamp(min=1)[:, None]
-    radius = z.new_zeros(len(n)).index_add(0, y, (z - centre[y]).norm(dim=1)) / n.clamp(min=1)
-    return radius[n > 1].mean()
-
-def collapsed(
-    now: dict,  # "radius" and "rank"
-    start: dict,  # the same before training
-    share: float = 0.5,
-) -> str:  # what has collapsed; empty if nothing has
-    "The alarm: which measure has fallen below this share of its start."
-    return ", ".join(f"{name} {now[name]:.2f} of {start[name]:.2f}" for name in ("radius", "rank") if not now[name] >= share * start[name])
+__all__ = ['WARMUPS', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay', 'JointState', 'JointBank', 'JointLosses', 'JointStep',
+           'JointTrainer', 'JointResult', 'fit_joint']
 
 # %% ../nbs/49a_joint.ipynb #dac35014
 WARMUPS = ("share", "plateau")
@@ -197,21 +99,6 @@ def ema_decay(
 ) -> float:
     "Decay of a running average that forgets its start fast."
     return min(decay, (1 + n) / (10 + n))
-
-# %% ../nbs/49a_joint.ipynb #50a258fd
-class LatentNorm(nn.BatchNorm1d):
-    "Batch normalisation without weights between encoder and denoiser, and its inverse for samples."
-    def __init__(self, dim: int): super().__init__(dim, eps=1e-4, momentum=0.05, affine=False)
-
-    @torch.no_grad()
-    def measure(self, z: Tensor) -> None:
-        "Set the running moments to those of all latents `z` [N, d]."
-        self.running_mean.copy_(z.mean(0))
-        self.running_var.copy_(z.var(0))
-
-    def inverse(self, z: Tensor) -> Tensor:  # [N, d] -> [N, d]
-        "Latents as the encoder makes them; high features end in a ReLU and are not negative."
-        return (z * (self.running_var + self.eps).sqrt() + self.running_mean).clamp(min=0)
 
 # %% ../nbs/49a_joint.ipynb #7e1bc641
 class JointState:

@@ -64,9 +64,7 @@ class LDAM:
 
     def at(self, round: int) -> LDAM: return replace(self, reweight=5 * round >= 4 * self.rounds)
 
-    def context(self, client) -> Tensor:  # [C]
-        "The client's class counts."
-        return torch.bincount(client.y, minlength=self.n_classes).float()
+    context = OwnPrior.context
 
     def prepare(self, model: nn.Module) -> None:
         "Fix the scale of the model's cosine head; raises `FedgalError` for another head."

@@ -160,8 +160,9 @@ def registries():
     from fedgal.data import SOURCES
     from fedgal.finetune import ARMS
     from fedgal.generators.base import GENERATORS
+    from fedgal.gradients import COMBINE
     from fedgal.heads import HEADS
-    from fedgal.joint import COMBINE, WARMUPS
+    from fedgal.joint import WARMUPS
     from fedgal.local_losses import LOCAL_LOSSES
     from fedgal.models import MODELS, NORMS
     return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": ["digits", *SOURCES],
@@ -178,7 +179,7 @@ def test_combinations_are_refused_for_what_the_library_has():
     from fedgal.algorithms import ALGORITHMS, get_algorithm
     from fedgal.params import ONE_HEAD, PERSONAL
     from fedgal.repairs import REPAIRS
-    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr"}
+    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr", "generator_adjusted"}
 
 
 def test_every_generator_and_model_can_be_made():

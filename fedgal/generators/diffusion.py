@@ -5,28 +5,24 @@
 # %% ../../nbs/38_latent_diffusion.ipynb #6a5da53f
 from __future__ import annotations
 import copy
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
 from torch.nn.functional import normalize
-from ..clients import n_bytes
 from ..core import FedgalError, did_you_mean
-from ..diffusion import Denoiser, DenoiserConfig, Schedule, check_target, ddim, denoising_loss, dpm_solver, draw_rows, stratified_t, train_denoiser
+from ..denoiser import Denoiser, DenoiserConfig, train_denoiser
+from ..diffusion import Schedule, ddim, dpm_solver
+from ..federated_diffusion import train_federated
 from .base import FitTask, Generator
 from .gaussian import require_known
 from .mlp import whitening
-from ..geometry import Anchors, Geometry, dilate, gald_loss, gradient_norms, measured_radius
-from ..heads import initialised
-from ..seeds import stream
+from ..geometry import Anchors, Geometry, dilate, gald_loss, measured_radius
 from ..stats import ClassStatistics, pooled_within, standardiser
 
 # %% auto #0
-__all__ = ['FRAMES', 'SEVERAL', 'SAMPLERS', 'Frame', 'in_coordinates', 'make_frame', 'Averaged', 'average_rows',
-           'train_federated', 'draw', 'client_loss', 'summary', 'DiffusionConfig', 'Diffusion', 'fit_denoiser',
+__all__ = ['FRAMES', 'SAMPLERS', 'Frame', 'in_coordinates', 'make_frame', 'DiffusionConfig', 'Diffusion', 'fit_denoiser',
            'residuals', 'stretch', 'GaldConfig', 'Gald', 'DiffusionPooled', 'GaldPooled']
 
 # %% ../../nbs/38_latent_diffusion.ipynb #fc7520ca
@@ -79,90 +75,6 @@ def make_frame(
     shift, inner, outer = (u.mean().nan_to_num(), torch.where(biased > 0, biased, one), target / size) if kind == "class" else (torch.zeros_like(u.sum), one, one)
     variance = one if kind == "class" else (observed / size).square()
     return Frame(*(v.float().contiguous() for v in (centre, white, colour, shift, inner, outer, u.mean(), target, observed.square().nanmean(), variance)))
-
-# %% ../../nbs/38_latent_diffusion.ipynb #56fbb82f
-class Averaged(NamedTuple):
-    "What `train_federated` returns."
-    model: Denoiser  # running mean of the global weights
-    history: list[dict]  # about twenty rows
-    bytes: int  # of one model, as sent each way, each round, for each client
-
-def average_rows(
-    stacked: dict[str, Tensor],  # [K, ...] weights of the clients
-    last: dict[str, Tensor],  # [...] weights that they started from
-    share: Tensor,  # [K, C] how much of each class's weight a client has
-    class_rows: bool = True,
-) -> dict[str, Tensor]:
-    "Weighted mean over clients; condition vectors class by class, unchanged where nobody owns the class."
-    w = share.sum(1) / share.sum()
-    out = {n: torch.einsum("k,k...->...", w.to(v), v.detach()) for n, v in stacked.items()}
-    if class_rows:
-        n, C = share.sum(0), share.shape[1]
-        rows = torch.einsum("kc,kce->ce", (share / n.clamp(min=1e-30)).to(w.dtype), stacked["label.weight"].detach()[:, :C].to(w.dtype))
-        out["label.weight"][:C] = torch.where(n[:, None] > 0, rows.to(out["label.weight"]), last["label.weight"][:C])
-    return out
-
-# %% ../../nbs/38_latent_diffusion.ipynb #fc6223db
-def train_federated(
-    parts: list[tuple[Tensor, Tensor]],  # per client: residuals [n_k, d] and labels [n_k]
-    n_classes: int,
-    config: DenoiserConfig,  # `steps` is the number of local steps in all rounds together
-    rounds: int,
-    seed: int = 0,
-    schedule: Schedule = Schedule(),
-    extra=None,  # (x0 [B, d], y [B], t [B], counts [B]) -> {name: scalar}; must map over clients; `counts` is False where it should not look
-    class_rows: bool = True,
-) -> Averaged:
-    "Train a denoiser on clients that keep their residuals; raises FedgalError if nobody has any."
-    c, parts = config, [(k, x, y) for k, (x, y) in enumerate(parts) if len(x)]
-    check_target(c.target, schedule)
-    if not parts: raise FedgalError("no client has a latent of a class with two samples: nothing to learn a shape from")
-    d, count = parts[0][1].shape[1], sum(torch.bincount(y, minlength=n_classes) for _, _, y in parts).double()
-    rows = [count[y].pow(c.power - 1) for _, _, y in parts]
-    share = torch.stack([torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, w) for (_, _, y), w in zip(parts, rows, strict=True)])
-    model = initialised(lambda: Denoiser(d, n_classes, c.width, c.blocks), stream(seed, "denoiser weights"))
-    world = {n: p.detach() for n, p in model.named_parameters()}
-    mean, history, local = {n: p.clone() for n, p in world.items()}, [], -(-c.steps // rounds)    # whole rounds
-    loss = client_loss(model, schedule, c, extra)
-    for r in range(rounds):
-        stacked = {n: p.expand(len(parts), *p.shape).clone().requires_grad_() for n, p in world.items()}
-        optimiser = torch.optim.AdamW(stacked.values(), lr=c.lr * (0.5 + 0.5 * math.cos(math.pi * r / rounds) if c.cosine else 1.0), weight_decay=c.weight_decay)
-        rngs = [stream(seed, "denoiser batches", r, k) for k, _, _ in parts]
-        seen, norms, log = [], {}, extra and (r + 1) * 20 // rounds > r * 20 // rounds
-        for _ in range(local):
-            terms = vmap(loss)(stacked, *map(torch.stack, zip(*(draw(x, y, w, c, schedule, g) for (_, x, y), w, g in zip(parts, rows, rngs, strict=True)), strict=True)))
-            if log and not seen: norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
-            optimiser.zero_grad(); sum(v.sum() for v in terms.values()).backward(); optimiser.step()
-            seen.append({k: v.detach().mean() for k, v in terms.items()})
-        world = average_rows(stacked, world, share, class_rows)
-        keep = min(c.ema**local, (1 + r) / (10 + r))
-        mean = {n: torch.lerp(p, mean[n], keep) for n, p in world.items()}
-        if (r + 1) * 20 // rounds > r * 20 // rounds: history.append(summary(r + 1, seen) | {f"gradient of {k}": float(v) for k, v in norms.items()})
-    model.load_state_dict(mean)
-    return Averaged(model.requires_grad_(False), history, n_bytes(world))
-
-# %% ../../nbs/38_latent_diffusion.ipynb #d5d9a2e2
-SEVERAL = 5    # samples of a class that a client needs before its batch says anything of mean and radius
-
-def draw(x: Tensor, y: Tensor, weights: Tensor, c: DenoiserConfig, schedule: Schedule, g: torch.Generator) -> tuple[Tensor, ...]:
-    "One client's batch: residuals [B, d], labels, steps, noise, which samples are told their class, and of which classes the client has several samples."
-    i = draw_rows(weights, c.batch_size, g)
-    several = torch.bincount(y)[y[i]] >= SEVERAL
-    return x[i], y[i], stratified_t(c.batch_size, schedule.T, g), torch.randn(c.batch_size, x.shape[1], generator=g), torch.rand(c.batch_size, generator=g) >= c.drop, several
-
-def client_loss(model: Denoiser, schedule: Schedule, c: DenoiserConfig, extra=None):
-    "The terms of one client's loss as a function of its weights and batch."
-    def loss(weights, x, y, t, noise, told, several):
-        call = lambda z, t, y: functional_call(model, weights, (z, t, y))
-        each, x0 = denoising_loss(call, x, torch.where(told, y, model.null), t, noise, schedule, c.target, c.gamma)
-        return {"denoising": each.mean()} | (extra(x0, y, t, told & several) if extra else {})
-    return loss
-
-def summary(round: int, seen: list[dict]) -> dict:
-    "A row of the history."
-    row = {k: float(torch.stack([s[k] for s in seen]).mean()) for k in seen[0]}
-    if not all(map(math.isfinite, row.values())): raise FedgalError(f"the denoiser's loss is not finite in round {round}: use a smaller lr")
-    return {"round": round, "loss": sum(row.values())} | (row if len(row) > 1 else {})
 
 # %% ../../nbs/38_latent_diffusion.ipynb #69e5b8b5
 @dataclass(frozen=True)
