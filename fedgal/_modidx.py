@@ -1160,6 +1160,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'fedgal.stage._lock': ('stage.html#_lock', 'fedgal/stage.py'),
                               'fedgal.stage._module': ('stage.html#_module', 'fedgal/stage.py'),
                               'fedgal.stage._module_file': ('stage.html#_module_file', 'fedgal/stage.py'),
+                              'fedgal.stage._texts': ('stage.html#_texts', 'fedgal/stage.py'),
                               'fedgal.stage._versions': ('stage.html#_versions', 'fedgal/stage.py'),
                               'fedgal.stage.facts': ('stage.html#facts', 'fedgal/stage.py'),
                               'fedgal.stage.gather': ('stage.html#gather', 'fedgal/stage.py'),

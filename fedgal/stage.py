@@ -16,39 +16,49 @@ from .params import RESERVED, cells, check_together, grids, inputs, lineage, loa
 from .store import MANIFEST, canonical, commit, load_json, save_json, sha256, verify
 
 # %% ../nbs/70_stage.ipynb #c6e438a5
-_NOT_HASHED = {"fedgal", "fedgal.tune", "fedgal.pipeline", "fedgal.publish", "fedgal.report", "fedgal.cli", "fedgal._modidx"}
+_NOT_HASHED = {"fedgal", "fedgal.params", "fedgal.tune", "fedgal.pipeline", "fedgal.publish", "fedgal.report", "fedgal.cli", "fedgal._modidx"}
 
 def _imports(source, package):
-    "Dotted fedgal modules that a piece of code names, in imports or in registry strings."
-    found = set()
-    for node in ast.walk(ast.parse(source)):
+    "Dotted fedgal modules that a piece of code names; those that its registries offer, as (name, module); all other texts in it."
+    found, offered, texts = set(), set(), set()
+    text = lambda node: node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+    module = lambda s: m[1] if (m := re.fullmatch(r"(fedgal(?:\.\w+)+)(?::\w+)?", s)) else None
+    entries = set()
+    for node in ast.walk(ast.parse(source)):    # parents before children
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
             found |= {base} | {f"{base}.{a.name}" for a in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= set(re.findall(r"^(fedgal(?:\.\w+)+)(?::\w+)?$", node.value))
-    return {m for m in found if m.split(".")[0] == "fedgal"}
+        elif isinstance(node, ast.Dict):
+            for k, v in zip(node.keys, node.values, strict=True):
+                if text(k) and module(text(v)):
+                    offered.add((text(k), module(text(v))))
+                    entries |= {id(k), id(v)}
+        elif text(node) and id(node) not in entries: (found if module(text(node)) else texts).add(module(text(node)) or text(node))
+    return frozenset(m for m in found if m.split(".")[0] == "fedgal"), frozenset(offered), frozenset(texts)
 
 @cache    # names of attributes are asked for too, many more than the modules there are
 def _module(name):
     path = root() / (name.replace(".", "/") + ".py")
     if not path.is_file(): return None
     text = path.read_text(encoding="utf-8")
-    return hashlib.sha256(text.encode()).hexdigest(), frozenset(_imports(text, name.rpartition(".")[0]))
+    return hashlib.sha256(text.encode()).hexdigest(), *_imports(text, name.rpartition(".")[0])
 
 # %% ../nbs/70_stage.ipynb #0522531b
 @cache
 def modules(
     source: str,  # the code cells of a notebook
+    chosen: frozenset = frozenset(),  # values of parameters, which may name entries of a registry
 ) -> dict:  # module -> SHA-256 of its file
     "All library modules that the code rests on."
-    todo, seen = _imports(source, ""), {}
+    found, offered, texts = _imports(source, "")
+    todo, offered, named, seen = set(found), set(offered), set(texts | chosen), {}
     while todo:
         name = todo.pop()
-        if name in seen or name in _NOT_HASHED or not (found := _module(name)): continue
-        seen[name] = found[0]
-        todo |= found[1]
+        if name not in seen and name not in _NOT_HASHED and (module := _module(name)):
+            seen[name], imported, offers, texts = module
+            todo |= imported; offered |= offers; named |= texts
+        if not todo: todo = {m for n, m in offered if n in named} - seen.keys() - _NOT_HASHED
     return dict(sorted(seen.items()))
 
 # %% ../nbs/70_stage.ipynb #c833c2ee
@@ -101,11 +111,17 @@ def _device():
 @cache
 def _versions(): return {"python": ".".join(map(str, sys.version_info[:2]))} | {v: version(v) for v in _VERSIONS}
 
+def _texts(value):
+    "All texts in a value, at any depth."
+    if isinstance(value, dict): return frozenset().union(*map(_texts, value.values()))
+    if isinstance(value, (list, tuple)): return frozenset().union(*map(_texts, value))
+    return frozenset({value} if isinstance(value, str) else ())
+
 def facts(stage: str, params: dict, upstream: dict) -> dict:
     "Everything that determines a stage's result; its hash is the key."
     code = [src for src, tags in cells(stage) if "parameters" not in tags]
     s, hashed = settings(), {k: v for k, v in params.items() if k != "params_file"}
-    return {"stage": stage, "code": code, "modules": modules("\n".join(code)), "params": hashed, "data": _data_files(params),
+    return {"stage": stage, "code": code, "modules": modules("\n".join(code), _texts(hashed)), "params": hashed, "data": _data_files(params),
             "versions": _versions(),
             "machine": {"device": _device(), "threads": s.threads, "precision": s.precision, "engine": s.engine}, "inputs": upstream}
 
