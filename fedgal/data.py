@@ -257,6 +257,7 @@ def to_float(
 
 # %% ../nbs/10_data.ipynb #12b92735
 def check_images(x: Tensor) -> None:
+    "Raise for anything but a batch of images."
     if x.ndim != 4: raise FedgalError(f"augmentation needs images [B, C, H, W], not {list(x.shape)}; switch it off for tables and features")
 
 def augment(

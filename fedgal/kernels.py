@@ -6,12 +6,15 @@
 __all__ = ['LIBRARIES', 'FORKED', 'can_fork', 'forkserver', 'become_kernel', 'ForkedProcess', 'ForkProvisioner', 'kernel_manager']
 
 # %% ../nbs/70a_kernels.ipynb #6ba05dd4
-import multiprocessing, os, signal, sys
+import multiprocessing, os, signal, sys, threading
 from functools import cache
 from importlib.metadata import EntryPoint
+from types import ModuleType
+from unittest.mock import patch
 from jupyter_client import AsyncKernelManager
 from jupyter_client.localinterfaces import localhost
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
+import numpy as np
 from traitlets import default
 
 # %% ../nbs/70a_kernels.ipynb #86358c89
@@ -35,12 +38,20 @@ def become_kernel(
     cwd: str,
 ) -> None:
     "Turn this process into a Jupyter kernel; returns when the kernel is told to end."
+    def end_with(runner):
+        runner.join()
+        os._exit(1)
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.setsid()
     os.environ.clear(); os.environ.update(env)
     os.chdir(cwd)
+    np.random.seed()
     sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}", "--IPKernelApp.matplotlib=inline"]
     from ipykernel.kernelapp import launch_new_instance
     launch_new_instance()
+
+_STARTING = threading.Lock()
 
 class ForkedProcess:
     "What Jupyter asks of a process, answered by a fork."
@@ -48,7 +59,10 @@ class ForkedProcess:
 
     def __init__(self, arguments: list[str], env: dict[str, str], cwd: str):
         self._process = forkserver().Process(target=become_kernel, args=(arguments, env, cwd), name="kernel")
-        self._process.start()
+        with _STARTING, patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):    # else every kernel would run the script that started it
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])    # Ctrl-C is the runner's, also while the libraries load
+            try: self._process.start()
+            finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pid = self._process.pid
 
     def poll(self) -> int | None: return self._process.exitcode    # None while it runs
@@ -67,8 +81,8 @@ class ForkProvisioner(LocalProvisioner):
     "Kernels of this interpreter, forked from a process with the libraries in memory."
 
     async def launch_kernel(self, cmd: list[str], **options) -> dict:
-        "Fork instead of starting `cmd`, if that is an ipykernel."
-        if "ipykernel_launcher" not in cmd: return await super().launch_kernel(cmd, **options)
+        "Fork instead of starting `cmd`, if that is an ipykernel of this interpreter."
+        if cmd[0] != sys.executable or "ipykernel_launcher" not in cmd: return await super().launch_kernel(cmd, **options)
         self.cwd = str(options.get("cwd") or os.getcwd())
         self.process = ForkedProcess(cmd[cmd.index("ipykernel_launcher") + 1:], options["env"], self.cwd)
         self.pid = self.pgid = self.process.pid    # the child makes itself the head of its group

@@ -161,7 +161,7 @@ def _unknown(name, known):
 
 # %% ../nbs/02_params.ipynb #06885e96
 PERSONAL = ("local", "fedproto", "fedmps")  # algorithms that leave a model on every client and no global one
-ONE_HEAD = ("logit_adjust", "tau_norm", "fedncm", "fed3r", "lda", "ccvr", "generator_adjusted")  # arms that make one classifier for all
+ONE_HEAD = ("logit_adjust", "tau_norm", "fedncm", "fed3r", "lda", "ccvr")  # arms that make one classifier for all
 
 def check_together(params: dict) -> None:
     "Raise for values that are fine one by one and impossible together."
@@ -172,6 +172,8 @@ def check_together(params: dict) -> None:
     if arms is not None and ("none" not in arms or len(set(arms)) < len(arms)): raise FedgalError(f"arms = {arms}: each once, with `none`, which gains and harms are measured against")
     if arms and "generator_adjusted" in arms and ("generator" not in arms[:arms.index("generator_adjusted")] or get("finetune_sampling") != "plain"):
         raise FedgalError("arm generator_adjusted corrects arm generator for the prior of features as they come; name it after generator, with finetune_sampling = 'plain'")
+    if arms and "generator_adjusted" in arms and (get("n_clients", 1) > 1 or get("algorithm") in PERSONAL or get("finetune_on") == "server" or get("synthetic_classes", "uniform") != "uniform"):
+        raise FedgalError("arm generator_adjusted knows the prior of one client that sees its own features and the whole bank; set n_clients = 1, finetune_on = 'clients' and synthetic_classes = 'uniform', use an algorithm with a global model, or leave it out")
     if get("algorithm_options"):
         from fedgal.algorithms import get_algorithm    # seconds of torch that most plans do not need
         get_algorithm(get("algorithm"), **get("algorithm_options"))

@@ -179,7 +179,7 @@ def test_combinations_are_refused_for_what_the_library_has():
     from fedgal.algorithms import ALGORITHMS, get_algorithm
     from fedgal.params import ONE_HEAD, PERSONAL
     from fedgal.repairs import REPAIRS
-    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr", "generator_adjusted"}
+    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr"}
 
 
 def test_every_generator_and_model_can_be_made():
