@@ -25,18 +25,6 @@ class StageFailed(FedgalError):
         super().__init__(message)
         self.stage, self.notebook, self.trace = stage, notebook, trace
 
-def _manager(folder):
-    "A kernel manager whose sockets are files in a folder of its own, where the system has such sockets."
-    if os.name != "posix": return {}
-    from jupyter_client import AsyncKernelManager
-    from traitlets import default
-    class FileSockets(AsyncKernelManager):
-        @default("transport")
-        def _transport(self): return "ipc"
-        @default("ip")
-        def _ip(self): return f"{folder}/kernel"
-    return {"kernel_manager_class": FileSockets}
-
 def _why(error) -> str:
     "One line from a papermill error: a user's mistake as it is, anything else with its type."
     name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
@@ -53,6 +41,7 @@ def execute(
     "Run one stage notebook; on success its artifact is complete, on failure nothing of the old state is lost."
     import logging
     import papermill as pm
+    from .kernels import kernel_manager
     logging.getLogger("papermill").setLevel(logging.ERROR)    # it warns about parameters of earlier stages
     folder = settings().artifacts / stage
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +51,7 @@ def execute(
     try:
         with tempfile.TemporaryDirectory(prefix="fedgal-", ignore_cleanup_errors=True) as sockets:
             pm.execute_notebook(str(stage_path(stage)), str(out), parameters=flat, kernel_name="python3", progress_bar=False, cwd=str(root()),
-                                start_timeout=300, extra_arguments=["--IPKernelApp.log_level=50"], **_manager(sockets))    # a kernel that is told to end says so as an error
+                                start_timeout=300, extra_arguments=["--IPKernelApp.log_level=50"], kernel_manager_class=kernel_manager(sockets))    # a kernel that is told to end says so as an error
     except Exception as e:
         if out.exists(): os.replace(out, failed)
         trace = "\n".join(getattr(e, "traceback", None) or [str(e)])
