@@ -122,15 +122,16 @@ def shorten(rows: list[dict]) -> list[dict]:
     names = dict.fromkeys(n for r in rows for n in r["params"])
     usual = {n: Counter(canonical(r["params"][n]) for r in rows if n in r["params"]).most_common(1)[0][0] for n in names}
     keep = lambda r, n, v: canonical(v) != usual[n] or n in _ALWAYS
-    fits = lambda r, n: not (n == "level" and r["arm"] in _NO_LEVEL or n == "generator" and r["arm"] != "generator")
+    fits = lambda r, n: not (n == "level" and r["arm"] in _NO_LEVEL or n == "generator" and not r["arm"].startswith("generator"))
     out = [r | {"params": {n: v for n, v in r["params"].items() if fits(r, n) and keep(r, n, v)}} for r in rows]
     return [r | {"label": label(r)} for r in out]
 
 def label(row: dict) -> str:
     "A row's name for tables and figures: the generator in place of its arm, the algorithm where nothing was added to it, values of `algorithm` and `level` without their names."
     said = dict(row["params"])
-    shown = {"generator": "generator", "none": "algorithm"}.get(row["arm"])
+    shown = {"generator": "generator", "generator_adjusted": "generator", "none": "algorithm"}.get(row["arm"])
     first = said.pop(shown, row["arm"])
+    if shown in row["params"] and row["arm"] == "generator_adjusted": first += " adjusted"
     spell = lambda n, v: v if n in ("algorithm", "level") else ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else f"{n} {v}"
     return ", ".join([first, *(spell(n, v) for n, v in said.items())]) + (" (not federated)" if pooled(row) else "")
 
@@ -159,7 +160,7 @@ def contests_of(
     contests: list[str],  # "row > row"
 ) -> list[dict]:
     "Paired differences of the pairs that were announced, Holm-corrected among themselves; a name that does not fit one row is a `problem` of its contest alone."
-    out = []
+    out, shown = [], dict(zip(map(row_name, rows), shorten(rows), strict=True))
     for c in contests:
         if c.count(" > ") != 1: raise FedgalError(f"contest {c!r}: two rows with ` > ` between them are needed")
         try: a, b = (find_row(rows, n.strip()) for n in c.split(" > "))
@@ -168,5 +169,5 @@ def contests_of(
             continue
         pairs = [(x, y) for x, y in zip(a["balanced_accuracy"]["values"], b["balanced_accuracy"]["values"], strict=True) if x is not None and y is not None]
         d, ci, p = paired_interval([x - y for x, y in pairs])
-        out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs)})
+        out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs), "labels": [shown[row_name(r)]["label"] for r in (a, b)]})
     return [r | {"p_holm": p} for r, p in zip(out, holm([r["p"] for r in out]), strict=True)]
