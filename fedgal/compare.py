@@ -122,15 +122,16 @@ def shorten(rows: list[dict]) -> list[dict]:
     names = dict.fromkeys(n for r in rows for n in r["params"])
     usual = {n: Counter(canonical(r["params"][n]) for r in rows if n in r["params"]).most_common(1)[0][0] for n in names}
     keep = lambda r, n, v: canonical(v) != usual[n] or n in _ALWAYS
-    fits = lambda r, n: not (n == "level" and r["arm"] in _NO_LEVEL or n == "generator" and r["arm"] != "generator")
+    fits = lambda r, n: not (n == "level" and r["arm"] in _NO_LEVEL or n == "generator" and not r["arm"].startswith("generator"))
     out = [r | {"params": {n: v for n, v in r["params"].items() if fits(r, n) and keep(r, n, v)}} for r in rows]
     return [r | {"label": label(r)} for r in out]
 
 def label(row: dict) -> str:
     "A row's name for tables and figures: the generator in place of its arm, the algorithm where nothing was added to it, values of `algorithm` and `level` without their names."
     said = dict(row["params"])
-    shown = {"generator": "generator", "none": "algorithm"}.get(row["arm"])
+    shown = {"generator": "generator", "generator_adjusted": "generator", "none": "algorithm"}.get(row["arm"])
     first = said.pop(shown, row["arm"])
+    if shown in row["params"] and row["arm"] == "generator_adjusted": first += " adjusted"
     spell = lambda n, v: v if n in ("algorithm", "level") else ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else f"{n} {v}"
     return ", ".join([first, *(spell(n, v) for n, v in said.items())]) + (" (not federated)" if pooled(row) else "")
 
