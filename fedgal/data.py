@@ -288,6 +288,7 @@ def distort(
 ) -> Tensor:  # like `x`
     "Random affine views of characters (Simard et al. 2003), a whole batch at once; what enters from outside repeats the border."
     check_images(x)
+    if not len(x): return x    # a client without samples
     u = 2 * torch.rand(len(x), 6, generator=generator) - 1
     angle, wide, high, lean = math.radians(degrees) * u[:, 0], 1 + stretch * u[:, 1], 1 + stretch * u[:, 2], slant * u[:, 3]
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
