@@ -297,7 +297,6 @@ def distort(
     y = F.grid_sample(x.float(), F.affine_grid(maps, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
     return y.round().to(x.dtype) if x.dtype == torch.uint8 else y.to(x.dtype)
 
-
 # %% ../nbs/10_data.ipynb #d15707a3
 CHARACTERS = ("digits", "mnist")  # data sets whose mirror images belong to no class
 
@@ -309,4 +308,3 @@ def augmentation_for(
     crop = min(4, round(min(dataset.in_shape[1:], default=0) / 8))
     def view(x, generator): return augment(x, generator, crop)
     return view
-

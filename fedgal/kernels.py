@@ -12,7 +12,6 @@ from importlib.metadata import EntryPoint
 from types import ModuleType
 from unittest.mock import patch
 from jupyter_client import AsyncKernelManager
-from jupyter_client.localinterfaces import localhost
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 import numpy as np
 from traitlets import default
@@ -94,10 +93,11 @@ def kernel_manager(
 ) -> type[AsyncKernelManager]:
     "A class of kernel managers for one notebook."
     class StageKernel(AsyncKernelManager):
-        @default("transport")
-        def _transport(self): return "ipc" if os.name == "posix" else "tcp"
-        @default("ip")
-        def _ip(self): return f"{folder}/kernel" if os.name == "posix" else localhost()
+        if os.name == "posix":
+            @default("transport")
+            def _transport(self): return "ipc"
+            @default("ip")
+            def _ip(self): return f"{folder}/kernel"
         @property
         def kernel_spec(self):
             spec = super().kernel_spec

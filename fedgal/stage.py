@@ -51,14 +51,13 @@ def modules(
     chosen: frozenset = frozenset(),  # values of parameters, which may name entries of a registry
 ) -> dict:  # module -> SHA-256 of its file
     "All library modules that the code rests on."
-    found, offered, texts = _imports(source, "")
-    todo, offered, named, seen = set(found), set(offered), set(texts | chosen), {}
-    while todo:
-        name = todo.pop()
-        if name not in seen and name not in _NOT_HASHED and (module := _module(name)):
-            seen[name], imported, offers, texts = module
-            todo |= imported; offered |= offers; named |= texts
-        if not todo: todo = {m for n, m in offered if n in named} - seen.keys() - _NOT_HASHED
+    imported, offered, named = map(set, _imports(source, ""))
+    named, tried, seen = named | chosen, set(_NOT_HASHED), {}
+    while todo := (imported | {m for n, m in offered if n in named}) - tried:
+        tried |= todo
+        for name, module in ((n, m) for n in todo if (m := _module(n))):
+            seen[name], imports, offers, texts = module
+            imported |= imports; offered |= offers; named |= texts
     return dict(sorted(seen.items()))
 
 # %% ../nbs/70_stage.ipynb #c833c2ee
