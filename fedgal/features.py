@@ -29,7 +29,7 @@ def encode(
     model: SplitModel,
     x: Tensor,  # [N, ...] uint8 images or float inputs
     level: str,  # "low", "high" or "projected"
-    batch_size: int = 2048,
+    batch_size: int = 128,  # larger ones leave the processor's cache
 ) -> Tensor:  # [N, d] float32
     "Features of all samples at a level, with the model in evaluation mode."
     if level not in LEVELS: raise FedgalError(f"level {level!r}: one of {', '.join(LEVELS)}")

@@ -52,6 +52,7 @@ def train_federated(
     schedule: Schedule = Schedule(),
     extra=None,  # (x0 [B, d], y [B], t [B], counts [B]) -> {name: scalar}; must map over clients; `counts` is False where it should not look
     class_rows: bool = True,
+    views: int = 1,  # of every sample among the residuals
 ) -> Averaged:
     "Train a denoiser on clients that keep their residuals; raises FedgalError if nobody has any."
     c, parts = config, [(k, x, y) for k, (x, y) in enumerate(parts) if len(x)]
@@ -70,7 +71,7 @@ def train_federated(
         rngs = [stream(seed, "denoiser batches", r, k) for k, _, _ in parts]
         seen, norms, log = [], {}, extra and (r + 1) * 20 // rounds > r * 20 // rounds
         for _ in range(local):
-            terms = vmap(loss)(stacked, *map(torch.stack, zip(*(draw(x, y, w, c, schedule, g) for (_, x, y), w, g in zip(parts, rows, rngs, strict=True)), strict=True)))
+            terms = vmap(loss)(stacked, *map(torch.stack, zip(*(draw(x, y, w, c, schedule, g, views) for (_, x, y), w, g in zip(parts, rows, rngs, strict=True)), strict=True)))
             if log and not seen: norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
             optimiser.zero_grad(); sum(v.sum() for v in terms.values()).backward(); optimiser.step()
             seen.append({k: v.detach().mean() for k, v in terms.items()})
@@ -84,10 +85,10 @@ def train_federated(
 # %% ../nbs/37d_federated_diffusion.ipynb #d5d9a2e2
 SEVERAL = 5    # samples of a class that a client needs before its batch says anything of mean and radius
 
-def draw(x: Tensor, y: Tensor, weights: Tensor, c: DenoiserConfig, schedule: Schedule, g: torch.Generator) -> tuple[Tensor, ...]:
+def draw(x: Tensor, y: Tensor, weights: Tensor, c: DenoiserConfig, schedule: Schedule, g: torch.Generator, views: int = 1) -> tuple[Tensor, ...]:
     "One client's batch: residuals [B, d], labels, steps, noise, which samples are told their class, and of which classes the client has several samples."
     i = draw_rows(weights, c.batch_size, g)
-    several = torch.bincount(y)[y[i]] >= SEVERAL
+    several = torch.bincount(y)[y[i]] >= SEVERAL * views    # ten views of one image are one sample
     return x[i], y[i], stratified_t(c.batch_size, schedule.T, g), torch.randn(c.batch_size, x.shape[1], generator=g), torch.rand(c.batch_size, generator=g) >= c.drop, several
 
 def client_loss(model: Denoiser, schedule: Schedule, c: DenoiserConfig, extra=None):

@@ -170,9 +170,10 @@ def check_together(params: dict) -> None:
     if get("levels") is not None and get("level", get("levels")[0]) not in get("levels"): raise FedgalError(f"level {get('level')!r} is not among levels = {get('levels')}, for which statistics are collected")
     arms = get("arms")
     if arms is not None and ("none" not in arms or len(set(arms)) < len(arms)): raise FedgalError(f"arms = {arms}: each once, with `none`, which gains and harms are measured against")
-    if arms and "generator_adjusted" in arms:
-        if "generator" not in arms[:arms.index("generator_adjusted")] or get("finetune_sampling") != "plain": raise FedgalError("arm generator_adjusted corrects arm generator for the prior of features as they come; name it after generator, with finetune_sampling = 'plain'")
-        if get("n_clients", 1) > 1 or get("algorithm") in PERSONAL or get("finetune_on") == "server" or get("synthetic_classes", "uniform") != "uniform": raise FedgalError("arm generator_adjusted knows the prior of one client that sees its own features and the whole bank; set n_clients = 1, finetune_on = 'clients' and synthetic_classes = 'uniform', use an algorithm with a global model, or leave it out")
+    for arm in [a for a in arms or () if a.endswith("_adjusted")]:
+        base = arm.removesuffix("_adjusted")
+        if base not in arms[:arms.index(arm)] or get("finetune_sampling") != "plain": raise FedgalError(f"arm {arm} corrects arm {base} for the prior of features as they come; name it after {base}, with finetune_sampling = 'plain'")
+        if get("n_clients", 1) > 1 or get("algorithm") in PERSONAL or get("finetune_on") == "server" or get("synthetic_classes", "uniform") != "uniform": raise FedgalError(f"arm {arm} knows the prior of one client that sees its own features and the whole bank; set n_clients = 1, finetune_on = 'clients' and synthetic_classes = 'uniform', use an algorithm with a global model, or leave it out")
     if get("algorithm_options"):
         from fedgal.algorithms import get_algorithm    # seconds of torch that most plans do not need
         get_algorithm(get("algorithm"), **get("algorithm_options"))

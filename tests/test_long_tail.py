@@ -1,4 +1,5 @@
 """Long-tailed recognition in one place, joint training and latent diffusion, end to end on digits."""
+import hashlib
 import json
 
 import torch
@@ -10,17 +11,19 @@ from test_pipeline import number
 def test_centralised_training_is_a_federation_of_one(copy):
     "One client with everything, the recipe of long-tailed recognition, and three views of every image behind all that follows."
     copy.write("central", n_clients=1, val_fraction=0, shuffle_classes=False, head="cosine", local_loss="ldam", lr=0.01, lr_schedule="one_cycle", mixup=0.2, augment=True,
-               views=3, arms=["none", "refit", "fed3r", "gaussian", "generator", "generator_adjusted"], finetune_sampling="plain")
+               views=3, arms=["none", "refit", "fed3r", "gaussian", "refit_plain", "generator", "refit_plain_adjusted", "generator_adjusted"], finetune_sampling="plain")
     done = copy.fedgal("run", "central")
     assert done.returncode == 0 and ran(done) == len(CHAIN), done.stderr
     m, stages = copy.json("central/metrics.json"), {s["stage"]: copy.artifacts / s["stage"] / s["key"] for s in copy.json("central/run.json")["stages"]}
-    assert set(m["arms"]) == {"none", "refit", "fed3r", "gaussian", "generator", "generator_adjusted"} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
+    assert set(m["arms"]) == {"none", "refit", "fed3r", "gaussian", "refit_plain", "generator", "refit_plain_adjusted", "generator_adjusted"} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
     network = load_file(stages["20_train"] / "model.safetensors")
     assert network["head.scale"] == 30 and torch.equal(network["head.weight"], load_file(stages["20_train"] / "clients.safetensors")["0/head.weight"])
     tuned, bank = load_file(stages["50_finetune"] / "models.safetensors"), load_file(stages["40_generator"] / "bank_generator.safetensors")
     seen = torch.bincount(bank["y"], minlength=10) + load_file(stages["30_statistics"] / "statistics_low.safetensors")["count"]
     torch.testing.assert_close(tuned["generator_adjusted/head.shift"], -(seen / seen.sum()).log().float())
     assert torch.equal(tuned["generator_adjusted/head.head.weight"], tuned["generator/head.weight"])
+    real = load_file(stages["30_statistics"] / "statistics_low.safetensors")["count"]
+    torch.testing.assert_close(tuned["refit_plain_adjusted/head.shift"], -(real / real.sum()).log().float())
     split, statistics = load_file(stages["10_data"] / "split.safetensors"), load_file(stages["30_statistics"] / "statistics_low.safetensors")
     assert statistics["count"].tolist() == torch.bincount(split["labels"][split["train"]]).tolist(), "a view is not a sample"
     [row] = [r for r in json.loads((stages["30_statistics"] / "ledger.json").read_text())["rows"] if r["kind"] == "statistics low"]
@@ -58,6 +61,8 @@ def test_clients_train_a_diffusion_model_together(copy):
     assert ">teachers and generator</th>" in (copy.reports / "gald" / "index.html").read_text(), "the table of costs names both"
     rows = json.loads((stages["40_generator"] / "ledger.json").read_text())["rows"]
     assert {(r["messages"], r["first_round"], r["last_round"]) for r in rows if r["kind"] == "denoiser"} == {(2, 0, 1)} and not [r for r in rows if r["kind"] == "features"]
+    kept = json.loads((stages["40_generator"] / "manifest.json").read_text())["files"]["generator_generator.safetensors"]
+    assert hashlib.sha256((stages["40_generator"] / "generator_generator.safetensors").read_bytes()).hexdigest() in str(kept), "the denoiser is frozen"
     before, after = load_file(stages["20_train"] / "model.safetensors"), load_file(stages["50_finetune"] / "models.safetensors")
     for name, t in after.items():
         if name.split("/")[1].startswith("low."): assert torch.equal(t, before[name.split("/")[1]]), f"{name}: the encoder is frozen"

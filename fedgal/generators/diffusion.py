@@ -5,6 +5,7 @@
 # %% ../../nbs/38_latent_diffusion.ipynb #6a5da53f
 from __future__ import annotations
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from ..core import FedgalError, did_you_mean
 from ..denoiser import Denoiser, DenoiserConfig, train_denoiser
-from ..diffusion import Schedule, ddim, dpm_solver
+from ..diffusion import Schedule, add_noise, ddim, dpm_solver, factors, min_snr_weight, recover, stratified_t
 from ..federated_diffusion import train_federated
 from .base import FitTask, Generator
 from .gaussian import require_known
@@ -23,7 +24,7 @@ from ..stats import ClassStatistics, pooled_within, standardiser
 
 # %% auto #0
 __all__ = ['FRAMES', 'SAMPLERS', 'Frame', 'in_coordinates', 'make_frame', 'DiffusionConfig', 'Diffusion', 'fit_denoiser',
-           'residuals', 'stretch', 'GaldConfig', 'Gald', 'DiffusionPooled', 'GaldPooled']
+           'guided', 'residuals', 'stretch', 'GaldConfig', 'Gald', 'DiffusionPooled', 'GaldPooled', 'denoising_error']
 
 # %% ../../nbs/38_latent_diffusion.ipynb #fc7520ca
 class Frame(NamedTuple):
@@ -61,6 +62,7 @@ def make_frame(
     kind: str = "class",  # one of `FRAMES`
     kappa: float = 20.0,  # samples at which a class's own radius and the head prior weigh the same
     widen: float = 0.0,  # radii are sqrt(1 + widen / n) times as large
+    lam: float | None = None,  # instead of kappa, see `ClassStatistics.radius`
 ) -> Frame:
     "Coordinates from class statistics, in float32."
     if kind not in FRAMES: raise FedgalError(f"frame {kind!r}: one of {', '.join(FRAMES)}{did_you_mean(kind, FRAMES)}")
@@ -68,7 +70,7 @@ def make_frame(
     colour, white = whitening(pooled_within(s)) if kind == "class" else (scale.diag(), (1 / scale).diag())
     u = in_coordinates(s, centre, white)
     observed, n = u.radius("observed"), s.count
-    target = u.radius("calibrated", kappa=kappa) * (1 + widen / n.clamp(min=1)).sqrt()
+    target = u.radius("calibrated", kappa=kappa, lam=lam) * (1 + widen / n.clamp(min=1)).sqrt()
     size = white.any(1).sum().double().sqrt()    # radius of unit variance in all live directions
     biased = observed * ((n - 1).clamp(min=0) / n.clamp(min=1)).sqrt() / size
     one = torch.ones_like(n)
@@ -82,13 +84,16 @@ class DiffusionConfig:
     "Options of `diffusion` and `gald`."
     frame: str = "all"  # coordinates, see `make_frame`
     kappa: float = 20.0  # samples at which a class's own radius and the head prior weigh the same
+    lam: float | None = None  # instead of kappa: constant weight of the own radius for every class outside the head
     widen: float = 0.0  # radii are sqrt(1 + widen / n) times as large
     borrow: float = 0.0  # samples at which a class's own shape and that of all classes weigh the same; 0: its own alone
     dilate: bool = False  # stretch what is generated to the calibrated radius
+    clamp: bool = False  # in a non-negative space: negative values to zero
     prototype: float = 0.0  # weight of the prototype loss
     radius: float = 0.0  # weight of the radius loss
     margin: float = 0.0  # weight of the margin loss
     proto_form: str = "unbiased"  # prototype loss of class means free of sampling noise, plain "mean", or every "sample" as in the notes
+    radius_form: str = "rms"  # radius loss of a class in the batch, or of every "sample" as in the notes
     width: int = 128
     blocks: int = 2
     target: str = "v"
@@ -109,10 +114,12 @@ class DiffusionConfig:
         for name in ("kappa", "widen", "borrow", "prototype", "radius", "margin"):
             if getattr(self, name) < 0: raise FedgalError(f"{name} = {getattr(self, name)}: must be >= 0")
         if self.frame == "all" and self.borrow: raise FedgalError(f"borrow = {self.borrow} needs frame 'class': in frame 'all' a class that borrows would move towards the others")
+        if self.lam is not None and not 0 <= self.lam <= 1: raise FedgalError(f"lam = {self.lam}: must be in [0, 1]")
+        if self.radius_form not in ("rms", "sample"): raise FedgalError(f"radius_form {self.radius_form!r}: rms, sample (targets are root mean square radii)")
         if min(self.rounds, self.steps) < 1: raise FedgalError(f"rounds = {self.rounds} and steps = {self.steps}: at least one of each")
 
     @property
-    def geometry(self) -> Geometry: return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode="rms")
+    def geometry(self) -> Geometry: return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode=self.radius_form)
     @property
     def denoiser(self) -> DenoiserConfig:
         return DenoiserConfig(width=self.width, blocks=self.blocks, target=self.target, steps=self.steps, batch_size=self.batch_size, lr=self.lr, power=self.power, drop=self.drop, ema=self.ema)
@@ -129,12 +136,12 @@ class Diffusion(Generator):
         "Needs class statistics (for coordinates and radii) and the clients' latents."
         task.require("statistics", "latents"); self.space.check(task.space)
         c, s = self.config, task.statistics
-        self.frame, self.count = make_frame(s, c.frame, c.kappa, c.widen), s.count.float()
+        self.frame, self.count = make_frame(s, c.frame, c.kappa, c.widen, c.lam), s.count.float()
         teaches = s.count > (1 if c.frame == "class" else 0)    # the residual of a lone sample is zero
         parts = [(self.frame.encode(z[teaches[y]], y[teaches[y]]), y[teaches[y]]) for z, y in task.latents]
         many = sum(len(x) > 0 for x, _ in parts)
         if self.trained_on == "pooled": parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
-        history = fit_denoiser(self, parts, many, task.seed)
+        history = fit_denoiser(self, parts, many, task.seed, task.views)
         wide = (1 + c.widen / self.count.clamp(min=1)).sqrt() if c.frame == "all" else torch.ones(self.n_classes)    # in frame "class" it is in the radius
         self.stretch = stretch(self, task.rng("radius")) if c.dilate else wide
         return history
@@ -150,7 +157,10 @@ class Diffusion(Generator):
         require_known(labels, self.frame.prototypes.isfinite().all(1))
         u = self.frame.place(residuals(self, labels, generator), labels)
         z = self.frame.leave(dilate(u, labels, self.frame.prototypes, self.stretch, torch.ones(self.n_classes)))
+        if self.config.clamp and self.space.nonnegative: z = z.clamp(min=0)
         return normalize(z, dim=1) if self.space.normalised else z
+
+    def denoising_error(self, z: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]: return denoising_error(self, z, y, generator)
 
     def state(self) -> dict[str, Tensor]:
         return {f"frame.{k}": v for k, v in self.frame._asdict().items()} | {"count": self.count, "stretch": self.stretch} | {f"model.{k}": v for k, v in self.model.state_dict().items()}
@@ -167,26 +177,31 @@ def fit_denoiser(
     parts: list,  # (residuals, labels); several are trained on federatedly
     many: int,  # clients that the parts come from: where they are pooled, a batch is that many times as large, so that both see as much
     seed: int,
+    views: int = 1,  # of every sample among the residuals
 ) -> list[dict]:
     "Train the denoiser of a generator, with the geometry of what it will place."
     c = gen.config
     def geometry(x0, y, t, counts=None): return gald_loss(gen.frame.place(x0, y), y, gen.schedule.alpha_bar[t], gen.frame.anchors, c.geometry, counts, gen.frame.variance)
     extra = geometry if c.prototype + c.radius + c.margin > 0 else None
     if len(parts) > 1:
-        made = train_federated(parts, gen.n_classes, c.denoiser, min(c.rounds, c.steps), seed, gen.schedule, extra, c.class_rows)
+        made = train_federated(parts, gen.n_classes, c.denoiser, min(c.rounds, c.steps), seed, gen.schedule, extra, c.class_rows, views)
         gen.sent = [{"round": r, "client": k, "bytes": made.bytes} for r in range(min(c.rounds, c.steps)) for k, (x, _) in enumerate(parts) if len(x)]
     else: made = train_denoiser(*parts[0], gen.n_classes, replace(c.denoiser, batch_size=c.batch_size * many), seed, gen.schedule, extra)
     gen.model = made.model
     return made.history
 
-def residuals(gen: Diffusion, labels: Tensor, generator: torch.Generator) -> Tensor:
-    "What the network makes, [N, d], in the coordinates it was trained in."
-    c, weight = gen.config, (1 + gen.config.guidance) * gen.count / (gen.count + gen.config.borrow).clamp(min=1e-9)
+def guided(gen: Diffusion) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    "The network as it is sampled, (z, t, y) -> prediction: guided away from the null class, or towards it where a class borrows."
+    weight = (1 + gen.config.guidance) * gen.count / (gen.count + gen.config.borrow).clamp(min=1e-9)
     def model(z, t, y):
         free, told = gen.model(z.repeat(2, 1), t.repeat(2), torch.cat([torch.full_like(y, gen.model.null), y])).chunk(2)
         return free + weight[y][:, None] * (told - free)
-    plain = not (c.guidance or c.borrow)
-    return SAMPLERS[c.sampler](gen.model if plain else model, labels, gen.schedule, gen.space.dim, c.sample_steps, generator, target=c.target)
+    return model if gen.config.guidance or gen.config.borrow else gen.model
+
+def residuals(gen: Diffusion, labels: Tensor, generator: torch.Generator) -> Tensor:
+    "What the network makes, [N, d], in the coordinates it was trained in."
+    c = gen.config
+    return SAMPLERS[c.sampler](guided(gen), labels, gen.schedule, gen.space.dim, c.sample_steps, generator, target=c.target)
 
 def stretch(gen: Diffusion, generator: torch.Generator, per_class: int = 256) -> Tensor:
     "Wanted over made radius of every class [C]; 1 for a class that is not known."
@@ -216,3 +231,22 @@ class DiffusionPooled(Diffusion):
 class GaldPooled(Gald):
     "`gald` where all real features are in one place."
     name, trained_on = "gald_pooled", "pooled"
+
+# %% ../../nbs/38_latent_diffusion.ipynb #general1
+@torch.no_grad()
+def denoising_error(
+    gen: Diffusion,  # fitted
+    z: Tensor,  # [N, d] features
+    y: Tensor,  # int64 [N]
+    generator: torch.Generator,
+    draws: int = 8,  # noise levels for each feature
+) -> dict[str, Tensor]:  # "network" and "gaussian", [C] each; NaN for a class without features
+    "Min-SNR weighted error per dimension of the network as it is sampled, and of a Gaussian with the same class means and radii."
+    f, schedule = gen.frame, gen.schedule
+    known = f.prototypes.isfinite().all(1)[y]
+    x, y = f.encode(z[known], y[known]).repeat(draws, 1), y[known].repeat(draws)
+    t, noise = stratified_t(len(y), schedule.T, generator), torch.randn(x.shape, generator=generator)
+    (a, s), z_t, mean, variance = factors(schedule, t), add_noise(x, noise, t, schedule), ((f.prototypes - f.shift) / f.inner[:, None])[y], f.variance.nan_to_num(1.0)[y][:, None]
+    seen = {"network": recover(guided(gen)(z_t, t, y), z_t, t, schedule, gen.config.target)[0], "gaussian": mean + a * variance / (a * a * variance + s * s) * (z_t - a * mean)}
+    n, weight = torch.bincount(y, minlength=gen.n_classes), min_snr_weight(t, schedule, "x0")
+    return {name: torch.zeros(gen.n_classes).index_add(0, y, weight * (x0 - x).square().mean(1)) / n for name, x0 in seen.items()}
