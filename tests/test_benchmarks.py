@@ -1,0 +1,58 @@
+"""Benchmarks still run: each from end to end with the smallest numbers, and shows all that the committed notebook shows."""
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import REPO, Project
+
+BANKS = {"seeds": [100, 101], "rounds": 1, "per_class": 10, "options": {"steps": 4, "rounds": 2, "width": 16}, "tuning": {"rounds": 1, "steps": 2}}
+SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide_steps": 1, "narrow_steps": 10, "rounds": 1, "options": {"steps": 10}, "per_class": 4, "claims": False},
+         "engines": {"repeats": 1, "n_clients": 4, "examples": 4, "batch_size": 2, "full": False},
+         "moments_or_shape": BANKS, "views": BANKS}
+RUN = """
+import json, sys, tempfile
+from pathlib import Path
+import papermill
+from fedgal.kernels import kernel_manager
+folder, out = map(Path, sys.argv[1:3])
+for name, parameters in json.loads(sys.argv[3]).items():
+    with tempfile.TemporaryDirectory(prefix="fedgal-") as sockets:
+        try: papermill.execute_notebook(folder / f"{name}.ipynb", out / f"{name}.ipynb", parameters, kernel_name="python3", progress_bar=False, cwd=folder,
+                                        start_timeout=300, extra_arguments=["--IPKernelApp.log_level=50"], kernel_manager_class=kernel_manager(sockets))
+        except papermill.PapermillExecutionError: pass    # stands in the notebook
+"""
+
+
+def shown(cell): return [sorted(o.data) for o in cell.outputs if "data" in o]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    "A folder with the four notebooks, run one after another from one process that has the libraries in memory."
+    project, out = Project.make(tmp_path_factory.mktemp("benchmarks") / "project", all_notebooks=True), tmp_path_factory.mktemp("executed")
+    run = subprocess.run([sys.executable, "-c", RUN, str(project.home / "nbs" / "benchmarks"), str(out), json.dumps(SMALL)],
+                         cwd=project.away, env=project.env(), capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+@pytest.mark.parametrize("notebook", SMALL)
+def test_a_benchmark_runs_and_shows_what_it_should(notebook, executed):
+    committed, small = (nbformat.read(folder / f"{notebook}.ipynb", 4) for folder in (REPO / "nbs" / "benchmarks", executed))
+    cells = {c.id: c for c in small.cells if c.cell_type == "code"}
+    errors = ["\n".join(o.traceback) for c in cells.values() for o in c.outputs if o.output_type == "error"]
+    assert not errors, errors[0]
+    expected = {c.id: shown(c) for c in committed.cells if c.cell_type == "code" and shown(c)}
+    assert {"image/png", "text/html"} <= {kind for outputs in expected.values() for kinds in outputs for kind in kinds}, "figures and tables"
+    assert {i: shown(cells[i]) for i in expected} == expected
+
+
+@pytest.mark.parametrize("notebook", SMALL)
+def test_the_small_numbers_are_parameters_of_the_notebook(notebook):
+    from fedgal.params import read_cell
+    nb = nbformat.read(REPO / "nbs" / "benchmarks" / f"{notebook}.ipynb", 4)
+    source, = (c.source for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+    declared = read_cell(source, notebook)
+    for name, value in SMALL[notebook].items(): assert declared[name].check(value) == value != declared[name].default
