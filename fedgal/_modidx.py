@@ -1094,6 +1094,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'fedgal.run_card.as_percent': ('run_card.html#as_percent', 'fedgal/run_card.py'),
                                  'fedgal.run_card.as_value': ('run_card.html#as_value', 'fedgal/run_card.py'),
                                  'fedgal.run_card.card_facts': ('run_card.html#card_facts', 'fedgal/run_card.py'),
+                                 'fedgal.run_card.compute_seconds': ('run_card.html#compute_seconds', 'fedgal/run_card.py'),
                                  'fedgal.run_card.run_parameters': ('run_card.html#run_parameters', 'fedgal/run_card.py')},
             'fedgal.sanitise': { 'fedgal.sanitise._attribute_problem': ('sanitise.html#_attribute_problem', 'fedgal/sanitise.py'),
                                  'fedgal.sanitise._numeric': ('sanitise.html#_numeric', 'fedgal/sanitise.py'),
