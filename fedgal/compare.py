@@ -172,6 +172,7 @@ def contests_of(
         out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs), "labels": [shown[row_name(r)]["label"] for r in (a, b)]})
     return [r | {"p_holm": p} for r, p in zip(out, holm([r["p"] for r in out]), strict=True)]
 
+# %% ../nbs/53_compare.ipynb #5d0e21ac
 def verdicts(
     contests: list[dict],  # of `contests_of`
 ) -> list[str]:  # Markdown, one sentence for each
