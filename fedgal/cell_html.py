@@ -94,7 +94,7 @@ def _picture(mime, data, meta, where):
     data = base64.b64encode(data.encode()).decode() if mime == "image/svg+xml" else re.sub(r"\s", "", data)
     known = all(isinstance(v, int) and v > 0 for v in size)
     given = Markup(' width="{}" height="{}"').format(*size) if known else ""
-    return Markup('<figure><img src="data:{};base64,{}" alt="{}"{}></figure>').format(mime, data, alt.strip(), given)
+    return Markup('<figure tabindex="0"><img src="data:{};base64,{}" alt="{}"{}></figure>').format(mime, data, alt.strip(), given)
 
 def _failure(out):
     "An exception as one line with its traceback folded."

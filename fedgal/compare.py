@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_runs', 'check_comparable', 'varied', 'cells_of', 'merge_rows', 'rows_of', 'readouts_of', 'shorten', 'label',
-           'pooled', 'find_row', 'row_name', 'contests_of']
+           'pooled', 'find_row', 'row_name', 'contests_of', 'verdicts']
 
 # %% ../nbs/53_compare.ipynb #4fb635c5
 from collections import Counter
@@ -171,3 +171,20 @@ def contests_of(
         d, ci, p = paired_interval([x - y for x, y in pairs])
         out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs), "labels": [shown[row_name(r)]["label"] for r in (a, b)]})
     return [r | {"p_holm": p} for r, p in zip(out, holm([r["p"] for r in out]), strict=True)]
+
+# %% ../nbs/53_compare.ipynb #5d0e21ac
+def verdicts(
+    contests: list[dict],  # of `contests_of`
+) -> list[str]:  # Markdown, one sentence for each
+    "What the announced contests came to, in words; a difference is shown where its corrected p is below 0.05."
+    counted, out = sum(c["p_holm"] is not None for c in contests), []
+    corrected = f" after correction for {counted} contests" if counted > 1 else ""
+    for c in contests:
+        first, second = c.get("labels") or c["contest"].split(" > ")
+        said, p = f"`{first}` minus `{second}`: ", c["p_holm"]
+        if c["difference"] is None: out.append(said + c.get("problem", "no seed has both") + "."); continue
+        low, high = c["ci95"]
+        said += f"{100 * c['difference']:+.1f} points" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if low is not None else "") + f" over {c['n_seeds']} seed{'s' * (c['n_seeds'] > 1)}"
+        if p is None: out.append(f"{said}; without a spread over seeds no difference is shown."); continue
+        out.append(f"{said}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'}{corrected}: {'the' if p < 0.05 else 'no'} difference is shown.")
+    return out

@@ -67,6 +67,7 @@ mtd[columnalign=left]{text-align:left;text-align:-webkit-left}
 mtd[columnalign=right]+mtd[columnalign=left]{padding-left:0}
 .formula{display:block;overflow-x:auto;overflow-y:hidden;padding:.35rem 0} p>.formula{margin:1.25rem 0}
 img{max-width:100%;height:auto;vertical-align:middle} figure img{display:block}
+figure{overflow-x:auto}
 """
 
 # %% ../nbs/72b_page_style.ipynb #2cc0dac0
@@ -108,7 +109,8 @@ thead th{color:var(--soft);font-weight:600;font-size:.8125rem;vertical-align:bot
 thead{border-bottom:1px solid var(--soft)} tbody th{font-weight:500;white-space:nowrap}
 tbody tr+tr>*{border-top:1px solid var(--line)} th.num,td.num{text-align:right;white-space:nowrap}
 caption{caption-side:top;text-align:left;color:var(--soft);padding-bottom:.5rem}
-[id^=T_] tr>*{padding-left:.875rem;padding-right:.875rem}
+[id^=T_] tr>*{padding-left:.5rem;padding-right:.5rem} [id^=T_] td{max-width:min(15rem,60vw)}
+[id^=T_] thead th{white-space:normal;max-width:6rem}
 .card{margin:2.25rem 0 3rem;padding:1.375rem 1.5rem;border:1px solid var(--line);border-radius:12px}
 .card h2{margin:0 0 1rem;font-size:1rem;letter-spacing:0} .card .fold,.card .scroll{margin:0}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(11.5rem,100%),1fr));gap:.875rem 1.5rem;
@@ -146,7 +148,7 @@ _CSS += """
 @media (max-width:60rem){.page{display:block} aside{display:none} .toc-fold{display:block;margin:0 0 2rem}
   main{padding:2.25rem 0 3.5rem}}
 @media (max-width:40rem){.page,.top nav,footer p{padding-left:1rem;padding-right:1rem} h2{margin-top:2.75rem}
-  .card{padding:1.125rem 1rem}
+  .card{padding:1.125rem 1rem} figure img{max-width:max(100%,36rem)}
   .facts{grid-template-columns:repeat(auto-fill,minmax(8.5rem,1fr))}
   th,td{padding:.4375rem .625rem} .runs,.runs tbody,.runs tr,.runs td{display:block}
   .runs thead{display:none} .runs tr{padding:1rem 0;border-top:1px solid var(--line)}
@@ -156,7 +158,7 @@ _CSS += """
   gap:1rem} .runs td[data-label]::before{content:attr(data-label);color:var(--soft)}}
 @media print{.top,aside,.toc-fold,.skip,.anchor,.code{display:none!important} .page{display:block;max-width:none;
   padding:0} main{padding:0} body{font-size:10pt} pre{white-space:pre-wrap} h2,h3{break-after:avoid}
-  figure,tr,.card,.error{break-inside:avoid} .scroll,.formula{overflow:visible} a{color:inherit}
+  figure,tr,.card,.error{break-inside:avoid} .scroll,.formula,figure{overflow:visible} a{color:inherit}
   .card details::details-content,.error details::details-content{content-visibility:visible;block-size:auto}}
 @media (prefers-reduced-motion:reduce){*{transition:none!important}}
 """

@@ -102,7 +102,7 @@ _INDEX = """{% extends "page.html.j2" %}
 <thead><tr><th rowspan="2" scope="col">Experiment</th><th rowspan="2" scope="col">State</th>
 <th colspan="{{ arms | length }}" class="span" scope="colgroup">Balanced accuracy, %</th>
 <th colspan="{{ groups | length }}" class="span" scope="colgroup">Generator by class group, %</th>
-<th rowspan="2" scope="col" class="num">Sent</th><th rowspan="2" scope="col" class="num">Time</th></tr>
+<th rowspan="2" scope="col" class="num">Sent</th><th rowspan="2" scope="col" class="num">Computed in</th></tr>
 <tr>{% for name in arms + groups %}<th scope="col" class="num">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{% for r in rows %}<tr>
 <td class="what">{% if r.href %}<a href="{{ r.href | link }}">{{ r.title }}</a>{% else %}<b>{{ r.title }}</b>{% endif %}
@@ -114,12 +114,13 @@ _INDEX = """{% extends "page.html.j2" %}
 {{ small("in " ~ r.failed_stage if r.failed_stage) }}</div></td>
 {% for a in arms %}{{ cell(a, r.arms.get(a) | percent, "main" if a == "generator" and r.arms.get(a)) }}{% endfor %}
 {% for g in groups %}{{ cell("generator, " ~ g, r.groups.get(g) | percent) }}{% endfor %}
-{{ cell("Sent", r.bytes | size) }}{{ cell("Time", r.seconds | span) }}</tr>
+{{ cell("Sent", r.bytes | size) }}{{ cell("Computed in", r.seconds | span) }}</tr>
 {% endfor %}</tbody></table></div>
 <p class="legend">Balanced accuracy is the mean recall over classes on the balanced test set, mean ± standard
  deviation over seeds. none: the trained model; refit: the same steps on real features only; gaussian: exact class
  moments; generator: the one under test. A range covers the settings of a sweep. Many, medium and few group classes
- by their training count; a dash means that nothing was measured.</p>{% endif %}
+ by their training count; a dash means that nothing was measured. Computed in: the time of all stage runs behind an
+ experiment one after the other, each counted once, those that came from the cache too.</p>{% endif %}
 {% endblock %}
 """
 

@@ -19,19 +19,20 @@ from matplotlib.ticker import MaxNLocator
 
 # %% ../nbs/52d_plots_features.ipynb #8498efad
 def radii(
-    radius: dict,  # "observed", "prior", "calibrated" -> [C]; NaN where unknown
+    radius: dict,  # "observed", "prior", "calibrated", "generated", "held out" -> [C]; NaN where unknown
     counts,  # [C] training samples
     classes: Sequence[str] | None = None,
     bounds: Sequence[float] = (0.75, 0.95),  # see `class_groups`
 ) -> tuple[Figure, str]:
-    "Class radii from head to tail: what was observed, what the head suggests, and the blend."
+    "Class radii from head to tail: what was observed, what the head suggests, the blend, and what was generated from it."
     values, order = {k: to_array(v) for k, v in radius.items()}, head_first(counts)
     groups = class_groups(counts, bounds)
     ratio = {k: finite_mean(v[groups["few"] or order[-1:]]) / finite_mean(v[groups["many"]]) for k, v in values.items()}
-    first, last = list(values)[0], list(values)[-1]
-    fig, ax = new_figure(f"The few classes look {percent(ratio[first])} as wide as the many; {last}: {percent(ratio[last])}")
+    first, last = ("generated", "held out") if {"generated", "held out"} <= set(values) else (list(values)[0], list(values)[-1])
+    who = "Generated few classes are" if first == "generated" else "The few classes look"
+    fig, ax = new_figure(f"{who} {percent(ratio[first])} as wide as the many; {last}: {percent(ratio[last])}")
     style = {"observed": dict(color=PALETTE[1], marker="o", ls="-"), "prior": dict(color=MUTED, ls="--"),
-             "calibrated": dict(color=PALETTE[0], marker="s", ls="-")}
+             "calibrated": dict(color=PALETTE[0], marker="s", ls="-"), "generated": dict(color=PALETTE[3], marker="D", ls="-"), "held out": dict(color="#000000", ls=":")}
     size = 5 if len(order) <= 30 else 0
     for k, v in values.items(): ax.plot(range(len(order)), v[order], markersize=size, **style.get(k, {}))
     ax.set(xlabel="class, most frequent first", ylabel="radius (feature units)", ylim=(0, None))
@@ -43,6 +44,8 @@ def radii(
     return fig, f"Class radii from head to tail; mean of the few relative to the many: {say}."
 
 # %% ../nbs/52d_plots_features.ipynb #d7e26890
+_MEANING = {"real": "Classification loss on real samples (real)"}    # terms whose name says too little
+
 def loss_curves(
     history,  # rows (list of dicts or DataFrame): a step column and one column per loss
     step: str | None = None,  # default: the first of "step", "round", "epoch" that exists
@@ -57,7 +60,7 @@ def loss_curves(
         raise FedgalError(f"no numeric loss column in the history; it has {', '.join(map(str, rows)) or 'no columns'}")
     main = title_loss or next((c for c in ("loss", "total") if c in terms), terms[0])
     start, end = rows[main].dropna().iloc[[0, -1]]
-    fig, ax = new_figure(f"{main} goes from {start:.3g} to {end:.3g} in {x.iloc[-1]:.0f} {step or 'step'}s", 3.3)
+    fig, ax = new_figure(f"{_MEANING.get(main, main)} goes from {start:.3g} to {end:.3g} in {x.iloc[-1]:.0f} {step or 'step'}s", 3.3)
     low, high = rows[terms].min().min(), rows[terms].max().max()
     if 0 < 20 * low < high: ax.set_yscale("log")
     colors = {c: "#000000" if c == main and len(terms) > 1 else PALETTE[i % 7] for i, c in enumerate(terms)}

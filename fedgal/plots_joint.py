@@ -70,17 +70,21 @@ def gradients(
 def epochs_seen(
     rows: list[dict],  # one an epoch: "epoch", "resting", "val_accuracy"
     lr: list[dict],  # history with "step", "lr_encoder", "resting"
+    n_val: int | None = None,  # number of validation samples, for the title
 ) -> tuple[Figure, str]:
-    "Validation accuracy by epoch, and the encoder's learning rate by step."
+    "Validation accuracy by epoch, if there are validation data, and the encoder's learning rate by step."
     known = [r for r in rows if r.get("val_accuracy") is not None]
-    title = f"Validation accuracy goes from {percent(known[0]['val_accuracy'], 1)} to {percent(known[-1]['val_accuracy'], 1)}" if known else "No validation data"
-    fig, axes = new_figure(title, 3.2, columns=2)
-    axes[0].plot([r["epoch"] for r in known], [r["val_accuracy"] for r in known], "o-" if len(known) < 25 else "-", ms=4, color=PALETTE[0])
-    axes[0].set(xlabel="epoch", ylabel="accuracy on validation data")
-    percent_axis(axes[0].yaxis), mark_rest(axes[0], rows, "epoch")
-    axes[1].plot([r["step"] for r in lr], [r["lr_encoder"] for r in lr], color=PALETTE[1])
-    axes[1].set(xlabel="step", ylabel="learning rate of the encoder"), mark_rest(axes[1], lr)
-    return fig, f"{title}; the encoder's learning rate ends at {lr[-1]['lr_encoder']:.1g}."
+    end = f"encoder's learning rate ends at {lr[-1]['lr_encoder']:.1g}"
+    title = f"The {end}"
+    if known: title = f"Validation accuracy goes from {percent(known[0]['val_accuracy'], 1)} to {percent(known[-1]['val_accuracy'], 1)}" + (f" ({n_val} samples)" if n_val else "")
+    fig, axes = new_figure(title, 3.2, columns=2 if known else 1, squeeze=False)
+    if known:
+        axes[0, 0].plot([r["epoch"] for r in known], [r["val_accuracy"] for r in known], "o-" if len(known) < 25 else "-", ms=4, color=PALETTE[0])
+        axes[0, 0].set(xlabel="epoch", ylabel="accuracy on validation data")
+        percent_axis(axes[0, 0].yaxis), mark_rest(axes[0, 0], rows, "epoch")
+    axes[0, -1].plot([r["step"] for r in lr], [r["lr_encoder"] for r in lr], color=PALETTE[1])
+    axes[0, -1].set(xlabel="step", ylabel="learning rate of the encoder"), mark_rest(axes[0, -1], lr)
+    return fig, f"{title}; the {end}." if known else f"{title}; there are no validation data."
 
 # %% ../nbs/52f_plots_joint.ipynb #38b14f2a
 def concentrations(
@@ -90,12 +94,12 @@ def concentrations(
 ) -> tuple[Figure, str]:
     "Concentration of a wrapped Cauchy head for every class, most frequent first."
     rho, n, order = to_array(rho), to_array(counts), head_first(counts)
-    up = float(np.corrcoef(np.log(np.maximum(n, 1)), rho)[0, 1]) if rho.std() > 0 and n.std() > 0 else 0.0
-    title = "Frequent classes are held more tightly" if up > 0.3 else "Rare classes are held more tightly" if up < -0.3 else "Concentration does not follow frequency"
-    fig, ax = new_figure(f"{title} (correlation with log count {up:+.2f})", 3.2)
+    said = f"correlation {np.corrcoef(np.log(np.maximum(n, 1)), rho)[0, 1]:+.2f}" if rho.std() > 0 and n.std() > 0 else "no correlation, one of them is constant"
+    title = f"Concentration and log count: {said} over {len(n)} classes"
+    fig, ax = new_figure(title, 3.2)
     ax.bar(range(len(rho)), rho[order], color=PALETTE[0], width=0.7)
     ax.axhline(0.5, color=MUTED, ls=":", lw=1)
     ax.set(ylabel="concentration ρ", xlabel="class (training samples), most frequent first")
     names = class_names(classes, len(rho))
     class_axis(ax.xaxis, [f"{names[i]}\n({n[i]:.0f})" for i in order])
-    return fig, f"{title}: concentration between {rho.min():.2f} and {rho.max():.2f}, correlation with the logarithm of the count {up:+.2f}."
+    return fig, f"{title}; concentration between {rho.min():.2f} and {rho.max():.2f}."

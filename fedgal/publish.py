@@ -8,6 +8,7 @@ __all__ = ['member_folder', 'publish_members', 'publish_pages']
 # %% ../nbs/73_publish.ipynb #004bbb63
 import hashlib, re
 from .core import FedgalError, root, settings
+from .run_card import compute_seconds
 from .store import MANIFEST, canonical, load_json, save_json, sha256, write_bytes
 
 # %% ../nbs/73_publish.ipynb #dcb06523
@@ -34,7 +35,7 @@ def _card(exp, record, entry):
     member = exp.members[0]
     return {"experiment": exp.name if len(exp.members) == 1 or entry["stage"] == "90_compare" else f"{exp.name}, shown for {member.name.removeprefix(exp.name + '--')}",
             "params_file": record["params_file"], "overrides": ", ".join(f"{k} = {v}" for k, v in exp.overrides.items()),
-            "duration": entry["seconds"], "key": entry["key"], "versions": _manifest(entry).get("versions", {}), "fingerprint": _manifest(entry).get("fingerprint", ""),
+            "duration": entry["seconds"], "whole_experiment": compute_seconds(record), "key": entry["key"], "versions": _manifest(entry).get("versions", {}), "fingerprint": _manifest(entry).get("fingerprint", ""),
             "git": record["git"]}
 
 def _manifest(entry):

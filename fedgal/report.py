@@ -18,7 +18,7 @@ from nbconvert.filters.ansi import strip_ansi
 from .cell_html import fold, markdown, output_html, preformatted
 from .core import FedgalError
 from .page_templates import TEMPLATES, fill, set_up
-from .run_card import card_facts, run_parameters
+from .run_card import card_facts, compute_seconds, run_parameters
 from .sanitise import page_problems
 from .store import load_json, write_bytes
 
@@ -151,7 +151,7 @@ def _read_run(folder):
             for a in ARMS}
     changed = "".join(f", {k} = {v}" for k, v in (run.get("overrides") or {}).items())
     return {"title": (run.get("title") or folder.name) + changed, "reason": run.get("error"),
-            **{k: run.get(k) for k in ("question", "params_file", "status", "failed_stage", "seconds")},
+            **{k: run.get(k) for k in ("question", "params_file", "status", "failed_stage")}, "seconds": compute_seconds(run),
             "n_seeds": max((int(r["n_seeds"]) for r in rows), default=len(metrics.get("seeds", []))),
             "bytes": traffic["up"] + traffic["down"] if traffic else None,
             "arms": {a: _over(found, "balanced_accuracy") for a, found in arms.items()},
