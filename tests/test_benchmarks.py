@@ -10,7 +10,7 @@ from conftest import REPO, Project
 BANKS = {"seeds": [100, 101], "rounds": 1, "per_class": 10, "options": {"steps": 4, "rounds": 2, "width": 16}, "tuning": {"rounds": 1, "steps": 2}}
 SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide_steps": 1, "narrow_steps": 10, "rounds": 1, "options": {"steps": 10}, "per_class": 4, "claims": False},
          "engines": {"repeats": 1, "n_clients": 4, "examples": 4, "batch_size": 2, "full": False},
-         "moments_or_shape": BANKS, "views": BANKS}
+         "moments_or_shape": BANKS | {"trained": [1, 2]}, "views": BANKS}
 RUN = """
 import json, sys, tempfile
 from pathlib import Path
