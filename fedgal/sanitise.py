@@ -70,7 +70,7 @@ def _safe_image(tag, where):
 
 # %% ../nbs/72c_sanitise.ipynb #b8a4fb47
 _NUMBER = re.compile(
-    r"[-+−±]?\s*[\d.,\u2009]+(?:e[-+]?\d+)?(?:\s*(?:%|±|\(|/).*)?|nan|none|null|[-–—]|[+−-]?inf|", re.I)
+    r"[-+−±<]?\s*[\d.,\u2009]+(?:e[-+]?\d+)?(?:\s*(?:%|±|\(|/).*)?|nan|none|null|[-–—]|[+−-]?inf|", re.I)
 
 def _numeric(cells):
     "True for a column that holds numbers and nothing else."
