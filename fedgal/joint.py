@@ -54,7 +54,7 @@ class JointConfig:
     weight_prototype: float = 0.1
     gamma: float = 1.0  # weight of generated features beside real ones; 0: none
     bank_per_class: int = 200
-    refresh: int = 5  # epochs between two banks
+    refresh: int = 5  # epochs between two banks, and before the first
     width: int = 128  # of the denoiser
     blocks: int = 3
     sampling_steps: int = 20
@@ -69,6 +69,8 @@ class JointConfig:
         if not 0 <= self.warmup_share <= 1: raise FedgalError(f"warmup_share = {self.warmup_share}: a share between 0 and 1 is needed")
         if min(self.epochs, self.batch_size - 1, self.refresh, self.watch) < 1:
             raise FedgalError(f"epochs = {self.epochs}, batch_size = {self.batch_size}, refresh = {self.refresh}, watch = {self.watch}: at least 1, and 2 samples in a batch")
+        if self.gamma and self.refresh >= self.epochs:
+            raise FedgalError(f"gamma = {self.gamma:g}, refresh = {self.refresh}, epochs = {self.epochs}: the first bank would be due when training is over; set refresh below epochs, or gamma to 0")
 
 # %% ../nbs/49a_joint.ipynb #215ce211
 def plateaued(
