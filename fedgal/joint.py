@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,23 @@ from .data import to_float
 from .denoiser import Denoiser
 from .diffusion import Schedule, ddim, denoising_loss, stratified_t
 from .geometry import class_weights, mixed_prior, prototype_loss, timestep_weight
+from .generators.base import FitTask
+from .generators.gaussian import Gaussian, GaussianConfig
 from .gradients import COMBINE, clipped, combine, dot, split_gradients
 from .heads import WCDASHead, decay_groups, initialised
 from .losses import class_log_prior, cross_entropy
 from .models import SplitModel
 from .moving_geometry import MovingGeometry
 from .seeds import stream
-from .stats import head_classes
+from .stats import ClassStatistics, Space, head_classes
 
 # %% auto #0
-__all__ = ['WARMUPS', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay', 'JointState', 'JointBank', 'JointLosses', 'JointStep',
-           'JointTrainer', 'JointResult', 'fit_joint']
+__all__ = ['WARMUPS', 'BANKS', 'ARMS', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay', 'JointState', 'JointBank',
+           'JointLosses', 'JointStep', 'JointTrainer', 'JointResult', 'fit_joint', 'arm_configs']
 
 # %% ../nbs/49a_joint.ipynb #dac35014
 WARMUPS = ("share", "plateau")
+BANKS = ("denoiser", "gaussian", "real")
 
 @dataclass(frozen=True)
 class JointConfig:
@@ -53,8 +56,10 @@ class JointConfig:
     weight_radius: float = 0.1
     weight_prototype: float = 0.1
     gamma: float = 1.0  # weight of generated features beside real ones; 0: none
+    bank: str = "denoiser"  # one of `BANKS`: where the bank comes from
     bank_per_class: int = 200
-    refresh: int = 5  # epochs between two banks
+    widen: float = 10.0  # bank "gaussian": covariances are (1 + widen / N) times as large
+    refresh: int = 5  # epochs between two banks, and before the first
     width: int = 128  # of the denoiser
     blocks: int = 3
     sampling_steps: int = 20
@@ -64,11 +69,13 @@ class JointConfig:
     watch: int = 10  # steps between two looks
 
     def __post_init__(self):
-        for what, name, known in (("rule", self.rule, COMBINE), ("warmup", self.warmup, WARMUPS)):
+        for what, name, known in (("rule", self.rule, COMBINE), ("warmup", self.warmup, WARMUPS), ("bank", self.bank, BANKS)):
             if name not in known: raise FedgalError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
         if not 0 <= self.warmup_share <= 1: raise FedgalError(f"warmup_share = {self.warmup_share}: a share between 0 and 1 is needed")
         if min(self.epochs, self.batch_size - 1, self.refresh, self.watch) < 1:
             raise FedgalError(f"epochs = {self.epochs}, batch_size = {self.batch_size}, refresh = {self.refresh}, watch = {self.watch}: at least 1, and 2 samples in a batch")
+        if self.gamma and self.refresh >= self.epochs:
+            raise FedgalError(f"gamma = {self.gamma:g}, refresh = {self.refresh}, epochs = {self.epochs}: the first bank would be due when training is over; set refresh below epochs, or gamma to 0")
 
 # %% ../nbs/49a_joint.ipynb #215ce211
 def plateaued(
@@ -128,31 +135,46 @@ class JointState:
         self.bank, self.start = None, self.shape()
 
     @torch.no_grad()
-    def encode(self, limit: int | None = None) -> Tensor:  # [N, d]
-        "High features of the samples, in evaluation mode."
+    def encode(self, x: Tensor | None = None) -> Tensor:  # [N, d]
+        "High features of the training samples, or of others, in evaluation mode."
         modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
-        z = torch.cat([self.model(to_float(b.to(self.device))).high for b in self.x[:limit].split(2048)])
+        z = torch.cat([self.model(to_float(b.to(self.device))).high for b in (self.x if x is None else x).split(2048)])
         for m, mode in modes: m.training = mode
         return z
 
     def shape(self) -> dict:
         "Mean radius and effective rank of real latents, up to 2048 of them."
-        z = self.encode(2048)
+        z = self.encode(self.x[:2048])
         return {"radius": float(mean_radius(z, self.y[:len(z)].to(z.device))), "rank": float(effective_rank(z))}
 
 # %% ../nbs/49a_joint.ipynb #d44187b6
 class JointBank(JointState):
-    "Generated latents, and the class mix that they make together with real ones."
+    "Latents of all classes alike, and the class mix that they make together with real ones."
+    pool: tuple[Tensor, Tensor] | None = None  # samples and classes behind the bank "real"
+
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:  # [N, d]
         "Generated latents of given classes, by the averaged denoiser."
         z = ddim(self.averaged.module, labels, self.schedule, self.model.dims["high"], self.config.sampling_steps, generator)
         return self.norm.inverse(z)
 
+    def gaussian(self, labels: Tensor, generator: torch.Generator) -> Tensor:  # [N, d]
+        "Latents of given classes from Gaussians with the moments of the real ones, as the encoder makes them now."
+        z, C = self.encode().cpu(), len(self.counts)
+        space = Space("joint", "high", False, True, z.shape[1])
+        made = Gaussian(space, C, GaussianConfig(widen=self.config.widen))
+        made.fit(FitTask(space, C, ClassStatistics.from_features(z, self.y, C, space)))
+        return made.sample(labels.cpu(), generator).to(self.device)
+
     def fill(self, epoch: int) -> None:
         "A new bank, equally many latents of all classes that have samples."
+        if self.config.bank == "real":
+            own = self.counts[self.pool[1]] > 0
+            self.bank = self.encode(self.pool[0][own]), self.pool[1][own].to(self.device)
+            return
         labels = self.counts.nonzero().flatten().repeat_interleave(self.config.bank_per_class).to(self.device)
-        self.bank = self.sample(labels, stream(self.seed, "joint bank", epoch)), labels
+        make = self.sample if self.config.bank == "denoiser" else self.gaussian
+        self.bank = make(labels, stream(self.seed, "joint bank", epoch)), labels
 
     def log_prior(self) -> Tensor:  # [C]
         "Log class mix of real and generated samples together, as the head sees them."
@@ -268,12 +290,32 @@ def fit_joint(
     loss: Callable = cross_entropy,  # (logits, y, log prior) -> [B]
     augment: Callable | None = None,  # (x, generator) -> x, on a whole batch as stored
     judge: Callable | None = None,  # model -> {name: number}, every epoch
+    pool: tuple[Tensor, Tensor] | None = None,  # samples as stored and classes, behind the bank "real"
 ) -> JointResult:
     "Train encoder, head and denoiser together; a pure function of its arguments."
+    if config.bank == "real" and pool is None: raise FedgalError("bank = 'real' needs the pool of samples that it is made of")
     trainer, history, epochs, losses = JointTrainer(model, x, y, config, seed, loss, augment), [], [], []
+    trainer.pool = pool
     for e in progress(range(config.epochs), "epoch"):
         trainer.rest(resting := at_rest(e, losses, config))
         if config.gamma and e and e % config.refresh == 0: trainer.fill(e)
         losses.append(trainer.epoch(e, history))
         epochs.append({"epoch": e + 1, "resting": resting, "ldm": losses[-1], **(judge(trainer.model) if judge else {})})
     return JointResult(trainer.model.eval(), trainer.averaged.module.eval(), trainer.norm.eval(), trainer.bank, history, epochs, trainer.start)
+
+# %% ../nbs/49a_joint.ipynb #5ab49580
+ARMS = {"none": None, "refit": {"rule": "real_only", "gamma": 0.0, "weight_ldm": 0.0, "weight_radius": 0.0, "weight_prototype": 0.0}, "joint": {}, "joint_gaussian": {"bank": "gaussian"},
+        "unguarded": {"ldm_to_encoder": True}, "oracle": {"bank": "real"}}
+
+def arm_configs(
+    config: JointConfig,  # of `joint`
+    arms: list[str],  # names among `ARMS`
+) -> dict[str, JointConfig]:  # all but `none`, in this order
+    "How each arm is trained; arms that would be `joint` again are refused."
+    for a in arms:
+        if a not in ARMS: raise FedgalError(f"unknown arm {a!r}{did_you_mean(a, ARMS)}; known: {', '.join(ARMS)}")
+    if not {"none", "joint"} <= set(arms) or len(set(arms)) < len(arms): raise FedgalError(f"joint_arms = {arms}: each once, with `none` and `joint`")
+    out = {a: replace(config, **ARMS[a]) for a in arms if a != "none"}
+    same = [a for a, c in out.items() if a != "joint" and (c == config or not config.gamma and replace(c, bank=config.bank) == config)]
+    if same: raise FedgalError(f"arm {', '.join(same)} would be joint again (guard = {not config.ldm_to_encoder}, gamma = {config.gamma:g}); leave it out")
+    return out

@@ -113,7 +113,7 @@ class Experiment:
 def check_rows(file: Path, values: dict, members: list[Member]) -> None:
     "Raise for a baseline or a contest that no row of the comparison can have."
     merged = [{n: v for s in m.params.values() for n, v in s.items()} for m in members]
-    arms = sorted({a for p in merged for a in p.get("arms", ["none"])})
+    arms = sorted({a for p in merged for a in [*p.get("arms", ["none"]), *p.get("joint_arms", [])]})
     default = schema(COMPARE)["baseline"].default
     if len(members) > 1 and values.get("baseline", default) not in arms: raise FedgalError(f"{file}: baseline {values.get('baseline', default)!r} is not an arm of any member; arms: {', '.join(arms)}")
     for name in [n.strip() for c in values.get("contests", []) for n in c.split(" > ")]:

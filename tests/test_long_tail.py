@@ -33,19 +33,21 @@ def test_centralised_training_is_a_federation_of_one(copy):
 def test_joint_training_takes_over_from_training(copy):
     "Strategy A on the trained model of the tiny experiment: its arms, its guard and its files."
     copy.write("joint", stages=["10_data", "20_train", "25_joint"], joint_epochs=3, joint_refresh=1, joint_width=16, joint_blocks=1, joint_sampling=3,
+               joint_arms=["none", "refit", "joint", "joint_gaussian", "unguarded", "oracle"],
                **dict.fromkeys(("generator", "gen_steps", "rff_dim", "finetune_rounds", "finetune_steps", "oracle_per_class")))
     done = copy.fedgal("run", "joint")
     assert done.returncode == 0 and ran(done) == 1, done.stderr
     m = copy.json("joint/metrics.json")
-    assert set(m["arms"]) == {"none", "refit", "joint", "unguarded"} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
+    arms = ("refit", "joint", "joint_gaussian", "unguarded", "oracle")
+    assert set(m["arms"]) == {"none", *arms} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
     assert m["arms"]["none"]["federated"] and not m["arms"]["joint"]["federated"], "four clients' samples were pooled"
-    assert set(m["fidelity"]) == {"joint"} and m["readout"] == "global model, balanced test set, last round"
+    assert set(m["fidelity"]) == {"joint", "joint_gaussian"} and m["readout"] == "global model, balanced test set, last round"
     assert m["arms"]["none"]["balanced_accuracy"] == copy.json("tiny/metrics.json")["arms"]["none"]["balanced_accuracy"]
     [folder] = copy.folders("25_joint")
     history = json.loads((folder / "history.json").read_text())
-    assert {n: len(h["epochs"]) for n, h in history.items()} == dict.fromkeys(("refit", "joint", "unguarded"), 3)
+    assert {n: len(h["epochs"]) for n, h in history.items()} == dict.fromkeys(arms, 3)
     saved = load_file(folder / "models.safetensors")
-    assert all(t.isfinite().all() for t in saved.values()) and len(load_file(folder / "bank_joint.safetensors")["y"]) == 30 * 10
+    assert all(t.isfinite().all() for t in saved.values()) and all(len(load_file(folder / f"bank_{a}.safetensors")["y"]) == 30 * 10 for a in ("joint", "joint_gaussian"))
     assert not torch.equal(saved["joint/head.weight"], saved["unguarded/head.weight"]) or not torch.equal(saved["joint/low.0.weight"], saved["unguarded/low.0.weight"])
 
 
