@@ -139,7 +139,7 @@ class JointState:
         "High features of the training samples, or of others, in evaluation mode."
         modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
-        z = torch.cat([self.model(to_float(b.to(self.device))).high for b in (self.x if x is None else x).split(2048)])
+        z = torch.cat([self.model(to_float(b.to(self.device))).high for b in (self.x if x is None else x).split(128)])
         for m, mode in modes: m.training = mode
         return z
 
