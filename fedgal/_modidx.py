@@ -916,6 +916,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'fedgal.params.read_cell': ('params.html#read_cell', 'fedgal/params.py'),
                                'fedgal.params.resolve': ('params.html#resolve', 'fedgal/params.py'),
                                'fedgal.params.schema': ('params.html#schema', 'fedgal/params.py'),
+                               'fedgal.params.spelt': ('params.html#spelt', 'fedgal/params.py'),
                                'fedgal.params.stage_path': ('params.html#stage_path', 'fedgal/params.py')},
             'fedgal.parquet': { 'fedgal.parquet.Part': ('parquet.html#part', 'fedgal/parquet.py'),
                                 'fedgal.parquet._decode': ('parquet.html#_decode', 'fedgal/parquet.py'),

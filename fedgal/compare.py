@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from .core import FedgalError, settings
 from .finetune import ARMS
 from .metrics import holm, paired_comparison, paired_interval
-from .params import ONE_HEAD, member_name
+from .params import ONE_HEAD, member_name, spelt
 from .store import canonical, load_json
 
 # %% ../nbs/53_compare.ipynb #0e27a3ff
@@ -147,7 +147,6 @@ def find_row(
     "The one row that a name means."
     arm, *given = name.split()
     wanted = dict(g.split("=", 1) for g in given if "=" in g)
-    spelt = lambda v: str(v).replace(" ", "").replace("'", "")    # {'steps': 100} is given as {steps:100}
     found = [r for r in rows if r["arm"] == arm and all(spelt(r["params"].get(n, v)) == v for n, v in wanted.items())]    # a parameter that does not matter to a row fits
     if len(found) != 1: raise FedgalError(f"contest row {name!r} fits {len(found)} rows; give an arm and parameter=value until it fits one, among: " + "; ".join(sorted({row_name(r) for r in rows})))
     return found[0]

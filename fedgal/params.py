@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'PERSONAL', 'ONE_HEAD', 'Param', 'read_cell', 'stage_path', 'cells', 'schema', 'inputs', 'lineage',
-           'load_params', 'resolve', 'check_together', 'grids', 'grid', 'member_name']
+           'load_params', 'resolve', 'check_together', 'grids', 'grid', 'member_name', 'spelt']
 
 # %% ../nbs/02_params.ipynb #c1d6db7a
 import ast, fnmatch, io, itertools, json, re, tokenize
@@ -217,3 +217,7 @@ def member_name(
     "`quickstart--seed=7`: a name of its own for every override, safe as a folder."
     word = lambda v: re.sub(r"[^A-Za-z0-9_.+-]", "_", "-".join(map(str, v)) if isinstance(v, list) else str(v))
     return "--".join([base, *(f"{k}={word(v)}" for k, v in changed.items())])
+
+def spelt(value) -> str:
+    "A value as contests write it: `{steps:100}` for `{'steps': 100}`."
+    return re.sub(r"[ ']", "", str(value))

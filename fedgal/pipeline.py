@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .core import FedgalError, did_you_mean, root, settings
-from .params import RESERVED, check_together, grid, grids, inputs, lineage, load_params, member_name, resolve, schema, stage_path
+from .params import RESERVED, check_together, grid, grids, inputs, lineage, load_params, member_name, resolve, schema, spelt, stage_path
 from .stage import keys
 from .store import MANIFEST, canonical, load_json, save_json, verify
 
@@ -120,7 +120,7 @@ def check_rows(file: Path, values: dict, members: list[Member]) -> None:
         arm, *given = name.split()
         if arm not in arms: raise FedgalError(f"{file}: contest row {name!r}: no member has the arm {arm!r}{did_you_mean(arm, arms)}; arms: {', '.join(arms)}")
         for n, _, v in (g.partition("=") for g in given):
-            seen = {str(p[n]) for p in merged if n in p}
+            seen = {spelt(p[n]) for p in merged if n in p}
             if v not in seen: raise FedgalError(f"{file}: contest row {name!r}: no member has {n}={v}" + (f"; there is {', '.join(sorted(seen))}" if seen else did_you_mean(n, merged[0])))
 
 # %% ../nbs/71_pipeline.ipynb #9415453b

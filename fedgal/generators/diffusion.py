@@ -115,14 +115,13 @@ class DiffusionConfig:
             if getattr(self, name) < 0: raise FedgalError(f"{name} = {getattr(self, name)}: must be >= 0")
         if self.frame == "all" and self.borrow: raise FedgalError(f"borrow = {self.borrow} needs frame 'class': in frame 'all' a class that borrows would move towards the others")
         if self.lam is not None and not 0 <= self.lam <= 1: raise FedgalError(f"lam = {self.lam}: must be in [0, 1]")
-        if self.radius_form not in ("rms", "sample"): raise FedgalError(f"radius_form {self.radius_form!r}: rms, sample (targets are root mean square radii)")
+        if self.radius_form not in ("rms", "sample"): raise FedgalError(f"radius_form {self.radius_form!r}: rms or sample")
         if min(self.rounds, self.steps) < 1: raise FedgalError(f"rounds = {self.rounds} and steps = {self.steps}: at least one of each")
 
     @property
     def geometry(self) -> Geometry: return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode=self.radius_form)
     @property
-    def denoiser(self) -> DenoiserConfig:
-        return DenoiserConfig(width=self.width, blocks=self.blocks, target=self.target, steps=self.steps, batch_size=self.batch_size, lr=self.lr, power=self.power, drop=self.drop, ema=self.ema)
+    def denoiser(self) -> DenoiserConfig: return DenoiserConfig(width=self.width, blocks=self.blocks, target=self.target, steps=self.steps, batch_size=self.batch_size, lr=self.lr, power=self.power, drop=self.drop, ema=self.ema)
 
 SAMPLERS = {"second": partial(ddim, order=2), "ddim": ddim, "dpm": dpm_solver}
 
