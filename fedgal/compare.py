@@ -132,7 +132,7 @@ def label(row: dict) -> str:
     shown = {"generator": "generator", "generator_adjusted": "generator", "none": "algorithm"}.get(row["arm"])
     first = said.pop(shown, row["arm"])
     if shown in row["params"] and row["arm"] == "generator_adjusted": first += " adjusted"
-    spell = lambda n, v: v if n in ("algorithm", "level") else ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else f"{n} {v}"
+    spell = lambda n, v: v if n in ("algorithm", "level") else (", ".join(f"{a} {b}" for a, b in v.items()) or f"no {n}") if isinstance(v, dict) else f"{n} {v}"
     return ", ".join([first, *(spell(n, v) for n, v in said.items())]) + (" (not federated)" if pooled(row) else "")
 
 def pooled(row: dict) -> bool:

@@ -168,6 +168,7 @@ def check_together(params: dict) -> None:
     get = {n: v for values in params.values() for n, v in values.items()}.get
     if get("algorithm") == "fedprox" and not get("prox_mu"): raise FedgalError("algorithm fedprox needs prox_mu > 0 (0.01 is a common start)")
     if get("levels") is not None and get("level", get("levels")[0]) not in get("levels"): raise FedgalError(f"level {get('level')!r} is not among levels = {get('levels')}, for which statistics are collected")
+    if (joint := get("joint_arms")) is not None and (not {"none", "joint"} <= set(joint) or len(set(joint)) < len(joint)): raise FedgalError(f"joint_arms = {joint}: each once, with `none` and `joint`")
     if get("joint_gamma") and get("joint_refresh") >= get("joint_epochs"): raise FedgalError(f"joint_refresh = {get('joint_refresh')} with joint_epochs = {get('joint_epochs')}: no bank would ever be made; set joint_refresh below joint_epochs, or joint_gamma = 0")
     arms = get("arms")
     if arms is not None and ("none" not in arms or len(set(arms)) < len(arms)): raise FedgalError(f"arms = {arms}: each once, with `none`, which gains and harms are measured against")

@@ -240,7 +240,7 @@ def denoising_error(
     generator: torch.Generator,
     draws: int = 8,  # noise levels for each feature
 ) -> dict[str, Tensor]:  # "network" and "gaussian", [C] each; NaN for a class without features
-    "Min-SNR weighted error per dimension of the network as it is sampled, and of a Gaussian with the same class means and radii."
+    "Min-SNR weighted error per dimension of the network as it is sampled, and of a Gaussian with the same class means and radii, isotropic in its coordinates."
     f, schedule = gen.frame, gen.schedule
     known = f.prototypes.isfinite().all(1)[y]
     x, y = f.encode(z[known], y[known]).repeat(draws, 1), y[known].repeat(draws)
