@@ -147,7 +147,7 @@ def find_row(
     "The one row that a name means."
     arm, *given = name.split()
     wanted = dict(g.split("=", 1) for g in given if "=" in g)
-    found = [r for r in rows if r["arm"] == arm and all(spelt(r["params"].get(n, v)) == v for n, v in wanted.items())]    # a parameter that does not matter to a row fits
+    found = [r for r in rows if r["arm"] == arm and all(spelt(r["params"].get(n, v)) == spelt(v) for n, v in wanted.items())]    # a parameter that does not matter to a row fits
     if len(found) != 1: raise FedgalError(f"contest row {name!r} fits {len(found)} rows; give an arm and parameter=value until it fits one, among: " + "; ".join(sorted({row_name(r) for r in rows})))
     return found[0]
 

@@ -219,5 +219,6 @@ def member_name(
     return "--".join([base, *(f"{k}={word(v)}" for k, v in changed.items())])
 
 def spelt(value) -> str:
-    "A value as contests write it: `{steps:100}` for `{'steps': 100}`."
-    return re.sub(r"[ ']", "", str(value))
+    "A value as contests write it: `{a:1,b:2}` for `{'b': 2, 'a': 1}`."
+    text = re.sub(r"[ ']", "", str(value))
+    return "{" + ",".join(sorted(text[1:-1].split(","))) + "}" if text.startswith("{") else text

@@ -121,7 +121,7 @@ def check_rows(file: Path, values: dict, members: list[Member]) -> None:
         if arm not in arms: raise FedgalError(f"{file}: contest row {name!r}: no member has the arm {arm!r}{did_you_mean(arm, arms)}; arms: {', '.join(arms)}")
         for n, _, v in (g.partition("=") for g in given):
             seen = {spelt(p[n]) for p in merged if n in p}
-            if v not in seen: raise FedgalError(f"{file}: contest row {name!r}: no member has {n}={v}" + (f"; there is {', '.join(sorted(seen))}" if seen else did_you_mean(n, merged[0])))
+            if spelt(v) not in seen: raise FedgalError(f"{file}: contest row {name!r}: no member has {n}={v}" + (f"; there is {', '.join(sorted(seen))}" if seen else did_you_mean(n, merged[0])))
 
 # %% ../nbs/71_pipeline.ipynb #9415453b
 def plan(
