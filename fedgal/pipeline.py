@@ -200,8 +200,11 @@ def run_nodes(
 
 # %% ../nbs/71_pipeline.ipynb #c09b2563
 def _git():
-    "The commit of the checkout, or an empty text outside git."
-    try: return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root(), capture_output=True, text=True, timeout=10).stdout.strip()
+    "The commit of the checkout, `-dirty` if anything but published reports differs from it; an empty text outside git."
+    def ask(*command): return subprocess.run(["git", *command], cwd=root(), capture_output=True, text=True, timeout=10)
+    try:
+        commit = ask("describe", "--always").stdout.strip()
+        return commit + "-dirty" * bool(commit and ask("diff", "--quiet", "HEAD", "--", ".", ":(exclude)reports").returncode)
     except (OSError, subprocess.SubprocessError): return ""
 
 def _live(running):
