@@ -110,7 +110,7 @@ thead{border-bottom:1px solid var(--soft)} tbody th{font-weight:500;white-space:
 tbody tr+tr>*{border-top:1px solid var(--line)} th.num,td.num{text-align:right;white-space:nowrap}
 caption{caption-side:top;text-align:left;color:var(--soft);padding-bottom:.5rem}
 [id^=T_] tr>*{padding-left:.5rem;padding-right:.5rem} [id^=T_] td{max-width:min(15rem,60vw)}
-[id^=T_] thead th{white-space:normal;max-width:6rem;overflow-wrap:normal}
+[id^=T_] thead th{white-space:normal;max-width:9rem;overflow-wrap:normal}
 .card{margin:2.25rem 0 3rem;padding:1.375rem 1.5rem;border:1px solid var(--line);border-radius:12px}
 .card h2{margin:0 0 1rem;font-size:1rem;letter-spacing:0} .card .fold,.card .scroll{margin:0}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(11.5rem,100%),1fr));gap:.875rem 1.5rem;
