@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from nbconvert.filters.ansi import ansi2html, strip_ansi
 from nbconvert.filters.markdown_mistune import (
     InvalidNotebook, IPythonRenderer, MarkdownWithMath, MathBlockParser, MathInlineParser)
-from .core import FedgalError
+from .core.errors import FedgalError
 from .mathml import mathml
 from .page_style import HUES
 from .sanitise import clean_html

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import FedgalError, did_you_mean
+from .core.errors import FedgalError, did_you_mean
 
 # %% auto #0
 __all__ = ['COMBINE', 'dot', 'combine', 'Gradients', 'split_gradients', 'clipped']

@@ -14,20 +14,26 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .collapse import LatentNorm, collapsed, effective_rank, equal_radius_loss, mean_radius
-from .core import FedgalError, did_you_mean, progress
-from .data import to_float
-from .denoiser import Denoiser
-from .diffusion import Schedule, ddim, denoising_loss, stratified_t
-from .geometry import class_weights, mixed_prior, prototype_loss, timestep_weight
+from .core.errors import FedgalError, did_you_mean
+from .core.progress import progress
+from .data.transforms import to_float
+from .generators.diffusion.denoiser import Denoiser
+from .generators.diffusion.samplers import ddim
+from .generators.diffusion.schedule import Schedule, denoising_loss, stratified_t
+from .models.losses.base import class_weights, mixed_prior
+from .models.losses.geometry import prototype_loss, timestep_weight
 from .generators.base import FitTask
 from .generators.gaussian import Gaussian, GaussianConfig
 from .gradients import COMBINE, clipped, combine, dot, split_gradients
-from .heads import WCDASHead, decay_groups, initialised
-from .losses import class_log_prior, cross_entropy
-from .models import SplitModel
+from .models.heads import WCDASHead
+from .models.init import decay_groups, initialised
+from .models.losses.base import class_log_prior, cross_entropy
+from .models.split import SplitModel
 from .moving_geometry import MovingGeometry
-from .seeds import stream
-from .stats import ClassStatistics, Space, head_classes
+from .core.random import stream
+from .stats.class_statistics import ClassStatistics
+from .stats.moments import head_classes
+from .stats.space import Space
 
 # %% auto #0
 __all__ = ['WARMUPS', 'BANKS', 'ARMS', 'JointConfig', 'plateaued', 'at_rest', 'ema_decay', 'JointState', 'JointBank',

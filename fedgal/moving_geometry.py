@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .geometry import Anchors, members
+from .models.losses.geometry import Anchors, members
 
 # %% auto #0
 __all__ = ['MovingGeometry']

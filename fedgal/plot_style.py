@@ -12,7 +12,7 @@ import io, textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from .core import PALETTE, theme
+from .core.show import PALETTE, theme
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

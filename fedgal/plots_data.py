@@ -10,8 +10,9 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from .core import PALETTE, FedgalError
-from .metrics import class_groups
+from .core.errors import FedgalError
+from .core.show import PALETTE
+from .evaluation.metrics import class_groups
 from .plot_style import (
     GROUP_COLORS, MUTED, annotate, class_axis, class_names, head_first, heat_axes, legend_below, new_figure, percent, to_array)
 from matplotlib.colors import ListedColormap, LogNorm

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from .core import PALETTE, FedgalError
-from .metrics import class_groups
+from .core.errors import FedgalError
+from .core.show import PALETTE
+from .evaluation.metrics import class_groups
 from .plot_style import (
     MUTED, arm_colors, class_axis, class_names, finite_mean, head_first, label_ends, legend_below, new_figure, percent, to_array)
 from matplotlib.figure import Figure

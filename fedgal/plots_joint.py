@@ -8,7 +8,7 @@ __all__ = ['mark_rest', 'latents', 'gradients', 'epochs_seen', 'concentrations']
 # %% ../nbs/52f_plots_joint.ipynb #dced930b
 import numpy as np
 
-from .core import PALETTE
+from .core.show import PALETTE
 from .plot_style import MUTED, class_axis, class_names, head_first, new_figure, percent, percent_axis, to_array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ __all__ = ['group_bars', 'arms_spread', 'forest', 'per_class', 'gain_heatmap', '
 from collections.abc import Sequence
 
 import numpy as np
-from .core import FedgalError
-from .metrics import class_groups
+from .core.errors import FedgalError
+from .evaluation.metrics import class_groups
 from .plot_style import (
     GAIN, GROUP_COLORS, LOSS, MUTED, arm_colors, as_rows, beside, class_axis, class_names, finite_mean, head_first, heat_axes, legend_below,
     new_figure, percent, percent_axis, points, to_array, to_floats)

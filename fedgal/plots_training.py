@@ -8,7 +8,8 @@ __all__ = ['learning_curves', 'client_spread', 'bytes_by_kind']
 # %% ../nbs/52c_plots_training.ipynb #205eeec6
 import numpy as np
 import pandas as pd
-from .core import PALETTE, FedgalError
+from .core.errors import FedgalError
+from .core.show import PALETTE
 from .plot_style import MUTED, arm_colors, as_rows, beside, label_ends, new_figure, percent, percent_axis, to_array
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator

@@ -7,9 +7,10 @@ __all__ = ['member_folder', 'publish_members', 'publish_pages']
 
 # %% ../nbs/73_publish.ipynb #004bbb63
 import hashlib, re
-from .core import FedgalError, root, settings
+from .core.errors import FedgalError
+from .core.settings import root, settings
 from .run_card import compute_seconds
-from .store import MANIFEST, canonical, load_json, save_json, sha256, write_bytes
+from .core.store import MANIFEST, canonical, load_json, save_json, sha256, write_bytes
 
 # %% ../nbs/73_publish.ipynb #dcb06523
 def member_folder(exp, member):

@@ -16,11 +16,11 @@ from markupsafe import Markup
 from nbconvert.exporters.html import HTMLExporter
 from nbconvert.filters.ansi import strip_ansi
 from .cell_html import fold, markdown, output_html, preformatted
-from .core import FedgalError
+from .core.errors import FedgalError
 from .page_templates import TEMPLATES, fill, set_up
 from .run_card import card_facts, compute_seconds, run_parameters
 from .sanitise import page_problems
-from .store import load_json, write_bytes
+from .core.store import load_json, write_bytes
 
 # %% ../nbs/72_report.ipynb #d06fc668
 _DROPPED = {"parameters", "injected-parameters", "remove", "papermill-error-cell-tag"}

@@ -7,8 +7,8 @@ __all__ = ['run_parameters', 'as_duration', 'compute_seconds', 'as_bytes', 'as_p
 
 # %% ../nbs/72e_run_card.ipynb #c2f4863e
 import math, re
-from .core import FedgalError
-from .params import read_cell
+from .core.errors import FedgalError
+from .pipeline.schema import read_cell
 
 # %% ../nbs/72e_run_card.ipynb #e638679e
 def run_parameters(

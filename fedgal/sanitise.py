@@ -10,7 +10,7 @@ import re
 from bs4 import BeautifulSoup
 from bs4.element import PreformattedString
 from markupsafe import Markup
-from .core import FedgalError
+from .core.errors import FedgalError
 
 # %% ../nbs/72c_sanitise.ipynb #b436bf94
 _KEEP = set(

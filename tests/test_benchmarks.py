@@ -51,7 +51,7 @@ def test_a_benchmark_runs_and_shows_what_it_should(notebook, executed):
 
 @pytest.mark.parametrize("notebook", SMALL)
 def test_the_small_numbers_are_parameters_of_the_notebook(notebook):
-    from fedgal.params import read_cell
+    from fedgal.pipeline.schema import read_cell
     nb = nbformat.read(REPO / "nbs" / "benchmarks" / f"{notebook}.ipynb", 4)
     source, = (c.source for c in nb.cells if "parameters" in c.metadata.get("tags", []))
     declared = read_cell(source, notebook)

@@ -29,7 +29,7 @@ def repository(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def schemas():
-    from fedgal.params import schema
+    from fedgal.pipeline.schema import schema
     with pytest.MonkeyPatch.context() as m:
         m.setenv("FEDGAL_ROOT", str(REPO))
         return {s: schema(s) for s in STAGES}
@@ -156,15 +156,15 @@ def test_a_parameter_means_the_same_in_every_stage(schemas):
 
 
 def registries():
-    from fedgal.algorithms import ALGORITHMS
-    from fedgal.data import SOURCES
-    from fedgal.finetune import ARMS
+    from fedgal.federated.algorithm import ALGORITHMS
+    from fedgal.data.sources import SOURCES
+    from fedgal.finetune.mix import ARMS
     from fedgal.generators.base import GENERATORS
     from fedgal.gradients import COMBINE
-    from fedgal.heads import HEADS
+    from fedgal.models.heads import HEADS
     from fedgal.joint import WARMUPS
-    from fedgal.local_losses import LOCAL_LOSSES
-    from fedgal.models import MODELS, NORMS
+    from fedgal.models.losses.local import LOCAL_LOSSES
+    from fedgal.models.networks import MODELS, NORMS
     return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": ["digits", *SOURCES],
             "joint_rule": COMBINE, "joint_warmup": WARMUPS}
 
@@ -176,9 +176,10 @@ def test_choices_are_those_of_the_library(schemas):
 
 
 def test_combinations_are_refused_for_what_the_library_has():
-    from fedgal.algorithms import ALGORITHMS, get_algorithm
-    from fedgal.params import ONE_HEAD, PERSONAL
-    from fedgal.repairs import REPAIRS
+    from fedgal.federated.algorithm import ALGORITHMS, get_algorithm
+    from fedgal.finetune.mix import ONE_HEAD
+    from fedgal.pipeline.plan import PERSONAL
+    from fedgal.finetune.repairs import REPAIRS
     assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr"}
 
 
@@ -186,7 +187,7 @@ def test_every_generator_and_model_can_be_made():
     import torch
 
     from fedgal.generators.base import GENERATORS, get_generator
-    from fedgal.models import MODELS, build_model
+    from fedgal.models.networks import MODELS, build_model
     assert all(get_generator(name).name == name for name in GENERATORS)
     for name in MODELS:
         shape = (1, 8, 8) if name in ("cnn8", "mlp") else (3, 32, 32)
@@ -196,8 +197,8 @@ def test_every_generator_and_model_can_be_made():
 def test_every_partition_choice_divides(schemas):
     import torch
 
-    from fedgal.core import FedgalError
-    from fedgal.partition import partition
+    from fedgal.core.errors import FedgalError
+    from fedgal.data.split import partition
     y = torch.arange(600) % 10
     for kind in (c.strip() for c in schemas["10_data"]["partition"].rule.split("|")):
         if "*" not in kind: assert len(partition(y, 3, kind, 0, shots=10)) == 3, kind
@@ -206,7 +207,7 @@ def test_every_partition_choice_divides(schemas):
 
 @pytest.mark.parametrize("path", sorted((REPO / "params").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_experiment_resolves(path):
-    from fedgal.pipeline import plan
+    from fedgal.pipeline.plan import plan
     exp = plan(path)
     assert exp.members and all(exp.members[0].keys.values())
     assert exp.values.get("title") and exp.values.get("question"), "a report opens with its question"

@@ -7,7 +7,9 @@ import traceback
 import pytest
 from conftest import REPO, Project
 
-NOTEBOOKS = sorted(p.relative_to(REPO / "nbs").as_posix() for p in [*(REPO / "nbs").glob("*.ipynb"), *(REPO / "nbs" / "tutorials").glob("*.ipynb")])
+ELSEWHERE = ("stages", "benchmarks")
+NOTEBOOKS = [p.relative_to(REPO / "nbs") for p in sorted((REPO / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+NOTEBOOKS = [p.as_posix() for p in NOTEBOOKS if p.parts[0] not in ELSEWHERE]
 SLOW_TO_IMPORT = ["torch", "pandas", "seaborn", "matplotlib.pyplot", "scipy.stats", "sklearn.datasets", "hypothesis", "nbdev.test", "IPython.display"]
 
 
