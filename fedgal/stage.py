@@ -16,7 +16,7 @@ from .params import RESERVED, cells, check_together, grids, inputs, lineage, loa
 from .store import MANIFEST, canonical, commit, load_json, save_json, sha256, verify
 
 # %% ../nbs/70_stage.ipynb #c6e438a5
-_NOT_HASHED = {"fedgal", "fedgal.params", "fedgal.tune", "fedgal.pipeline", "fedgal.publish", "fedgal.report", "fedgal.cli", "fedgal._modidx"}
+_NOT_HASHED = {"fedgal", "fedgal.params", "fedgal.tune", "fedgal.pipeline", "fedgal.report.publish", "fedgal.report.exporter", "fedgal.report.index", "fedgal.cli", "fedgal._modidx"}
 
 def _imports(source, package):
     "Dotted fedgal modules that a piece of code names; those that its registries offer, as (name, module); all other texts in it."
