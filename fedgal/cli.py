@@ -90,8 +90,8 @@ def cmd_status(args) -> int:
 def cmd_report(args) -> int:
     "make the pages again from what the stages left, without running anything"
     from fedgal.pipeline.plan import plan
-    from fedgal.publish import publish_members, publish_pages
-    from fedgal.report import collect, index_page
+    from fedgal.report.publish import publish_members, publish_pages
+    from fedgal.report.index import collect, index_page
     paths = sorted(settings().reports.glob(f"{args.experiment or '*'}/run.json"))
     if args.experiment and not paths: raise FedgalError(f"no experiment {args.experiment!r} in {_short(settings().reports)}; `fedgal status` lists them")
     for path in paths:

@@ -25,7 +25,7 @@ def broken(tmp_path_factory):
 
 
 def check(page):
-    from fedgal.report import page_problems
+    from fedgal.report.sanitise import page_problems
     text = page.read_text(encoding="utf-8")
     assert page_problems(text) == []
     assert "<script" not in text.lower()

@@ -138,7 +138,7 @@ def _refuse_other(home, exp):
 # %% ../../nbs/pipeline/07_run.ipynb #4993f7cb
 def _run_locked(exp, record, jobs):
     "Run the members' nodes, then the comparison; keep the record up to date and publish."
-    from fedgal.publish import publish_members, publish_pages
+    from fedgal.report.publish import publish_members, publish_pages
     began, needs, owner = time.monotonic(), {}, {}
     for m in exp.members:
         for s, k in m.keys.items():
