@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from torch import Tensor
-from ..core.errors import _one_of
+from ..core.errors import one_of
 
 # %% auto #0
 __all__ = ['RADIUS_KINDS', 'measured_radius', 'dilate']
@@ -22,7 +22,7 @@ def measured_radius(
     about: Tensor | None = None,  # [C, d] given centres; None: the mean of the same samples, corrected by sqrt(n / (n - 1))
 ) -> Tensor:  # [C]; NaN where there are too few samples or the centre is unknown
     "Radius of every class in a set of latents."
-    _one_of("radius kind", kind, RADIUS_KINDS)
+    one_of("radius kind", kind, RADIUS_KINDS)
     total = lambda v: torch.zeros(n_classes, *v.shape[1:], dtype=v.dtype, device=v.device).index_add(0, y, v)
     n = total(torch.ones_like(z[:, 0]))
     centre = total(z) / n.clamp(min=1)[:, None] if about is None else about.to(z)

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ...core.errors import FedgalError, _one_of
+from ...core.errors import FedgalError, one_of
 
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'weighted_mean', 'class_log_prior', 'cross_entropy', 'balanced_softmax', 'class_weights', 'mixed_prior',
@@ -66,7 +66,7 @@ def class_weights(
     b: float = 0.999,  # of "effective"
 ) -> Tensor:  # [C] float64, sums to 1; 0 for a class without samples
     "Share of every class among generated features."
-    _one_of("class weights", kind, WEIGHTINGS)
+    one_of("class weights", kind, WEIGHTINGS)
     n = counts.double()
     if not n.sum() > 0: raise FedgalError("class weights need counts >= 0 with one above 0")
     q = {"uniform": torch.ones_like(n), "inverse": 1 / n, "sqrt": n.rsqrt(),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ...core.errors import FedgalError, _one_of
+from ...core.errors import FedgalError, one_of
 
 # %% auto #0
 __all__ = ['WEIGHT_KINDS', 'RADIUS_MODES', 'PROTOTYPE_FORMS', 'timestep_weight', 'radius_factor', 'Anchors', 'members',
@@ -24,7 +24,7 @@ def timestep_weight(
     gamma: float = 5.0,
 ) -> Tensor:  # [B] in [0, 1]
     "How much the geometry of an estimate counts at its noise level."
-    _one_of("timestep weight", kind, WEIGHT_KINDS)
+    one_of("timestep weight", kind, WEIGHT_KINDS)
     return alpha_bar if kind == "k" else (alpha_bar / (1 - alpha_bar)).clamp(max=gamma) / gamma
 
 def radius_factor(
@@ -73,7 +73,7 @@ def prototype_loss(
     form: str = "mean",  # "mean" of a class in the batch, "unbiased" of its sampling noise, or every "sample"
 ) -> Tensor:  # scalar
     "Squared distance of class means from their prototypes, in squared radii."
-    _one_of("prototype form", form, PROTOTYPE_FORMS)
+    one_of("prototype form", form, PROTOTYPE_FORMS)
     delta, w, member = _deviations(x0, y, prototypes, weight)
     if form == "sample": return _mean(w * delta.square().sum(1), w > 0) / unit
     counted, pairs = (member > 0).sum(0) > 1, member.sum(0).square()
@@ -95,7 +95,7 @@ def radius_loss(
     mode: str = "mean",  # "mean" distance or "rms" radius of a class in the batch, or distance of every "sample"
 ) -> Tensor:  # scalar
     "Squared difference between radius and target at the sample's noise level, in squared radii."
-    _one_of("radius mode", mode, RADIUS_MODES)
+    one_of("radius mode", mode, RADIUS_MODES)
     delta, w, member = _deviations(x0, y, torch.where(target.isfinite()[:, None], prototypes, torch.nan), weight)
     target, factor, square = target.detach().to(x0).nan_to_num(), torch.where(w > 0, factor.to(x0), 0), delta.square().sum(1)
     if mode == "sample": return _mean(w * (_root(square) - target[y] * factor).square(), w > 0) / unit
@@ -138,9 +138,9 @@ class Geometry:
     def __post_init__(self):
         for name in ("prototype", "radius", "margin", "width"):
             if not getattr(self, name) >= 0: raise FedgalError(f"geometry: {name} = {getattr(self, name)}: must be >= 0")
-        _one_of("prototype form", self.form, PROTOTYPE_FORMS)
-        _one_of("radius mode", self.mode, RADIUS_MODES)
-        _one_of("timestep weight", self.at, WEIGHT_KINDS)
+        one_of("prototype form", self.form, PROTOTYPE_FORMS)
+        one_of("radius mode", self.mode, RADIUS_MODES)
+        one_of("timestep weight", self.at, WEIGHT_KINDS)
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #0c7d637e
 def gald_loss(
