@@ -25,18 +25,26 @@ def cmd_run(args) -> int:
     "run every stage of an experiment and publish its report"
     from fedgal.pipeline.execute import StageFailed
     from fedgal.pipeline.run import Busy, run
+
     overrides = {}
     for name, text in args.p or []:
-        try: overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError: raise FedgalError(f"-p {name} {text}: the value is not YAML") from None
-    try: record = run(params_file(args.file), overrides, args.name, args.jobs)
-    except Busy as e: return _say(e, 4)
+        try:
+            overrides[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise FedgalError(f"-p {name} {text}: the value is not YAML") from None
+    try:
+        record = run(params_file(args.file), overrides, args.name, args.jobs)
+    except Busy as e:
+        return _say(e, 4)
     except StageFailed as e:
         _say(e, 3)
-        if e.notebook: print(f"executed so far: {_short(e.notebook)}", file=sys.stderr)
+        if e.notebook:
+            print(f"executed so far: {_short(e.notebook)}", file=sys.stderr)
         print("finished stages are kept; after mending the cause the same command goes on from there", file=sys.stderr)
         return 3
-    print(f"{record['experiment']}: {record['seconds']:.1f} s\n{_short(settings().reports / record['experiment'] / 'index.html')}")
+    print(
+        f"{record['experiment']}: {record['seconds']:.1f} s\n{_short(settings().reports / record['experiment'] / 'index.html')}"
+    )
     return 0
 
 def _short(path):
@@ -54,13 +62,18 @@ def all_stages() -> list[str]:
 
 def cmd_params(args) -> int:
     "list the parameters of all stages, or of one"
-    if args.stage and args.stage not in all_stages(): raise FedgalError(f"unknown stage {args.stage!r}{did_you_mean(args.stage, all_stages())}; known: {', '.join(all_stages())}")
+    if args.stage and args.stage not in all_stages():
+        raise FedgalError(
+            f"unknown stage {args.stage!r}{did_you_mean(args.stage, all_stages())}; known: {', '.join(all_stages())}"
+        )
     told = set()
     for stage in [args.stage] if args.stage else all_stages():
         print(f"\n{stage}")
         for p in schema(stage).values():
-            if p.name in told: continue
-            if not args.stage: told.add(p.name)
+            if p.name in told:
+                continue
+            if not args.stage:
+                told.add(p.name)
             print(f"  {p.name:<20} {p.type:<13} {p.default!r:<22} {p.help}" + (f"  [{p.rule}]" if p.rule else ""))
     return 0
 
@@ -68,23 +81,36 @@ def cmd_params(args) -> int:
 def _locked(path):
     "Whether a living process holds the lock file."
     from filelock import FileLock, Timeout
-    if not path.exists(): return False
-    try:
-        with FileLock(path).acquire(timeout=0): return False
-    except Timeout: return True
 
-def _is_running(experiment): return _locked(settings().artifacts / "experiments" / f"{experiment}.lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+def _is_running(experiment):
+    return _locked(settings().artifacts / "experiments" / f"{experiment}.lock")
 
 def cmd_status(args) -> int:
     "show every experiment, or the stages of one"
     rows = sorted(settings().reports.glob(f"{args.experiment or '*'}/run.json"))
-    if not rows: raise FedgalError(f"no experiment {args.experiment or ''} in {_short(settings().reports)}; start with: fedgal run params/quickstart.yaml")
+    if not rows:
+        raise FedgalError(
+            f"no experiment {args.experiment or ''} in {_short(settings().reports)}; start with: fedgal run params/quickstart.yaml"
+        )
     for path in rows:
         r = load_json(path)
-        if r["status"] == "running" and not _is_running(r["experiment"]): r["status"] = "interrupted"
-        print(f"{r['experiment']:<32} {r['status']:<12} {r['seconds']:8.1f} s  {r['params_file']}" + (f"  {r['error']}" if r.get("error") else ""))
+        if r["status"] == "running" and not _is_running(r["experiment"]):
+            r["status"] = "interrupted"
+        print(
+            f"{r['experiment']:<32} {r['status']:<12} {r['seconds']:8.1f} s  {r['params_file']}"
+            + (f"  {r['error']}" if r.get("error") else "")
+        )
         if args.experiment:
-            for s in r["stages"]: print(f"  {s['stage']:<16} {s['status']:<8} {s['seconds']:8.1f} s  {s['key']}")
+            for s in r["stages"]:
+                print(f"  {s['stage']:<16} {s['status']:<8} {s['seconds']:8.1f} s  {s['key']}")
     return 0
 
 def cmd_report(args) -> int:
@@ -92,16 +118,29 @@ def cmd_report(args) -> int:
     from fedgal.pipeline.plan import plan
     from fedgal.report.publish import publish_members, publish_pages
     from fedgal.report.index import collect, index_page
+
     paths = sorted(settings().reports.glob(f"{args.experiment or '*'}/run.json"))
-    if args.experiment and not paths: raise FedgalError(f"no experiment {args.experiment!r} in {_short(settings().reports)}; `fedgal status` lists them")
+    if args.experiment and not paths:
+        raise FedgalError(
+            f"no experiment {args.experiment!r} in {_short(settings().reports)}; `fedgal status` lists them"
+        )
     for path in paths:
         r = load_json(path)
-        if r["status"] != "finished": continue
-        try: exp = plan(root() / r["params_file"], r["overrides"], r["experiment"])
-        except FedgalError as e: print(f"{path.parent.name}: left as it is ({e})"); continue
-        if [m.name for m in exp.members] != [m["name"] for m in r["members"]]: print(f"{path.parent.name}: left as it is (its params file has changed since)"); continue
-        try: publish_pages(exp, r | {"pages": ""})
-        except FedgalError as e: print(f"{path.parent.name}: left as it is ({e})"); continue
+        if r["status"] != "finished":
+            continue
+        try:
+            exp = plan(root() / r["params_file"], r["overrides"], r["experiment"])
+        except FedgalError as e:
+            print(f"{path.parent.name}: left as it is ({e})")
+            continue
+        if [m.name for m in exp.members] != [m["name"] for m in r["members"]]:
+            print(f"{path.parent.name}: left as it is (its params file has changed since)")
+            continue
+        try:
+            publish_pages(exp, r | {"pages": ""})
+        except FedgalError as e:
+            print(f"{path.parent.name}: left as it is ({e})")
+            continue
         publish_members(exp, r)
         print(_short(path.with_name("index.html")))
     write_bytes(settings().reports / "index.html", index_page(collect(settings().reports)).encode())
@@ -112,21 +151,49 @@ def cmd_report(args) -> int:
 def cmd_lab(args) -> int:
     "open JupyterLab on the tour"
     home = settings().artifacts / "lab"
-    write_bytes(home / "overrides.json", b'{"@jupyterlab/notebook-extension:tracker": {"recordTiming": true}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}\n')
-    command = [sys.executable, "-m", "jupyterlab", str(root() / "nbs" / "index.ipynb"), f"--LabApp.app_settings_dir={home}", f"--ServerApp.root_dir={root()}", *args.rest]
+    write_bytes(
+        home / "overrides.json",
+        b'{"@jupyterlab/notebook-extension:tracker": {"recordTiming": true}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}\n',
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        str(root() / "nbs" / "index.ipynb"),
+        f"--LabApp.app_settings_dir={home}",
+        f"--ServerApp.root_dir={root()}",
+        *args.rest,
+    ]
     return subprocess.call(command, cwd=root())
 
 def cmd_clean(args) -> int:
     "remove artifacts that no published experiment uses, one of them, or all"
     base = settings().artifacts
-    if busy := [p.parent.name for p in settings().reports.glob("*/run.json") if _is_running(p.parent.name)]: raise FedgalError(f"experiment {busy[0]!r} is running; clean when it has ended")
-    used = {(s["stage"], s["key"]) for p in settings().reports.glob("*/run.json") for m in [load_json(p)] for s in m["stages"] + [s for x in m["members"] for s in x.get("stages", [])]}
+    if busy := [p.parent.name for p in settings().reports.glob("*/run.json") if _is_running(p.parent.name)]:
+        raise FedgalError(f"experiment {busy[0]!r} is running; clean when it has ended")
+    used = {
+        (s["stage"], s["key"])
+        for p in settings().reports.glob("*/run.json")
+        for m in [load_json(p)]
+        for s in m["stages"] + [s for x in m["members"] for s in x.get("stages", [])]
+    }
     removed = 0
     for path in sorted(base.glob("*_*/*")):
         stage, key = path.parent.name, path.name.split(".")[0]
-        wanted = args.what in (stage, f"{stage}/{key}") if args.what else args.all or (stage, key) not in used or ".partial" in path.name or ".failed" in path.name
-        if not wanted or path.suffix in (".lock", ".run") or (not args.what and not args.all and _locked(base / stage / f"{key}.lock")): continue
-        removed += sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+        wanted = (
+            args.what in (stage, f"{stage}/{key}")
+            if args.what
+            else args.all or (stage, key) not in used or ".partial" in path.name or ".failed" in path.name
+        )
+        if (
+            not wanted
+            or path.suffix in (".lock", ".run")
+            or (not args.what and not args.all and _locked(base / stage / f"{key}.lock"))
+        ):
+            continue
+        removed += (
+            sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+        )
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     print(f"removed {removed / 2**20:.1f} MiB below {_short(base)}")
     return 0
@@ -135,28 +202,45 @@ def cmd_clean(args) -> int:
 def cmd_tune(args) -> int:
     "time engines and threads for an experiment and write the fastest to settings.ini"
     from fedgal.pipeline.tune import tune, write_setting
+
     rows, best = tune(params_file(args.file))
-    for row in rows: print(f"engine {row['engine']:<8} threads {row['threads']}   {row['seconds']:8.3f} s per round" + ("  <- fastest" if row is best else ""))
-    for key in ("engine", "threads"): write_setting(root() / "settings.ini", key, str(best[key]))
+    for row in rows:
+        print(
+            f"engine {row['engine']:<8} threads {row['threads']}   {row['seconds']:8.3f} s per round"
+            + ("  <- fastest" if row is best else "")
+        )
+    for key in ("engine", "threads"):
+        write_setting(root() / "settings.ini", key, str(best[key]))
     print("written to settings.ini")
     return 0
 
 # %% ../nbs/cli.ipynb #c4fffdc3
 def parser() -> argparse.ArgumentParser:
     "The command line of fedgal."
-    top = argparse.ArgumentParser(prog="fedgal", description="Federated and long-tailed learning with generated features.")
+    top = argparse.ArgumentParser(
+        prog="fedgal", description="Federated and long-tailed learning with generated features."
+    )
     sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
     def add(name, function):
         p = sub.add_parser(name, help=function.__doc__, description=function.__doc__)
         p.set_defaults(function=function)
         return p
+
     run = add("run", cmd_run)
     run.add_argument("file", help="a params file, or the name of one in params/")
-    run.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="override a parameter; the run gets a name of its own")
+    run.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        metavar=("NAME", "VALUE"),
+        help="override a parameter; the run gets a name of its own",
+    )
     run.add_argument("--name", help="name of the run, instead of the one made from file and overrides")
     run.add_argument("--jobs", type=int, help="stages at once in a sweep; default from settings.ini")
     add("params", cmd_params).add_argument("stage", nargs="?", help="one stage, for example 20_train")
-    for name, function in (("status", cmd_status), ("report", cmd_report)): add(name, function).add_argument("experiment", nargs="?")
+    for name, function in (("status", cmd_status), ("report", cmd_report)):
+        add(name, function).add_argument("experiment", nargs="?")
     add("lab", cmd_lab).add_argument("rest", nargs=argparse.REMAINDER, help="further options of jupyter lab")
     add("tune", cmd_tune).add_argument("file", nargs="?", default="quickstart", help="experiment to tune for")
     clean = add("clean", cmd_clean)
@@ -167,14 +251,22 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns the exit code."
     args = parser().parse_args(argv)
-    if argv is None: signal.signal(signal.SIGTERM, signal.default_int_handler)    # a cluster's polite kill; works where SIGINT is ignored, as behind nohup
+    if argv is None:
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # a cluster's polite kill; works where SIGINT is ignored, as behind nohup
     try:
         if getattr(args, "jobs", None) is not None and args.jobs < 1: raise FedgalError("--jobs must be at least 1")
         code = args.function(args)
-    except FedgalError as e: code = _say(e, 2)
-    except KeyboardInterrupt: code = _say("interrupted; the same command goes on from there", 130)
-    except BrokenPipeError: code = 0
-    if argv is None: sys.exit(code)
+    except FedgalError as e:
+        code = _say(e, 2)
+    except KeyboardInterrupt:
+        code = _say("interrupted; the same command goes on from there", 130)
+    except BrokenPipeError:
+        code = 0
+    if argv is None:
+        sys.exit(code)
     return code
 
-if __name__ == "__main__" and "__file__" in globals(): main()
+if __name__ == "__main__" and "__file__" in globals():
+    main()

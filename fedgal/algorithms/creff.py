@@ -27,6 +27,7 @@ __all__ = ['ClassGradients', 'draw_per_class', 'class_gradients', 'aggregate_gra
 @dataclass(frozen=True, eq=False)
 class ClassGradients:
     "What a client sends, or the server's mean of it: the classifier's gradient on every class."
+
     mean: Tensor  # [C, C, d + 1] class, row of the classifier, column with the bias last; zero for a class not owned
     owned: Tensor  # [C] bool
 
@@ -50,7 +51,9 @@ def draw_per_class(
 ) -> Tensor:  # [repeats, n] bool
     "Which samples each draw uses: from every class a uniform subset without replacement."
     count = torch.bincount(y, minlength=n_classes)
-    keys = y + torch.rand(repeats, len(y), generator=generator, dtype=torch.float64).to(y.device)    # sorts by class, then at random
+    keys = y + torch.rand(repeats, len(y), generator=generator, dtype=torch.float64).to(
+        y.device
+    )  # sorts by class, then at random
     order, first = keys.argsort(dim=1), count.cumsum(0) - count
     rank = torch.arange(len(y), device=y.device) - first[y.sort().values]  # [n] place within the class
     return torch.zeros_like(keys, dtype=torch.bool).scatter_(1, order, (rank < per_class).expand(repeats, -1))
@@ -65,13 +68,21 @@ def class_gradients(
     generator: torch.Generator | None = None,  # of the draws
 ) -> ClassGradients:
     "Mean gradient of the softmax cross-entropy on every class in closed form."
-    if repeats and generator is None: raise FedgalError(f"repeats = {repeats} draws need a generator; use repeats = 0 for the mean over all features")
+    if repeats and generator is None:
+        raise FedgalError(f"repeats = {repeats} draws need a generator; use repeats = 0 for the mean over all features")
     C, n = len(weight), torch.bincount(y, minlength=len(weight))
-    uses, size = (draw_per_class(y, C, repeats, per_class, generator).sum(0), repeats * n.clamp(max=per_class)) if repeats else (torch.ones_like(y), n)
+    uses, size = (
+        (draw_per_class(y, C, repeats, per_class, generator).sum(0), repeats * n.clamp(max=per_class))
+        if repeats
+        else (torch.ones_like(y), n)
+    )
     share = uses.to(z) / size[y]
     residual = ((z @ weight.T + bias).softmax(1) - F.one_hot(y, C)) * share[:, None]  # [n, C]
     rows, owner = class_blocks(y, C)
-    r, x = (residual[rows.clamp(min=0)] * (rows >= 0)[..., None]), F.pad(z, (0, 1), value=1.0)[rows.clamp(min=0)]  # [B, block, C], [B, block, d + 1]
+    r, x = (
+        (residual[rows.clamp(min=0)] * (rows >= 0)[..., None]),
+        F.pad(z, (0, 1), value=1.0)[rows.clamp(min=0)],
+    )  # [B, block, C], [B, block, d + 1]
     return ClassGradients(z.new_zeros(C, C, z.shape[1] + 1).index_add_(0, owner, r.mT @ x), n > 0)
 
 # %% ../../nbs/algorithms/05_creff.ipynb #7d808b8a
@@ -90,6 +101,7 @@ def aggregate_gradients(
 @dataclass(frozen=True)
 class CReFFConfig:
     "Options of CReFF."
+
     per_class: int = 100  # federated features of every class
     match_steps: int = 100  # SGD steps on the federated features, a round
     match_lr: float = 0.1
@@ -100,10 +112,13 @@ class CReFFConfig:
     draws: int = 32  # samples of each class in a draw
 
     def __post_init__(self):
-        low = {"repeats": 0} | dict.fromkeys(("per_class", "match_steps", "match_lr", "retrain_epochs", "retrain_lr", "retrain_batch", "draws"), 1)
+        low = {"repeats": 0} | dict.fromkeys(
+            ("per_class", "match_steps", "match_lr", "retrain_epochs", "retrain_lr", "retrain_batch", "draws"), 1
+        )
         for name, least in low.items():
             value, rate = getattr(self, name), name.endswith("lr")
-            if not (value > 0 if rate else value >= least): raise FedgalError(f"CReFFConfig: {name} = {value}: {'above 0' if rate else f'at least {least}'}")
+            if not (value > 0 if rate else value >= least):
+                raise FedgalError(f"CReFFConfig: {name} = {value}: {'above 0' if rate else f'at least {least}'}")
 
 # %% ../../nbs/algorithms/05_creff.ipynb #a7e3451c
 def feature_gradients(
@@ -112,7 +127,9 @@ def feature_gradients(
     bias: Tensor,  # [C]
 ) -> Tensor:  # [C, C, d + 1]
     "The classifier's mean gradient on equally many features of every class."
-    residual = (features @ weight.T + bias).softmax(-1) - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)[:, None]  # [C, m, C]
+    residual = (features @ weight.T + bias).softmax(-1) - torch.eye(
+        len(weight), dtype=weight.dtype, device=weight.device
+    )[:, None]  # [C, m, C]
     return torch.cat([residual.mT @ features, residual.sum(1)[..., None]], -1) / features.shape[1]
 
 def matching_loss(
@@ -168,6 +185,7 @@ def first_classifier(n_classes: int, dim: int, generator: torch.Generator) -> Te
 @dataclass(frozen=True, eq=False)
 class CReFFState:
     "What the server keeps between rounds."
+
     features: Tensor  # [C, m, d] federated features
     weight: Tensor  # [C, d] re-trained classifier
     bias: Tensor  # [C]
@@ -192,38 +210,72 @@ def server_round(
 ) -> tuple[CReFFState, dict]:  # next state; matching loss before and after, for the history
     "Average gradients, match features, re-train the classifier."
     target = aggregate_gradients(messages)
-    features, losses = match_features(state.features, target, state.weight, state.bias, config.match_steps, config.match_lr)
-    weight, bias = retrain(features, stream(seed, "creff retrain", round), config.retrain_epochs, config.retrain_lr, config.retrain_batch)
+    features, losses = match_features(
+        state.features, target, state.weight, state.bias, config.match_steps, config.match_lr
+    )
+    weight, bias = retrain(
+        features, stream(seed, "creff retrain", round), config.retrain_epochs, config.retrain_lr, config.retrain_batch
+    )
     return CReFFState(features, weight, bias), {"match_first": losses[0], "match_last": losses[-1]}
 
 # %% ../../nbs/algorithms/05_creff.ipynb #4a2751ec
 @dataclass(frozen=True)
 class CReFF(Algorithm):
     "FedAvg whose classifier is retrained on federated features."
-    name, summary, reference = "creff", "the server retrains the classifier on features that match the clients' gradients", "Shang et al., IJCAI 2022"
+
+    name, summary, reference = (
+        "creff",
+        "the server retrains the classifier on features that match the clients' gradients",
+        "Shang et al., IJCAI 2022",
+    )
     sends, reports, cpu_only = "global model and retrained classifier", "class gradients of the classifier", True
     per_class: int = 100  # federated features of every class
     match_steps: int = 100  # steps on them, a round
     retrain_epochs: int = 300
 
-    def told(self, client: MultiStepClient, update: ClientUpdate) -> str: return self.reports + lone_samples(client.y)
+    def told(self, client: MultiStepClient, update: ClientUpdate) -> str:
+        return self.reports + lone_samples(client.y)
 
-    def settings(self) -> CReFFConfig: return CReFFConfig(self.per_class, match_steps=self.match_steps, retrain_epochs=self.retrain_epochs)
+    def settings(self) -> CReFFConfig:
+        return CReFFConfig(self.per_class, match_steps=self.match_steps, retrain_epochs=self.retrain_epochs)
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
-        if not isinstance(model.head, nn.Linear): raise FedgalError(f"creff retrains a linear classifier on high features, and this model's head is a {type(model.head).__name__}; choose a model without hidden layers in its head, and head linear")
+        if not isinstance(model.head, nn.Linear):
+            raise FedgalError(
+                f"creff retrains a linear classifier on high features, and this model's head is a {type(model.head).__name__}; choose a model without hidden layers in its head, and head linear"
+            )
         s = start_state(model.head.out_features, model.dims["high"], self.settings(), seed)
         return {"weight": s.weight, "bias": s.bias}, {"features": s.features, "weight": s.weight, "bias": s.bias}, {}
 
-    def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
+    def report(
+        self,
+        model: nn.Module,
+        client: MultiStepClient,
+        payload: ServerPayload,
+        update: ClientUpdate,
+        own: Tensors,
+        seed: int,
+    ) -> tuple[Tensors | None, Tensors]:
         c, z = self.settings(), features_of(model, payload, client.x)["high"]
-        g = class_gradients(z, client.y, payload.extras["weight"], payload.extras["bias"], c.repeats, c.draws, stream(seed, "creff draws", payload.round, client.id))
+        g = class_gradients(
+            z,
+            client.y,
+            payload.extras["weight"],
+            payload.extras["bias"],
+            c.repeats,
+            c.draws,
+            stream(seed, "creff draws", payload.round, client.id),
+        )
         return {"classes": torch.nonzero(g.owned)[:, 0].to(torch.int16), "gradients": g.mean[g.owned]}, {}
 
-    def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
         messages = [ClassGradients(*all_rows(u, "gradients", len(kept["bias"]))) for u in updates]
         s, said = server_round(CReFFState(**kept), messages, self.settings(), seed, payload.round)
         return {"weight": s.weight, "bias": s.bias}, {"features": s.features, "weight": s.weight, "bias": s.bias}, said
 
     def finish(self, model: nn.Module, payload: ServerPayload, kept: Tensors) -> ServerPayload:
-        return replace(payload, parameters={**payload.parameters, "head.weight": kept["weight"], "head.bias": kept["bias"]})
+        return replace(
+            payload, parameters={**payload.parameters, "head.weight": kept["weight"], "head.bias": kept["bias"]}
+        )

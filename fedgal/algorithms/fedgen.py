@@ -17,8 +17,16 @@ from ..federated.algorithm import Algorithm
 from ..federated.clients import MultiStepClient
 from ..federated.local import n_classes, train_locally
 from ..federated.messages import ClientUpdate, ServerPayload
-from ..generators.fedgen import (
-    FedGenConfig, FedGenPFLConfig, batched_view, descend, init_generator, net_from, sent, teaching)
+from fedgal.generators.fedgen import (
+    FedGenConfig,
+    FedGenPFLConfig,
+    batched_view,
+    descend,
+    init_generator,
+    net_from,
+    sent,
+    teaching,
+)
 from ..models.losses.protocol import per_example, task_loss
 
 # %% auto #0
@@ -32,11 +40,14 @@ def heads_from(
     updates: list[ClientUpdate],  # accepted deltas that answer it
 ) -> Callable[[Tensor], Tensor]:  # z [B, d] -> logits [T, B, C]
     "The upper parts of the models that clients hold after a round, in the order of the updates."
-    if not updates: raise FedgalError("no accepted update in this round, so there is no head to learn from; keep the old generator")
+    if not updates:
+        raise FedgalError("no accepted update in this round, so there is no head to learn from; keep the old generator")
     stacked = {}
     for n in view.state_dict():
-        if n in payload.parameters: stacked[n] = torch.stack([payload.parameters[n] + u.tensors[n] for u in updates])
-        elif n in payload.buffers: stacked[n] = torch.stack([u.buffers.get(n, payload.buffers[n]) for u in updates])
+        if n in payload.parameters:
+            stacked[n] = torch.stack([payload.parameters[n] + u.tensors[n] for u in updates])
+        elif n in payload.buffers:
+            stacked[n] = torch.stack([u.buffers.get(n, payload.buffers[n]) for u in updates])
     return batched_view(view, stacked)
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #12646f4f
@@ -51,12 +62,15 @@ def train_generator_round(
 ) -> tuple[Tensors, dict[str, Tensor]]:  # tensors of the next round; each loss term, [steps]
     "The server's part of a FedGen round: a pure function of its arguments."
     lr = config.lr * config.lr_decay**round
-    return descend(tensors, heads, teaching(counts, config.form), config, stream(seed, "fedgen server", round), lr, student)
+    return descend(
+        tensors, heads, teaching(counts, config.form), config, stream(seed, "fedgen server", round), lr, student
+    )
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #fa91b014
 @dataclass(frozen=True)
 class FedGenLocal:
     "What generated features do in local training; the authors' values (EMNIST: beta 1)."
+
     alpha: float = 10.0  # a: cross-entropy of generated features
     beta: float = 10.0  # b: divergence from generated features of the batch's labels
     decay: float = 0.98  # of both, a round
@@ -66,19 +80,26 @@ class FedGenLocal:
 
     def __post_init__(self):
         if min(self.alpha, self.beta, self.start) < 0 or not 0 < self.decay <= 1 or (self.batch_size or 1) < 1:
-            raise FedgalError(f"alpha {self.alpha}, beta {self.beta} and start {self.start} must be >= 0, decay {self.decay} in (0, 1], "
-                              f"batch_size {self.batch_size} at least 1")
+            raise FedgalError(
+                f"alpha {self.alpha}, beta {self.beta} and start {self.start} must be >= 0, decay {self.decay} in (0, 1], "
+                f"batch_size {self.batch_size} at least 1"
+            )
 
     def weights(self, round: int) -> tuple[float, float]:
         "a_t and b_t; never below 1e-4 unless switched off."
-        return tuple(max(1e-4, w * self.decay**round) if w and round >= self.start else 0.0 for w in (self.alpha, self.beta))
+        return tuple(
+            max(1e-4, w * self.decay**round) if w and round >= self.start else 0.0 for w in (self.alpha, self.beta)
+        )
 
-VARIANTS = {"fedgen": (FedGenConfig(), FedGenLocal()),
-            "fedgen_pfllib": (FedGenPFLConfig(), FedGenLocal(alpha=1.0, beta=0.0, decay=1.0, start=0, seen=False))}
+VARIANTS = {
+    "fedgen": (FedGenConfig(), FedGenLocal()),
+    "fedgen_pfllib": (FedGenPFLConfig(), FedGenLocal(alpha=1.0, beta=0.0, decay=1.0, start=0, seen=False)),
+}
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #930d0f83
 class Generated(NamedTuple):
     "Generated features for one local step."
+
     z: Tensor  # [B_G, d]
     y: Tensor  # [B_G] what they were asked to be
     own: Tensor  # [B, d] for the labels of the real batch; empty if not needed
@@ -97,7 +118,7 @@ def generate_batches(
     y = torch.cat([asked, *own])
     noise = torch.rand(len(y), net.noise, generator=rng)
     z = net(noise.to(device), y.to(device)).split([size] * len(own) + [len(o) for o in own])
-    return [Generated(*parts) for parts in zip(z[:len(own)], asked.to(device).split(size), z[len(own):], strict=True)]
+    return [Generated(*parts) for parts in zip(z[: len(own)], asked.to(device).split(size), z[len(own) :], strict=True)]
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #c8078624
 def with_generated(
@@ -109,14 +130,18 @@ def with_generated(
 ) -> Callable:  # (output, targets) -> [B]
     "A local loss with FedGen's two terms."
     batches = iter(batches)
+
     def total(out, y, mask=None, context=None):
         made = next(batches)
         logits, m = view(torch.cat([made.z, made.own])).logits, len(made.z)
         value = per_example(loss, out, y, mask, context) + a * F.cross_entropy(logits[:m], made.y)
-        if not b: return value
+        if not b:
+            return value
         target = logits[m:].detach().softmax(1)
         return value + b * F.kl_div(getattr(out, "logits", out).log_softmax(1), target, reduction="none").sum(1)
-    if hasattr(loss, "context"): total.context = loss.context
+
+    if hasattr(loss, "context"):
+        total.context = loss.context
     return total
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #abb0249c
@@ -134,20 +159,29 @@ def train_with_generator(
     batches, (a, b) = client.batches(seed, payload.round), local.weights(payload.round)
     if a + b:
         own, size = [client.y[i] if b else client.y[:0] for i in batches], local.batch_size or client.config.batch_size
-        made = generate_batches(tensors, own, size, stream(seed, "fedgen client", payload.round, client.id), next(model.parameters()).device)
+        made = generate_batches(
+            tensors, own, size, stream(seed, "fedgen client", payload.round, client.id), next(model.parameters()).device
+        )
         loss = with_generated(loss, model.view(level), made, a * size / client.config.batch_size, b)
     update = train_locally(client, model, payload, seed, loss)
     counted = client.y[torch.cat(batches)] if local.seen else client.y
-    return update if update.failure else replace(update, statistics={"label_counts": torch.bincount(counted, minlength=len(tensors["labels"]))})
+    return (
+        update
+        if update.failure
+        else replace(update, statistics={"label_counts": torch.bincount(counted, minlength=len(tensors["labels"]))})
+    )
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #a6ec3b90
 @dataclass(frozen=True, eq=False)
 class FedGenClient(MultiStepClient):
     "A client that finds a generator among the payload's `extras`."
+
     local: FedGenLocal = FedGenLocal()
     level: str = "high"
 
-    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: None = None) -> ClientUpdate:
+    def run(
+        self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: None = None
+    ) -> ClientUpdate:
         "Train `model` (scratch, overwritten) from the payload and return the update, with label counts."
         return train_with_generator(self, model, payload, payload.extras, seed, self.local, self.level, loss)
 
@@ -155,15 +189,22 @@ class FedGenClient(MultiStepClient):
 @dataclass(frozen=True)
 class FedGenTraining(Algorithm):
     "FedAvg with a generator that the server trains on the clients' heads and the clients learn from."
-    name, summary, reference = "fedgen", "the server trains a generator on the clients' heads, clients learn from its features", "Zhu et al., ICML 2021"
+
+    name, summary, reference = (
+        "fedgen",
+        "the server trains a generator on the clients' heads, clients learn from its features",
+        "Zhu et al., ICML 2021",
+    )
     sends, reports, cpu_only = "global model, generator and which classes there are", "label counts", True
     level: str = "high"  # where generated features enter
     weight: float = 10.0  # a and b in the first round
     steps: int = 50  # generator steps a round
 
     def __post_init__(self):
-        if self.level not in ("low", "high"): raise FedgalError(f"option level of {self.name} = {self.level!r}: low or high")
-        if self.weight < 0 or self.steps < 1: raise FedgalError(f"options of {self.name}: weight {self.weight} must be >= 0 and steps {self.steps} >= 1")
+        if self.level not in ("low", "high"):
+            raise FedgalError(f"option level of {self.name} = {self.level!r}: low or high")
+        if self.weight < 0 or self.steps < 1:
+            raise FedgalError(f"options of {self.name}: weight {self.weight} must be >= 0 and steps {self.steps} >= 1")
 
     def settings(self) -> tuple:  # FedGenConfig, FedGenLocal
         config, local = VARIANTS[self.name]
@@ -171,21 +212,35 @@ class FedGenTraining(Algorithm):
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         c = super().prepare(client)
-        return FedGenClient(c.id, c.x, c.y, c.config, c.sample_weights, c.augment, c.share, local=self.settings()[1], level=self.level)
+        return FedGenClient(
+            c.id, c.x, c.y, c.config, c.sample_weights, c.augment, c.share, local=self.settings()[1], level=self.level
+        )
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
-        tensors = init_generator(self.settings()[0], n_classes(model), model.dims[self.level], stream(seed, "fedgen weights"))
+        tensors = init_generator(
+            self.settings()[0], n_classes(model), model.dims[self.level], stream(seed, "fedgen weights")
+        )
         return sent(tensors), tensors, {}
 
-    def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
-        heads, counts = heads_from(model.view(self.level), payload, updates), torch.stack([u.statistics["label_counts"] for u in updates])
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
+        heads, counts = (
+            heads_from(model.view(self.level), payload, updates),
+            torch.stack([u.statistics["label_counts"] for u in updates]),
+        )
         kept, losses = train_generator_round(kept, heads, counts, self.settings()[0], seed, payload.round)
         return sent(kept), kept, {f"generator_{k}": float(v.mean()) for k, v in losses.items()}
 
 @dataclass(frozen=True)
 class FedGenPFLTraining(FedGenTraining):
     "The same in PFLlib's form."
-    name, summary, reference = "fedgen_pfllib", "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity", "PFLlib (Zhang et al., JMLR 2025)"
+
+    name, summary, reference = (
+        "fedgen_pfllib",
+        "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity",
+        "PFLlib (Zhang et al., JMLR 2025)",
+    )
     sends = "global model, generator and label counts of the round's clients together"
     weight: float = 1.0  # of the cross-entropy on generated features, constant
     steps: int = 1000

@@ -28,39 +28,74 @@ __all__ = ['FedProto', 'FedMPS']
 @dataclass(frozen=True)
 class FedProto(Local):
     "Local training tied to global prototypes."
+
     name, summary, reference = "fedproto", "class prototypes are averaged, weights are not", "Tan et al., AAAI 2022"
     sends, reports, cpu_only = "class prototypes", "class prototypes", True
     weight: float = 1.0  # lambda; the authors use 0.1 on CIFAR-10
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
         e = payload.extras
-        if not e: return super().loss(payload, loss)
-        return plus(super().loss(payload, loss), lambda out, y, mask: self.weight * prototype_distance(out.high, y, e["high"], e["known"]))
+        if not e:
+            return super().loss(payload, loss)
+        return plus(
+            super().loss(payload, loss),
+            lambda out, y, mask: self.weight * prototype_distance(out.high, y, e["high"], e["known"]),
+        )
 
     def told(self, client: MultiStepClient, update: ClientUpdate) -> str:
-        return self.reports + (" and raw at level high" if "raw" in (update.statistics or {}) else "") + lone_samples(client.y)
+        return (
+            self.reports
+            + (" and raw at level high" if "raw" in (update.statistics or {}) else "")
+            + lone_samples(client.y)
+        )
 
-    def messages(self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def messages(
+        self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         "What a client says of its classes: name -> (means [C, d], counts [C])."
         return {"high": class_prototypes(features["high"], y, n_classes)}
 
-    def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
+    def report(
+        self,
+        model: nn.Module,
+        client: MultiStepClient,
+        payload: ServerPayload,
+        update: ClientUpdate,
+        own: Tensors,
+        seed: int,
+    ) -> tuple[Tensors | None, Tensors]:
         said = self.messages(model, features_of(model, after(payload, update), client.x), client.y, n_classes(model))
         counts = next(iter(said.values()))[1]
-        return {"classes": torch.nonzero(counts)[:, 0].to(torch.int16)} | {n: means[counts > 0] for n, (means, _) in said.items()}, {}
+        return {"classes": torch.nonzero(counts)[:, 0].to(torch.int16)} | {
+            n: means[counts > 0] for n, (means, _) in said.items()
+        }, {}
 
-    def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
-        averaged = {n: average_prototypes([all_rows(u, n, n_classes(model)) for u in updates]) for n in updates[0].statistics if n != "classes"}
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
+        averaged = {
+            n: average_prototypes([all_rows(u, n, n_classes(model)) for u in updates])
+            for n in updates[0].statistics
+            if n != "classes"
+        }
         known = next(iter(averaged.values()))[1]
         was = payload.extras.get("known", torch.zeros_like(known))
-        fresh = {n: torch.where(known[:, None], p, payload.extras.get(n, torch.zeros_like(p))) for n, (p, _) in averaged.items()}    # a class whose owners sat out keeps its prototype
+        fresh = {
+            n: torch.where(known[:, None], p, payload.extras.get(n, torch.zeros_like(p)))
+            for n, (p, _) in averaged.items()
+        }  # a class whose owners sat out keeps its prototype
         return fresh | {"known": known | was}, kept, {}
 
 # %% ../../nbs/algorithms/03_prototypes.ipynb #5ba60e40
 @dataclass(frozen=True)
 class FedMPS(FedProto):
     "Multi-level prototypes, contrastive terms and soft labels."
-    name, summary, reference = "fedmps", "prototypes at two levels and soft labels, no weights", "Yang et al., IEEE TNNLS 2025"
+
+    name, summary, reference = (
+        "fedmps",
+        "prototypes at two levels and soft labels, no weights",
+        "Yang et al., IEEE TNNLS 2025",
+    )
     reports = "class prototypes at two levels"
     weight: float = 1.0  # a, of the contrastive term at level high
     weight_low: float = 1.0  # b, at level low
@@ -68,29 +103,55 @@ class FedMPS(FedProto):
     renormalise: bool = False  # scale averaged prototypes to unit length, as a later variant of the authors' code does
 
     @property
-    def sends(self) -> str: return "class prototypes at two levels" + (", soft labels" if self.weight_soft else "")
+    def sends(self) -> str:
+        return "class prototypes at two levels" + (", soft labels" if self.weight_soft else "")
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
         e, base = payload.extras, Local.loss(self, payload, loss)
-        if not e: return base
+        if not e:
+            return base
+
         def extra(out, y, mask):
-            near = lambda level: supervised_contrastive(getattr(out, level), y, e[level], e["known"], renormalise=self.renormalise, mask=mask)
+            near = lambda level: supervised_contrastive(
+                getattr(out, level), y, e[level], e["known"], renormalise=self.renormalise, mask=mask
+            )
             total = self.weight * near("high") + self.weight_low * near("low")
-            return total + self.weight_soft * soft_label_loss(out.logits, y, e["soft"], e["known"]) if self.weight_soft else total
+            return (
+                total + self.weight_soft * soft_label_loss(out.logits, y, e["soft"], e["known"])
+                if self.weight_soft
+                else total
+            )
+
         return plus(base, extra)
 
-    def messages(self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def messages(
+        self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         said = {level: class_prototypes(z, y, n_classes, normalise=True) for level, z in features.items()}
-        return said | ({"raw": class_prototypes(features["high"], y, n_classes)} if self.weight_soft and not takes_unit_length(model.head) else {})
+        return said | (
+            {"raw": class_prototypes(features["high"], y, n_classes)}
+            if self.weight_soft and not takes_unit_length(model.head)
+            else {}
+        )
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
         return {}, soft_head_state(model.head) if self.weight_soft else {}, {}
 
-    def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
         extras, kept, said = super().serve(model, payload, updates, kept, seed)
-        if not self.weight_soft: return extras, kept, said
-        rows, owned = map(torch.stack, zip(*(all_rows(u, "raw" if "raw" in extras else "high", n_classes(model)) for u in updates), strict=True))
+        if not self.weight_soft:
+            return extras, kept, said
+        rows, owned = map(
+            torch.stack,
+            zip(*(all_rows(u, "raw" if "raw" in extras else "high", n_classes(model)) for u in updates), strict=True),
+        )
         kept = train_soft_head(model.head, rows, owned, kept, seed, payload.round)
         soft, known = soft_labels(soft_head(model.head, kept), rows, owned)
-        extras.pop("raw", None)    # stays on the server
-        return extras | {"soft": torch.where(known[:, None], soft, payload.extras.get("soft", torch.zeros_like(soft)))}, kept, {}
+        extras.pop("raw", None)  # stays on the server
+        return (
+            extras | {"soft": torch.where(known[:, None], soft, payload.extras.get("soft", torch.zeros_like(soft)))},
+            kept,
+            {},
+        )

@@ -30,7 +30,8 @@ def soft_head(
     "A copy of the head with the parameters of a state."
     head = copy.deepcopy(head)
     with torch.no_grad():
-        for n, p in head.named_parameters(): p.copy_(state[f"head.{n}"])
+        for n, p in head.named_parameters():
+            p.copy_(state[f"head.{n}"])
     return head
 
 # %% ../../nbs/algorithms/02_soft_head.ipynb #e6828ab8
@@ -46,10 +47,12 @@ def train_soft_head(
     lr: float = 1e-3,
 ) -> dict[str, Tensor]:  # the next state
     "One round of training of the server's head on the prototypes it received; without any, the state stays (FedMPS)."
-    if not owned.any(): return state
+    if not owned.any():
+        return state
     head = soft_head(head, state)
     adam = torch.optim.Adam(head.parameters(), lr)
-    for n, p in head.named_parameters(): adam.state[p] = {"step": state["step"].clone(), **{m: state[f"{m}.{n}"].clone() for m in _MOMENTS}}
+    for n, p in head.named_parameters():
+        adam.state[p] = {"step": state["step"].clone(), **{m: state[f"{m}.{n}"].clone() for m in _MOMENTS}}
     z, y, rng = prototypes[owned].detach(), owned.nonzero()[:, 1], stream(seed, "soft head", round)
     for _ in range(epochs):
         for i in torch.randperm(len(y), generator=rng).split(batch):

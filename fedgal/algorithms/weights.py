@@ -20,16 +20,25 @@ __all__ = ['FedProx', 'Scaffold', 'Local']
 # %% ../../nbs/algorithms/01_weights.ipynb #1f1e9c11
 class FedProx(Algorithm):
     "FedAvg with a proximal term, which local SGD adds from `LocalConfig.prox_mu`."
+
     name, summary, reference = "fedprox", "FedAvg with mu/2 ||w - w_g||^2 in the local loss", "Li et al., MLSys 2020"
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
-        if client.config.prox_mu > 0: return client
-        raise FedgalError("fedprox with prox_mu = 0 is fedavg; give LocalConfig a prox_mu > 0 (0.01 is a common start) or choose fedavg")
+        if client.config.prox_mu > 0:
+            return client
+        raise FedgalError(
+            "fedprox with prox_mu = 0 is fedavg; give LocalConfig a prox_mu > 0 (0.01 is a common start) or choose fedavg"
+        )
 
 # %% ../../nbs/algorithms/01_weights.ipynb #1f1e9c13
 class Scaffold(Algorithm):
     "Control variates against client drift."
-    name, summary, reference = "scaffold", "control variates take the drift out of local gradients", "Karimireddy et al., ICML 2020"
+
+    name, summary, reference = (
+        "scaffold",
+        "control variates take the drift out of local gradients",
+        "Karimireddy et al., ICML 2020",
+    )
     sends, reports = "global model and control variate", "change of its control variate"
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
@@ -39,14 +48,24 @@ class Scaffold(Algorithm):
     def correction(self, payload: ServerPayload, own: Tensors) -> Tensors | None:
         return {n: payload.extras[f"c/{n}"] - own.get(f"c/{n}", 0.0) for n in payload.parameters}
 
-    def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
+    def report(
+        self,
+        model: nn.Module,
+        client: MultiStepClient,
+        payload: ServerPayload,
+        update: ClientUpdate,
+        own: Tensors,
+        seed: int,
+    ) -> tuple[Tensors | None, Tensors]:
         c = client.config
         steps = range(1, 1 + len(client.batches(seed, payload.round)))
         length = c.rate(payload.round) * sum((1 - c.momentum**j) / (1 - c.momentum) for j in steps)
         change = {f"c/{n}": -payload.extras[f"c/{n}"] - d / length for n, d in update.tensors.items()}
         return change, {n: own.get(n, 0.0) + d for n, d in change.items()}
 
-    def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
         step = weighted_sum([u.statistics for u in updates], [u.n_examples / kept["samples"].item() for u in updates])
         return {n: (c.double() + step[n]).to(c.dtype) for n, c in payload.extras.items()}, kept, {}
 
@@ -54,5 +73,6 @@ class Scaffold(Algorithm):
 @dataclass(frozen=True)
 class Local(Algorithm):
     "Every client trains alone."
+
     name, summary, reference = "local", "every client trains alone; nothing is sent", "baseline"
     personal, sends, reports = True, "nothing", "nothing"

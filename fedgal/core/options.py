@@ -31,8 +31,16 @@ def option(
     registry: str | None = None,  # the kind of registry whose entry the value, or each value of a list, names
 ) -> FieldInfo:
     "Default, help and rules of one field of an `Options` model."
-    facts = {"gt": gt, "ge": ge, "lt": lt, "le": le, "one_of": one_of,
-             "shared": shared, "text": text or None, "registry": registry}
+    facts = {
+        "gt": gt,
+        "ge": ge,
+        "lt": lt,
+        "le": le,
+        "one_of": one_of,
+        "shared": shared,
+        "text": text or None,
+        "registry": registry,
+    }
     facts = {key: value for key, value in facts.items() if value is not None}
     return Field(default, description=help, json_schema_extra=facts)
 
@@ -74,6 +82,7 @@ def _spelt(value) -> str:
 @dataclass(frozen=True)
 class OptionRow:
     "One option as a table, the docs or a `parameters` cell shows it; as text, the line of such a cell."
+
     name: str
     type: str  # as in a cell: "int", "list[str]", "float | None"
     default: object  # as YAML holds it, with lists for tuples; `...` where a value must be given
@@ -98,8 +107,16 @@ def _row(name, field) -> OptionRow:
     facts = _facts(field)
     registry = facts.get("registry", "")
     default = ... if field.is_required() else _plain(field.get_default(call_default_factory=True))
-    return OptionRow(name, _type_text(field.annotation), default, f"@{registry}" if registry else _rule_text(facts),
-                     field.description or "", facts.get("shared", ""), facts.get("text", False), registry)
+    return OptionRow(
+        name,
+        _type_text(field.annotation),
+        default,
+        f"@{registry}" if registry else _rule_text(facts),
+        field.description or "",
+        facts.get("shared", ""),
+        facts.get("text", False),
+        registry,
+    )
 
 # %% ../../nbs/core/04_options.ipynb #e6106dc2
 def _coerced(kind, value):
@@ -163,6 +180,7 @@ def _fill(self, values, owner="", noun="option", shared=()):
 # %% ../../nbs/core/04_options.ipynb #24894090
 class Options(BaseModel):
     "Checked, immutable settings of one component; whatever is wrong with them is a `FedgalError` of one line."
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
     def __init__(self, /, **values):

@@ -25,6 +25,7 @@ def progress(
     total = len(items) if total is None else total
     if interactive():
         from tqdm import tqdm
+
         yield from tqdm(items, desc=label, total=total, mininterval=0.5)
         return
     start = said = time.monotonic()
@@ -38,5 +39,7 @@ def progress(
 
 def _beat(text):
     if path := os.environ.get("FEDGAL_PROGRESS"):
-        try: Path(path).write_text(text, encoding="utf-8")
-        except OSError: pass    # a missed progress line must never stop the work
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError:
+            pass  # a missed progress line must never stop the work

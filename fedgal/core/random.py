@@ -16,7 +16,8 @@ from .settings import settings
 
 # %% ../../nbs/core/07_random.ipynb #5dad5a98
 def _sequence(seed, purpose, round, client):
-    if min(seed, round, client) < 0: raise FedgalError(f"seed, round and client must not be negative: {seed}, {round}, {client}")
+    if min(seed, round, client) < 0:
+        raise FedgalError(f"seed, round and client must not be negative: {seed}, {round}, {client}")
     return np.random.SeedSequence([int(seed), zlib.crc32(purpose.encode()), int(round), int(client)])
 
 def stream(
@@ -37,6 +38,7 @@ def np_stream(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.ra
 @dataclass(frozen=True)
 class Runtime:
     "What `prepare` settled on; part of every stage's cache key."
+
     device: str
     threads: int
     precision: str
@@ -44,7 +46,8 @@ class Runtime:
 def runtime() -> Runtime:
     "Resolve `auto` in the settings by the fixed rule."
     s = settings()
-    if s.device == "cuda" and not torch.cuda.is_available(): raise FedgalError("device = cuda, but torch sees no CUDA device; use device = auto or cpu")
+    if s.device == "cuda" and not torch.cuda.is_available():
+        raise FedgalError("device = cuda, but torch sees no CUDA device; use device = auto or cpu")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
     precision = ("bf16" if device == "cuda" else "fp32") if s.precision == "auto" else s.precision
     return Runtime(device, 1 if os.environ.get("IN_TEST") else s.threads, precision)
@@ -53,7 +56,8 @@ def prepare() -> Runtime:
     "Set threads, and deterministic algorithms where they are not the only ones, for this process, and say what will be used."
     r = runtime()
     torch.set_num_threads(r.threads)
-    if r.device != "cpu" or r.threads > 1: torch.use_deterministic_algorithms(True, warn_only=True)    # imports a compiler
+    if r.device != "cpu" or r.threads > 1:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # imports a compiler
     return r
 
 # %% ../../nbs/core/07_random.ipynb #5984dcf2

@@ -108,7 +108,7 @@ class Registry(_Table):
 def entries_of(
     source: str,  # Python source of a module
 ) -> dict[str, dict[str, str]]:  # kind -> name -> "package.module:Class"
-    "The tables of all `NAME = Registry(\"kind\", {...})` of a module, which is neither imported nor run."
+    'The tables of all `NAME = Registry("kind", {...})` of a module, which is neither imported nor run.'
     calls = [node.value for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
     tables = {}
     for call in calls:
@@ -118,6 +118,6 @@ def entries_of(
             kind, entries = map(ast.literal_eval, call.args)
             tables[kind] = {name: _checked(kind, name, target) for name, target in entries.items()}
         except (ValueError, AttributeError):
-            form = "Registry(\"kind\", {\"name\": \"package.module:Class\"})"
+            form = 'Registry("kind", {"name": "package.module:Class"})'
             raise FedgalError(f"line {call.lineno}, {ast.unparse(call)[:60]}: expected {form} of literals") from None
     return tables

@@ -14,19 +14,28 @@ from .errors import FedgalError, did_you_mean
 # %% ../../nbs/core/02_settings.ipynb #1a16584b
 def root() -> Path:
     "The project's root: `FEDGAL_ROOT`, else the nearest folder above with fedgal's `settings.ini`, else the checkout that holds the package."
-    if os.environ.get("FEDGAL_ROOT"): return Path(os.environ["FEDGAL_ROOT"]).expanduser().resolve()
+    if os.environ.get("FEDGAL_ROOT"):
+        return Path(os.environ["FEDGAL_ROOT"]).expanduser().resolve()
     here, package = Path.cwd().resolve(), Path(__file__).resolve() if "__file__" in globals() else Path.cwd()
     for folder in (here, *here.parents, *package.parents):
         ini = folder / "settings.ini"
-        if ini.is_file() and "[fedgal]" in ini.read_text(encoding="utf-8"): return folder
-    raise FedgalError(f"no settings.ini with a [fedgal] section in {here} or above; run inside a fedgal checkout or set FEDGAL_ROOT")
+        if ini.is_file() and "[fedgal]" in ini.read_text(encoding="utf-8"):
+            return folder
+    raise FedgalError(
+        f"no settings.ini with a [fedgal] section in {here} or above; run inside a fedgal checkout or set FEDGAL_ROOT"
+    )
 
 # %% ../../nbs/core/02_settings.ipynb #1f819a14
-_CHOICES = {"device": ("auto", "cpu", "cuda"), "precision": ("auto", "fp32", "bf16"), "engine": ("auto", "serial", "batched")}
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "fp32", "bf16"),
+    "engine": ("auto", "serial", "batched"),
+}
 
 @dataclass(frozen=True)
 class Settings:
     "Where data lie and how this machine is used."
+
     data_root: Path = Path("data")
     artifacts: Path = Path("artifacts")
     reports: Path = Path("reports")
@@ -50,16 +59,27 @@ def settings() -> Settings:
     given = dict(ini["fedgal"]) if ini.has_section("fedgal") else {}
     known = {f.name: f.type for f in fields(Settings)}
     for name in given:
-        if name not in known: raise FedgalError(f"settings.ini: unknown key {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        if name not in known:
+            raise FedgalError(
+                f"settings.ini: unknown key {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+            )
     given |= {n: os.environ[f"FEDGAL_{n.upper()}"] for n in known if os.environ.get(f"FEDGAL_{n.upper()}")}
     values = {}
     for name, raw in given.items():
-        if known[name] is Path: values[name] = (base / Path(raw).expanduser()).resolve()
-        elif known[name] is int: values[name] = _integer(name, raw)
-        else: values[name] = raw.strip()
-    return replace(Settings(**{n: (base / getattr(Settings, n)).resolve() for n, t in known.items() if t is Path}), **values)
+        if known[name] is Path:
+            values[name] = (base / Path(raw).expanduser()).resolve()
+        elif known[name] is int:
+            values[name] = _integer(name, raw)
+        else:
+            values[name] = raw.strip()
+    return replace(
+        Settings(**{n: (base / getattr(Settings, n)).resolve() for n, t in known.items() if t is Path}), **values
+    )
 
 def _integer(name, raw):
-    if name == "jobs" and raw.strip() == "auto": return 0
-    try: return int(raw)
-    except ValueError: raise FedgalError(f"setting {name} = {raw!r}: a whole number is needed") from None
+    if name == "jobs" and raw.strip() == "auto":
+        return 0
+    try:
+        return int(raw)
+    except ValueError:
+        raise FedgalError(f"setting {name} = {raw!r}: a whole number is needed") from None

@@ -16,11 +16,33 @@ def theme() -> None:
     "Set fedgal's look for matplotlib and seaborn in this kernel."
     import matplotlib as mpl
     from cycler import cycler
-    mpl.rcParams.update(mpl.rcParamsDefault | {"backend": mpl.rcParams["backend"], "axes.prop_cycle": cycler(color=PALETTE), "axes.grid": True, "axes.axisbelow": True,
-        "figure.figsize": (7.2, 3.8), "figure.dpi": 100, "figure.constrained_layout.use": True, "axes.titleweight": "bold",
-        "axes.titlesize": 12, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.labelsize": 10.5, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "legend.frameon": False, "legend.fontsize": 9.5,
-        "grid.color": "#E3E6EA", "grid.linewidth": 0.8, "axes.edgecolor": "#8A94A0", "font.family": "DejaVu Sans"})
+
+    mpl.rcParams.update(
+        mpl.rcParamsDefault
+        | {
+            "backend": mpl.rcParams["backend"],
+            "axes.prop_cycle": cycler(color=PALETTE),
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "figure.figsize": (7.2, 3.8),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "axes.titleweight": "bold",
+            "axes.titlesize": 12,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.labelsize": 10.5,
+            "xtick.labelsize": 9.5,
+            "ytick.labelsize": 9.5,
+            "legend.frameon": False,
+            "legend.fontsize": 9.5,
+            "grid.color": "#E3E6EA",
+            "grid.linewidth": 0.8,
+            "axes.edgecolor": "#8A94A0",
+            "font.family": "DejaVu Sans",
+        }
+    )
 
 # %% ../../nbs/core/10_show.ipynb #1e6bfac5
 def show(
@@ -32,17 +54,24 @@ def show(
         raise FedgalError(f"a figure needs a text alternative of at least three words, not {alt!r}")
     from IPython.display import display
     import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=2 * fig.dpi, bbox_inches="tight", metadata={"Software": None})
     png = _small(buffer)
-    width, height = (int.from_bytes(png[i:i + 4], "big") // 2 for i in (16, 20))    # IHDR
-    display({"image/png": base64.b64encode(png).decode(), "text/plain": alt}, raw=True,
-            metadata={"image/png": {"alt": alt, "width": width, "height": height}})
+    width, height = (int.from_bytes(png[i : i + 4], "big") // 2 for i in (16, 20))  # IHDR
+    display(
+        {"image/png": base64.b64encode(png).decode(), "text/plain": alt},
+        raw=True,
+        metadata={"image/png": {"alt": alt, "width": width, "height": height}},
+    )
     plt.close(fig)
 
 def _small(buffer):
     "The picture with a palette of 256 colours: a quarter of the bytes, no visible difference."
     from PIL import Image
+
     out = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        out, "PNG", optimize=True
+    )
     return out.getvalue()

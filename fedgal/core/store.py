@@ -17,21 +17,29 @@ def write_bytes(
     data: bytes,  # what
 ) -> None:
     "Replace a file atomically and durably; on failure the old file stays as it was."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
-        os.replace(part, path); _sync_dir(path.parent)
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        _sync_dir(path.parent)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise FedgalError(f"cannot write {path}: {e.strerror or e}; free some space or change the path in settings.ini, "
-                          "then run the same command again: it resumes") from e
+        raise FedgalError(
+            f"cannot write {path}: {e.strerror or e}; free some space or change the path in settings.ini, "
+            "then run the same command again: it resumes"
+        ) from e
 
 def _sync_dir(folder):
     fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/core/06_store.ipynb #e37060a2
 def canonical(obj) -> str:
@@ -40,15 +48,20 @@ def canonical(obj) -> str:
 
 def save_json(path: Path, obj) -> None:
     "Write an object as readable JSON, atomically. NaN and infinity are an error."
-    try: text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    except (ValueError, TypeError) as e: raise FedgalError(f"{path}: cannot be written as JSON ({e})") from e
+    try:
+        text = json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError) as e:
+        raise FedgalError(f"{path}: cannot be written as JSON ({e})") from e
     write_bytes(path, (text + "\n").encode())
 
 def load_json(path: Path):
     "Read JSON; a missing or damaged file is a `FedgalError` that names it."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise FedgalError(f"{path}: no such file") from None
-    except (ValueError, UnicodeDecodeError) as e: raise FedgalError(f"{path}: damaged JSON ({e})") from e
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FedgalError(f"{path}: no such file") from None
+    except (ValueError, UnicodeDecodeError) as e:
+        raise FedgalError(f"{path}: damaged JSON ({e})") from e
 
 # %% ../../nbs/core/06_store.ipynb #f95f772e
 def save_tensors(
@@ -58,6 +71,7 @@ def save_tensors(
 ) -> None:
     "Write named tensors atomically; equal content gives equal bytes."
     from safetensors.torch import save
+
     flat = {k: tensors[k].detach().cpu().contiguous().clone() for k in sorted(tensors)}
     write_bytes(path, save(flat, {"fedgal": canonical(meta or {})}))
 
@@ -65,17 +79,23 @@ def load_tensors(path: Path) -> dict:
     "Read named tensors; a missing, truncated or foreign file is a `FedgalError` that names it."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
     if not Path(path).is_file(): raise FedgalError(f"{path}: no such file")
-    try: return load_file(path)
-    except (SafetensorError, OSError, ValueError) as e: raise FedgalError(f"{path}: not a whole safetensors file ({e})") from e
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FedgalError(f"{path}: not a whole safetensors file ({e})") from e
 
 # %% ../../nbs/core/06_store.ipynb #46a1f06f
 def load_meta(path: Path) -> dict:
     "The JSON values stored in a safetensors header, read without loading a tensor."
     from safetensors import SafetensorError, safe_open
+
     try:
-        with safe_open(path, "pt") as f: return json.loads((f.metadata() or {}).get("fedgal", "{}"))
-    except (SafetensorError, OSError, ValueError) as e: raise FedgalError(f"{path}: not a whole safetensors file ({e})") from e
+        with safe_open(path, "pt") as f:
+            return json.loads((f.metadata() or {}).get("fedgal", "{}"))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FedgalError(f"{path}: not a whole safetensors file ({e})") from e
 
 # %% ../../nbs/core/06_store.ipynb #fd82b0e9
 SCHEMA = 1
@@ -83,7 +103,8 @@ MANIFEST = "manifest.json"
 
 def sha256(path: Path) -> str:
     "Hash of a file's bytes, read in pieces."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 def commit(
     work: Path,  # directory being written
@@ -91,12 +112,17 @@ def commit(
     **facts,  # what else the manifest records: params, fingerprint, versions, keys of the inputs
 ) -> Path:  # `final`
     "Hash every file, write the manifest last, rename."
-    files = {p.relative_to(work).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
-             for p in sorted(work.rglob("*")) if p.is_file() and p.name != MANIFEST}
+    files = {
+        p.relative_to(work).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size}
+        for p in sorted(work.rglob("*"))
+        if p.is_file() and p.name != MANIFEST
+    }
     save_json(work / MANIFEST, {"schema": SCHEMA, "files": files, **facts})
     final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists(): shutil.rmtree(final)
-    os.replace(work, final); _sync_dir(final.parent)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(work, final)
+    _sync_dir(final.parent)
     return final
 
 # %% ../../nbs/core/06_store.ipynb #c64c6161
@@ -109,17 +135,28 @@ def verify(
     if not (folder / MANIFEST).is_file(): raise FedgalError(f"{folder}: not a finished artifact (no {MANIFEST})")
     manifest = load_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise FedgalError(f"{folder}: manifest of another schema ({manifest.get('schema') if isinstance(manifest, dict) else '?'}, this is {SCHEMA})")
-    try: listed = {name: (fact["sha256"], fact["bytes"]) for name, fact in manifest["files"].items()}
-    except (KeyError, TypeError, AttributeError): raise FedgalError(f"{folder}: damaged {MANIFEST}") from None
-    if extra := {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - listed.keys() - {MANIFEST}:
+        raise FedgalError(
+            f"{folder}: manifest of another schema ({manifest.get('schema') if isinstance(manifest, dict) else '?'}, this is {SCHEMA})"
+        )
+    try:
+        listed = {name: (fact["sha256"], fact["bytes"]) for name, fact in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise FedgalError(f"{folder}: damaged {MANIFEST}") from None
+    if (
+        extra := {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        - listed.keys()
+        - {MANIFEST}
+    ):
         raise FedgalError(f"{folder / min(extra)}: not in the manifest of this finished artifact")
     for name, (digest, size) in listed.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts: raise FedgalError(f"{folder}: manifest names a path outside: {name}")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise FedgalError(f"{folder}: manifest names a path outside: {name}")
         path = folder / name
         if not path.is_file(): raise FedgalError(f"{path}: missing from a finished artifact")
-        if path.stat().st_size != size: raise FedgalError(f"{path}: {path.stat().st_size} bytes, its manifest says {size}")
-        if deep and sha256(path) != digest: raise FedgalError(f"{path}: was changed after it was written (SHA-256 differs)")
+        if path.stat().st_size != size:
+            raise FedgalError(f"{path}: {path.stat().st_size} bytes, its manifest says {size}")
+        if deep and sha256(path) != digest:
+            raise FedgalError(f"{path}: was changed after it was written (SHA-256 differs)")
     return manifest
 
 # %% ../../nbs/core/06_store.ipynb #2a052680
@@ -144,5 +181,6 @@ def fingerprint(
 def by_first(tensors: dict) -> dict[str, dict]:
     "Tensors named `a/b`, grouped: a -> {b: tensor}."
     out = {}
-    for name, t in tensors.items(): out.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = t
+    for name, t in tensors.items():
+        out.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = t
     return out

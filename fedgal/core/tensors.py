@@ -17,10 +17,14 @@ def gradient_norms(
 ) -> dict[str, Tensor]:  # norm of each term's gradient; stays on the device
     "Length of every term's gradient; leaves graph and `.grad` as they are."
     parameters = list(parameters)
+
     def norm(term):
-        grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+        grads = (
+            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+        )
         lengths = [g.norm() for g in grads if g is not None]
         return torch.stack(lengths).norm() if lengths else torch.zeros_like(term)
+
     return {name: norm(term) for name, term in terms.items()}
 
 # %% ../../nbs/core/08_tensors.ipynb #27a32b15
@@ -30,7 +34,8 @@ def n_bytes(*groups: Tensors | None) -> int:
     "Size of all tensors in the groups, in bytes."
     return sum(t.numel() * t.element_size() for group in groups if group for t in group.values())
 
-def _norm(tensors): return sum(t.double().square().sum().item() for t in tensors.values()) ** 0.5
+def _norm(tensors):
+    return sum(t.double().square().sum().item() for t in tensors.values()) ** 0.5
 
 # %% ../../nbs/core/08_tensors.ipynb #451dabf5
 def copy_tensors(tensors: Tensors) -> Tensors:
@@ -43,8 +48,11 @@ def check_schema(
     known: Tensors,  # what it must look like
 ) -> str:  # "" if names and shapes agree, else what differs
     "Compare names and shapes of two sets of tensors."
-    if missing := sorted(known.keys() - given.keys()): return f"missing tensors: {', '.join(missing[:3])}"
-    if extra := sorted(given.keys() - known.keys()): return f"unexpected tensors: {', '.join(extra[:3])}"
+    if missing := sorted(known.keys() - given.keys()):
+        return f"missing tensors: {', '.join(missing[:3])}"
+    if extra := sorted(given.keys() - known.keys()):
+        return f"unexpected tensors: {', '.join(extra[:3])}"
     for n, t in known.items():
-        if given[n].shape != t.shape: return f"{n} has shape {tuple(given[n].shape)}, expected {tuple(t.shape)}"
+        if given[n].shape != t.shape:
+            return f"{n} has shape {tuple(given[n].shape)}, expected {tuple(t.shape)}"
     return ""

@@ -11,8 +11,15 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from .metrics import (
-    EvalResult, _number, balanced_accuracy, class_groups, geometric_mean, group_accuracy, harmonic_mean)
+from fedgal.evaluation.metrics import (
+    EvalResult,
+    _number,
+    balanced_accuracy,
+    class_groups,
+    geometric_mean,
+    group_accuracy,
+    harmonic_mean,
+)
 
 # %% ../../nbs/evaluation/02_clients.ipynb #8f3aceb1
 def client_accuracy(
@@ -45,15 +52,23 @@ def client_metrics(
     a = client_accuracy(recall, client_counts)
     a = a[~a.isnan()].sort().values
     share = a / a.sum()
-    out = {"mean": a.mean(), "std": a.std(correction=0), "worst10": a[:-(-len(a) // 10)].mean(),
-           "jain": a.sum()**2 / (len(a) * (a * a).sum()), "entropy": torch.special.entr(share).sum(),
-           "gap": a[-1] - a[0] if len(a) else torch.nan}
+    out = {
+        "mean": a.mean(),
+        "std": a.std(correction=0),
+        "worst10": a[: -(-len(a) // 10)].mean(),
+        "jain": a.sum() ** 2 / (len(a) * (a * a).sum()),
+        "entropy": torch.special.entr(share).sum(),
+        "gap": a[-1] - a[0] if len(a) else torch.nan,
+    }
     out |= dict.fromkeys(("missing_gain", "rare_gain", "harm_rate"), torch.nan)
     if base_recall is not None:
         g = gains(recall, base_recall, client_counts)
         rare = (client_counts > 0) & (client_counts <= rare_at)
-        out |= {"missing_gain": g[client_counts == 0].nanmean(), "rare_gain": g[rare].nanmean(),
-                "harm_rate": (g[~g.isnan()] < -1e-12).double().mean()}
+        out |= {
+            "missing_gain": g[client_counts == 0].nanmean(),
+            "rare_gain": g[rare].nanmean(),
+            "harm_rate": (g[~g.isnan()] < -1e-12).double().mean(),
+        }
     return {k: _number(v) for k, v in out.items()}
 
 # %% ../../nbs/evaluation/02_clients.ipynb #a7a97a0a
@@ -91,11 +106,17 @@ def arm_summary(
     results = [result] if isinstance(result, EvalResult) else result
     clients = client_metrics(r, client_counts, None if base is None else _recalls(base), rare_at)
     per_class = r.view(-1, r.shape[-1]).nanmean(0)
-    return {"balanced_accuracy": _number(balanced_accuracy(r)), **group_accuracy(r, client_counts.sum(0), bounds),
-            "geometric_mean": _number(geometric_mean(per_class)), "harmonic_mean": _number(harmonic_mean(per_class)),
-            "per_class": [_number(v) for v in per_class], "ece": _number(np.mean([e.ece for e in results])),
-            "classwise_ece": _number(np.mean([e.classwise_ece for e in results])),
-            "predicted_share": [_number(v) for v in torch.stack([e.predicted_share for e in results]).mean(0)], "clients": clients}
+    return {
+        "balanced_accuracy": _number(balanced_accuracy(r)),
+        **group_accuracy(r, client_counts.sum(0), bounds),
+        "geometric_mean": _number(geometric_mean(per_class)),
+        "harmonic_mean": _number(harmonic_mean(per_class)),
+        "per_class": [_number(v) for v in per_class],
+        "ece": _number(np.mean([e.ece for e in results])),
+        "classwise_ece": _number(np.mean([e.classwise_ece for e in results])),
+        "predicted_share": [_number(v) for v in torch.stack([e.predicted_share for e in results]).mean(0)],
+        "clients": clients,
+    }
 
 def _recalls(result):
     return result.recall if isinstance(result, EvalResult) else torch.stack([e.recall for e in result])

@@ -24,7 +24,10 @@ def load_runs(
     if len(set(folders)) < len(folders): raise FedgalError(f"a run is named twice among {', '.join(folders)}")
     paths = {f: settings().reports / f / "metrics.json" for f in folders}
     runs = [load_json(p) for p in paths.values() if p.is_file()]
-    if not runs: raise FedgalError(f"none of {', '.join(folders)} has a metrics.json below {settings().reports}; run these experiments first")
+    if not runs:
+        raise FedgalError(
+            f"none of {', '.join(folders)} has a metrics.json below {settings().reports}; run these experiments first"
+        )
     return runs, [f for f, p in paths.items() if not p.is_file()]
 
 def check_comparable(runs: list[dict]) -> None:
@@ -32,12 +35,21 @@ def check_comparable(runs: list[dict]) -> None:
     first = runs[0]
     for r in runs:
         if r["protocol"] != first["protocol"]:
-            differ = [k for k in sorted(r["params"].keys() | first["params"].keys()) if k != "seed" and r["params"].get(k) != first["params"].get(k)]
-            raise FedgalError(f"{r['experiment']} and {first['experiment']} follow different protocols (they differ in {', '.join(differ) or 'data'}); their numbers cannot stand in one table")
+            differ = [
+                k
+                for k in sorted(r["params"].keys() | first["params"].keys())
+                if k != "seed" and r["params"].get(k) != first["params"].get(k)
+            ]
+            raise FedgalError(
+                f"{r['experiment']} and {first['experiment']} follow different protocols (they differ in {', '.join(differ) or 'data'}); their numbers cannot stand in one table"
+            )
     drawn = {}
     for r in runs:
         other = drawn.setdefault(r["params"]["seed"], r)
-        if other["fingerprint"] != r["fingerprint"]: raise FedgalError(f"{r['experiment']} and {other['experiment']} have seed {r['params']['seed']} but different fingerprints; they are not paired")
+        if other["fingerprint"] != r["fingerprint"]:
+            raise FedgalError(
+                f"{r['experiment']} and {other['experiment']} have seed {r['params']['seed']} but different fingerprints; they are not paired"
+            )
 
 # %% ../../nbs/evaluation/08_compare.ipynb #5c3fb23d
 _SAME = ("seed", "arms")
@@ -60,7 +72,15 @@ def cells_of(
     for setting, by_seed in groups.values():
         order = sorted(set().union(*by_seed.values()), key=lambda a: (ARMS.index(a) if a in ARMS else len(ARMS), a))
         at = lambda s, a, m, by_seed=by_seed: by_seed.get(s, {}).get(a, {}).get(m)
-        out.append((setting, {a: {m: [at(s, a, m) for s in seeds] for m in ("balanced_accuracy", "few", "federated")} for a in order}))
+        out.append(
+            (
+                setting,
+                {
+                    a: {m: [at(s, a, m) for s in seeds] for m in ("balanced_accuracy", "few", "federated")}
+                    for a in order
+                },
+            )
+        )
     return out
 
 # %% ../../nbs/evaluation/08_compare.ipynb #2c1d0cbc
@@ -69,8 +89,18 @@ def merge_rows(
 ) -> list[dict]:
     "Rows of one arm with the same values and differences become one, which keeps the parameters that they share."
     groups = {}
-    for r in rows: groups.setdefault(canonical([r["arm"], r["balanced_accuracy"]["values"], r["versus_baseline"]["difference"]]), []).append(r)    # not p_holm, which counts the rows of a cell
-    return [same[0] | {"params": {n: v for n, v in same[0]["params"].items() if all(q["params"].get(n) == v for q in same)}, "federated": all(q["federated"] for q in same)} for same in groups.values()]
+    for r in rows:
+        groups.setdefault(
+            canonical([r["arm"], r["balanced_accuracy"]["values"], r["versus_baseline"]["difference"]]), []
+        ).append(r)  # not p_holm, which counts the rows of a cell
+    return [
+        same[0]
+        | {
+            "params": {n: v for n, v in same[0]["params"].items() if all(q["params"].get(n) == v for q in same)},
+            "federated": all(q["federated"] for q in same),
+        }
+        for same in groups.values()
+    ]
 
 # %% ../../nbs/evaluation/08_compare.ipynb #02824194
 _FIRST = "baseline of the first cell"
@@ -78,7 +108,9 @@ _FIRST = "baseline of the first cell"
 def _is_of(name, params):
     "Whether a failed run would have been in the cell with these parameters, as far as its name says."
     said = {n: v for n, _, v in (p.partition("=") for p in name.split("/")[-1].split("--"))}
-    return all(said.get(n, v) == v for n, v in ((n, member_name("", {n: v}).partition("=")[2]) for n, v in params.items()))
+    return all(
+        said.get(n, v) == v for n, v in ((n, member_name("", {n: v}).partition("=")[2]) for n, v in params.items())
+    )
 
 def rows_of(
     runs: list[dict],
@@ -88,16 +120,26 @@ def rows_of(
     "Means, spreads and paired differences from the baseline of the same cell, or of the first that has it where the cell has none or was trained by another algorithm; p values Holm-corrected once over all rows."
     rows, cells = [], cells_of(runs)
     known = dict.fromkeys(a for _, arms in cells for a in arms)
-    if baseline not in known: raise FedgalError(f"baseline {baseline!r} is not an arm of these runs; arms: {', '.join(known)}")
+    if baseline not in known:
+        raise FedgalError(f"baseline {baseline!r} is not an arm of these runs; arms: {', '.join(known)}")
     start, first = next((p, arms[baseline]) for p, arms in cells if baseline in arms)
     for params, arms in cells:
         own = baseline in arms and params.get("algorithm") == start.get("algorithm")
         reference, shown = (baseline, arms) if own else (_FIRST, {_FIRST: first} | arms)
         series = lambda metric, shown=shown: {a: x[metric] for a, x in shown.items()}
         found = paired_comparison(series("balanced_accuracy"), reference, series("few"), dict.fromkeys(shown, params))
-        rows += [r | {"failed": sum(_is_of(name, params) for name in missing), "federated": False not in arms[r["arm"]]["federated"]} for r in found if r["arm"] in arms]
+        rows += [
+            r
+            | {
+                "failed": sum(_is_of(name, params) for name in missing),
+                "federated": False not in arms[r["arm"]]["federated"],
+            }
+            for r in found
+            if r["arm"] in arms
+        ]
     rows = merge_rows(rows)
-    for row, p in zip(rows, holm([r["versus_baseline"]["p"] for r in rows]), strict=True): row["versus_baseline"]["p_holm"] = p
+    for row, p in zip(rows, holm([r["versus_baseline"]["p"] for r in rows]), strict=True):
+        row["versus_baseline"]["p_holm"] = p
     return rows
 
 # %% ../../nbs/evaluation/08_compare.ipynb #d1f07a52
@@ -109,21 +151,28 @@ def readouts_of(
     for r in sorted(runs, key=lambda r: r["params"]["seed"]):
         for arm, spoken in r.get("readouts", {}).items():
             setting = {n: r["params"].get(n) for n in names}
-            row = groups.setdefault(canonical([arm, setting]), {"arm": arm, "params": setting, "federated": True, "readouts": {}})
+            row = groups.setdefault(
+                canonical([arm, setting]), {"arm": arm, "params": setting, "federated": True, "readouts": {}}
+            )
             row["federated"] &= r["arms"][arm]["federated"]
-            for name, s in spoken.items(): row["readouts"].setdefault(name, []).append(s["mean"])
+            for name, s in spoken.items():
+                row["readouts"].setdefault(name, []).append(s["mean"])
     return list(groups.values())
 
 # %% ../../nbs/evaluation/08_compare.ipynb #dbdbd3c3
 _ALWAYS = ("generator", "level")
-_NO_LEVEL = ("none", *ONE_HEAD)    # what they do does not depend on the level of generation
+_NO_LEVEL = ("none", *ONE_HEAD)  # what they do does not depend on the level of generation
 
 def shorten(rows: list[dict]) -> list[dict]:
     "Rows whose parameters are only those that tell them apart at a glance; for tables and figures."
     names = dict.fromkeys(n for r in rows for n in r["params"])
-    usual = {n: Counter(canonical(r["params"][n]) for r in rows if n in r["params"]).most_common(1)[0][0] for n in names}
+    usual = {
+        n: Counter(canonical(r["params"][n]) for r in rows if n in r["params"]).most_common(1)[0][0] for n in names
+    }
     keep = lambda r, n, v: canonical(v) != usual[n] or n in _ALWAYS
-    fits = lambda r, n: not (n == "level" and r["arm"] in _NO_LEVEL or n == "generator" and not r["arm"].startswith("generator"))
+    fits = lambda r, n: (
+        not (n == "level" and r["arm"] in _NO_LEVEL or n == "generator" and not r["arm"].startswith("generator"))
+    )
     out = [r | {"params": {n: v for n, v in r["params"].items() if fits(r, n) and keep(r, n, v)}} for r in rows]
     return [r | {"label": label(r)} for r in out]
 
@@ -132,8 +181,15 @@ def label(row: dict) -> str:
     said = dict(row["params"])
     shown = {"generator": "generator", "generator_adjusted": "generator", "none": "algorithm"}.get(row["arm"])
     first = said.pop(shown, row["arm"])
-    if shown in row["params"] and row["arm"] == "generator_adjusted": first += " adjusted"
-    spell = lambda n, v: v if n in ("algorithm", "level") else (", ".join(f"{a} {b}" for a, b in v.items()) or f"no {n}") if isinstance(v, dict) else f"{n} {v}"
+    if shown in row["params"] and row["arm"] == "generator_adjusted":
+        first += " adjusted"
+    spell = lambda n, v: (
+        v
+        if n in ("algorithm", "level")
+        else (", ".join(f"{a} {b}" for a, b in v.items()) or f"no {n}")
+        if isinstance(v, dict)
+        else f"{n} {v}"
+    )
     return ", ".join([first, *(spell(n, v) for n, v in said.items())]) + (" (not federated)" if pooled(row) else "")
 
 def pooled(row: dict) -> bool:
@@ -148,8 +204,14 @@ def find_row(
     "The one row that a name means."
     arm, *given = name.split()
     wanted = dict(g.split("=", 1) for g in given if "=" in g)
-    found = [r for r in rows if r["arm"] == arm and all(spelt(r["params"].get(n, v)) == spelt(v) for n, v in wanted.items())]    # a parameter that does not matter to a row fits
-    if len(found) != 1: raise FedgalError(f"contest row {name!r} fits {len(found)} rows; give an arm and parameter=value until it fits one, among: " + "; ".join(sorted({row_name(r) for r in rows})))
+    found = [
+        r for r in rows if r["arm"] == arm and all(spelt(r["params"].get(n, v)) == spelt(v) for n, v in wanted.items())
+    ]  # a parameter that does not matter to a row fits
+    if len(found) != 1:
+        raise FedgalError(
+            f"contest row {name!r} fits {len(found)} rows; give an arm and parameter=value until it fits one, among: "
+            + "; ".join(sorted({row_name(r) for r in rows}))
+        )
     return found[0]
 
 def row_name(row: dict) -> str:
@@ -164,13 +226,29 @@ def contests_of(
     out, shown = [], dict(zip(map(row_name, rows), shorten(rows), strict=True))
     for c in contests:
         if c.count(" > ") != 1: raise FedgalError(f"contest {c!r}: two rows with ` > ` between them are needed")
-        try: a, b = (find_row(rows, n.strip()) for n in c.split(" > "))
-        except FedgalError as e:    # the other contests and the table are worth more than a stop
-            out.append({"contest": c, "difference": None, "ci95": [None, None], "p": None, "n_seeds": 0, "problem": str(e)})
+        try:
+            a, b = (find_row(rows, n.strip()) for n in c.split(" > "))
+        except FedgalError as e:  # the other contests and the table are worth more than a stop
+            out.append(
+                {"contest": c, "difference": None, "ci95": [None, None], "p": None, "n_seeds": 0, "problem": str(e)}
+            )
             continue
-        pairs = [(x, y) for x, y in zip(a["balanced_accuracy"]["values"], b["balanced_accuracy"]["values"], strict=True) if x is not None and y is not None]
+        pairs = [
+            (x, y)
+            for x, y in zip(a["balanced_accuracy"]["values"], b["balanced_accuracy"]["values"], strict=True)
+            if x is not None and y is not None
+        ]
         d, ci, p = paired_interval([x - y for x, y in pairs])
-        out.append({"contest": c, "difference": d, "ci95": ci, "p": p, "n_seeds": len(pairs), "labels": [shown[row_name(r)]["label"] for r in (a, b)]})
+        out.append(
+            {
+                "contest": c,
+                "difference": d,
+                "ci95": ci,
+                "p": p,
+                "n_seeds": len(pairs),
+                "labels": [shown[row_name(r)]["label"] for r in (a, b)],
+            }
+        )
     return [r | {"p_holm": p} for r, p in zip(out, holm([r["p"] for r in out]), strict=True)]
 
 # %% ../../nbs/evaluation/08_compare.ipynb #5d0e21ac
@@ -183,9 +261,19 @@ def verdicts(
     for c in contests:
         first, second = c.get("labels") or c["contest"].split(" > ")
         said, p = f"`{first}` minus `{second}`: ", c["p_holm"]
-        if c["difference"] is None: out.append(said + c.get("problem", "no seed has both") + "."); continue
+        if c["difference"] is None:
+            out.append(said + c.get("problem", "no seed has both") + ".")
+            continue
         low, high = c["ci95"]
-        said += f"{100 * c['difference']:+.1f} points" + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if low is not None else "") + f" over {c['n_seeds']} seed{'s' * (c['n_seeds'] > 1)}"
-        if p is None: out.append(f"{said}; without a spread over seeds no difference is shown."); continue
-        out.append(f"{said}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'}{corrected}: {'the' if p < 0.05 else 'no'} difference is shown.")
+        said += (
+            f"{100 * c['difference']:+.1f} points"
+            + (f" [{100 * low:+.1f}, {100 * high:+.1f}]" if low is not None else "")
+            + f" over {c['n_seeds']} seed{'s' * (c['n_seeds'] > 1)}"
+        )
+        if p is None:
+            out.append(f"{said}; without a spread over seeds no difference is shown.")
+            continue
+        out.append(
+            f"{said}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'}{corrected}: {'the' if p < 0.05 else 'no'} difference is shown."
+        )
     return out

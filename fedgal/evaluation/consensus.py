@@ -21,7 +21,10 @@ def consensus_report(
 ) -> tuple[pd.DataFrame, dict]:  # one row a class; overall means over judgeable classes
     "How fit teachers and held-out judges see generated features; NaN where nobody can say."
     K, N, C = probs.shape
-    if (K, C) != tuple(teachers.score.shape) or len(y) != N: raise FedgalError(f"probabilities {tuple(probs.shape)} and {len(y)} labels do not fit {tuple(teachers.score.shape)} clients x classes")
+    if (K, C) != tuple(teachers.score.shape) or len(y) != N:
+        raise FedgalError(
+            f"probabilities {tuple(probs.shape)} and {len(y)} labels do not fit {tuple(teachers.score.shape)} clients x classes"
+        )
     fit, judges, probs = teachers.weights(), teachers.weights("judges"), probs.double()
     member = (fit > 0).double()[:, y]  # [K, N]: does client k teach the class of sample j
     T = member.sum(0)
@@ -31,15 +34,24 @@ def consensus_report(
     p_bar = (member[..., None] * probs).sum(0) / T.clamp(min=1)[:, None]
     votes = (member[..., None] * torch.nn.functional.one_hot(probs.argmax(2), C)).sum(0)
     agree = (votes * (votes - 1)).sum(1) / (T * (T - 1)).clamp(min=1)
-    kl = (member * (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, p_bar + 1e-300)).sum(2)).sum(0) / T.clamp(min=1)
+    kl = (member * (torch.special.xlogy(probs, probs) - torch.special.xlogy(probs, p_bar + 1e-300)).sum(2)).sum(
+        0
+    ) / T.clamp(min=1)
     taught, judged, pairs = fit.sum(0) > 0, judges.sum(0) > 0, (fit > 0).sum(0) > 1
     by = lambda w, v: (w * torch.where(w > 0, v, 0.0)).sum(0)
     know = lambda v, mask: torch.where(mask, v, torch.nan)
     a_fit, a_judges = know(by(fit, recall), taught), know(by(judges, recall), judged)
     real = know(by(fit, teachers.accuracy) - by(judges, teachers.accuracy), taught & judged)
-    table = {"accuracy_fit": a_fit, "accuracy_judges": a_judges, "accuracy_ensemble": know(mean((p_bar.argmax(1) == y).double()), taught),
-             "variance": know(by(fit, recall**2) - by(fit, recall)**2, taught), "disagreement": know(1 - mean(agree), pairs),
-             "kl_to_mean": know(mean(kl), taught), "transfer_gap": a_fit - a_judges, "real_gap": real}
+    table = {
+        "accuracy_fit": a_fit,
+        "accuracy_judges": a_judges,
+        "accuracy_ensemble": know(mean((p_bar.argmax(1) == y).double()), taught),
+        "variance": know(by(fit, recall**2) - by(fit, recall) ** 2, taught),
+        "disagreement": know(1 - mean(agree), pairs),
+        "kl_to_mean": know(mean(kl), taught),
+        "transfer_gap": a_fit - a_judges,
+        "real_gap": real,
+    }
     frame = pd.DataFrame({k: v.numpy() for k, v in table.items()}).rename_axis("class")
     overall = frame[frame.accuracy_judges.notna() & frame.accuracy_fit.notna()].mean()
     return frame, {k: None if v != v else float(v) for k, v in overall.items()}
@@ -58,7 +70,13 @@ def recognised_by(
     "Share of each class's generated features that each of its fit teachers and judges recognises."
     recall = torch.stack([_class_mean((p.argmax(1) == y).double(), y, len(classes)) for p in probs])  # [K, C]
     say = lambda ids, c: ", ".join(f"{k} ({float(recall[k, c]):.2f})" for k in ids) or "–"
-    rows = {name: {"fit teachers (share recognised)": say(teachers.fit[c], c), "judges (share recognised)": say(teachers.judges[c], c)} for c, name in enumerate(classes)}
+    rows = {
+        name: {
+            "fit teachers (share recognised)": say(teachers.fit[c], c),
+            "judges (share recognised)": say(teachers.judges[c], c),
+        }
+        for c, name in enumerate(classes)
+    }
     return pd.DataFrame(rows).T.rename_axis("class")
 
 # %% ../../nbs/evaluation/05_consensus.ipynb #01235b73
@@ -71,7 +89,11 @@ def class_geometry(
 ) -> pd.DataFrame:  # one row a class; NaN where a class is missing on either side
     "Distance of means, relative width and relative separation of generated classes."
     (mean, radius), (real_mean, real_radius) = _moments(z, y, n_classes), _moments(real, y_real, n_classes)
-    out = {"mean_distance": (mean - real_mean).norm(dim=1) / real_radius, "width": radius / real_radius, "separation": _apart(mean) / _apart(real_mean)}
+    out = {
+        "mean_distance": (mean - real_mean).norm(dim=1) / real_radius,
+        "width": radius / real_radius,
+        "separation": _apart(mean) / _apart(real_mean),
+    }
     return pd.DataFrame({k: v.numpy() for k, v in out.items()}).rename_axis("class")
 
 def _moments(z, y, C):

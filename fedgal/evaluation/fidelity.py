@@ -21,11 +21,13 @@ from .metrics import group_accuracy, recall
 # %% ../../nbs/evaluation/04_fidelity.ipynb #a74e442c
 class Packed(NamedTuple):
     "Features by class: `z` float64 [C, n, d], zero where `mask` [C, n] is False."
+
     z: Tensor
     mask: Tensor
 
     @property
-    def count(self) -> Tensor: return self.mask.sum(1)  # [C]
+    def count(self) -> Tensor:
+        return self.mask.sum(1)  # [C]
 
     def trim(self, size: Tensor) -> "Packed":
         "At most `size[c]` features of class c."
@@ -37,7 +39,8 @@ class Packed(NamedTuple):
         "Every second feature of each class: two disjoint halves."
         return Packed(self.z[:, ::2], self.mask[:, ::2]), Packed(self.z[:, 1::2], self.mask[:, 1::2])
 
-    def classes(self, at: Tensor) -> "Packed": return Packed(self.z[at], self.mask[at])
+    def classes(self, at: Tensor) -> "Packed":
+        return Packed(self.z[at], self.mask[at])
 
 def pack(
     z: Tensor,  # [N, d]
@@ -69,7 +72,8 @@ def square_distances(
     other = a if b is None else b
     d = (a.z**2).sum(-1)[:, :, None] + (other.z**2).sum(-1)[:, None] - 2 * a.z @ other.z.mT
     valid = a.mask[:, :, None] & other.mask[:, None]
-    if b is None: valid = valid & ~torch.eye(d.shape[1], dtype=torch.bool)
+    if b is None:
+        valid = valid & ~torch.eye(d.shape[1], dtype=torch.bool)
     return d.clamp(min=0).where(valid, torch.inf)
 
 def _radius(p, k):  # squared distance to the k-th neighbour [C, n]; -1 (an empty ball) for padding
@@ -89,8 +93,12 @@ def prdc(
     covered = cross <= _radius(fake, k_pr)[:, None]
     near = cross <= _radius(real, k_dc)[:, :, None]
     pr, dc = (n > k_pr) & (m > k_pr), (n > k_dc) & (m > 0)
-    out = {"precision": inside.any(1).sum(1) / m, "recall": covered.any(2).sum(1) / n,
-           "density": near.sum((1, 2)) / (k_dc * m), "coverage": near.any(2).sum(1) / n}
+    out = {
+        "precision": inside.any(1).sum(1) / m,
+        "recall": covered.any(2).sum(1) / n,
+        "density": near.sum((1, 2)) / (k_dc * m),
+        "coverage": near.any(2).sum(1) / n,
+    }
     return {name: v.where(pr if name in ("precision", "recall") else dc, torch.nan) for name, v in out.items()}
 
 # %% ../../nbs/evaluation/04_fidelity.ipynb #b51f8e04
@@ -107,7 +115,7 @@ def frechet(
     inner = root @ cov_s @ root
     cross = torch.linalg.eigvalsh((inner + inner.mT) / 2).clamp(min=0).sqrt().sum(-1)
     trace = (cov_r + cov_s).diagonal(dim1=-2, dim2=-1).sum(-1)
-    return ((mu_r - mu_s)**2).sum(-1) + (trace - 2 * cross).clamp(min=0)
+    return ((mu_r - mu_s) ** 2).sum(-1) + (trace - 2 * cross).clamp(min=0)
 
 def frechet_samples(
     real: Packed,
@@ -119,8 +127,9 @@ def frechet_samples(
     enough = (real.count > 1) & (fake.count > 1)
     if min(a.shape[1], b.shape[1]) < a.shape[2]:
         trace = (a**2).sum((1, 2)) + (b**2).sum((1, 2)) - 2 * torch.linalg.svdvals(a @ b.mT).sum(-1)
-        value = ((mu_r - mu_s)**2).sum(-1) + trace.clamp(min=0)
-    else: value = frechet(mu_r, a.mT @ a, mu_s, b.mT @ b)
+        value = ((mu_r - mu_s) ** 2).sum(-1) + trace.clamp(min=0)
+    else:
+        value = frechet(mu_r, a.mT @ a, mu_s, b.mT @ b)
     return value.where(enough, torch.nan)
 
 def _centred(p):  # mean [C, d] and A [C, n, d] with A'A = covariance
@@ -144,8 +153,11 @@ def mmd2(
     "Unbiased squared MMD of every class (Gretton et al. 2012, eq. 3)."
     n, m = real.count, fake.count
     kernel = lambda d: (-gamma.nan_to_num(1.0)[:, None, None] * d).exp().sum((1, 2))  # exp(-inf) = 0: padding and self
-    value = kernel(square_distances(real)) / (n * (n - 1)) + kernel(square_distances(fake)) / (m * (m - 1)) \
+    value = (
+        kernel(square_distances(real)) / (n * (n - 1))
+        + kernel(square_distances(fake)) / (m * (m - 1))
         - 2 * kernel(square_distances(real, fake)) / (n * m)
+    )
     return value.where((n > 1) & (m > 1), torch.nan)
 
 # %% ../../nbs/evaluation/04_fidelity.ipynb #771bc928
@@ -165,12 +177,20 @@ def _nearest(a, b):
 
 # %% ../../nbs/evaluation/04_fidelity.ipynb #b80691c8
 # least number of reference, compared and training features
-_NEEDS = {"frechet": (2, 2, 0), "precision": (4, 4, 0), "recall": (4, 4, 0), "density": (6, 1, 0),
-          "coverage": (6, 1, 0), "mmd2": (2, 2, 0), "memorisation": (1, 1, 1)}
+_NEEDS = {
+    "frechet": (2, 2, 0),
+    "precision": (4, 4, 0),
+    "recall": (4, 4, 0),
+    "density": (6, 1, 0),
+    "coverage": (6, 1, 0),
+    "mmd2": (2, 2, 0),
+    "memorisation": (1, 1, 1),
+}
 
 @dataclass(frozen=True)
 class Fidelity:
     "Fidelity of a bank, one row per class: columns `<metric>`, `<metric>_floor`, sizes and `reason`."
+
     table: pd.DataFrame
 
     def averages(self) -> pd.DataFrame:
@@ -193,7 +213,8 @@ class Fidelity:
         rows = self.table.reset_index().astype(object)
         return rows.where(rows.notna(), None).to_dict("records")
 
-    def _repr_html_(self) -> str: return self.averages().round(3).to_html()
+    def _repr_html_(self) -> str:
+        return self.averages().round(3).to_html()
 
 # %% ../../nbs/evaluation/04_fidelity.ipynb #be1db87f
 def fidelity(
@@ -212,7 +233,8 @@ def fidelity(
     if real.shape[1:] != fake.shape[1:]:
         dims = f"{list(real.shape[1:])}, generated ones {list(fake.shape[1:])}"
         raise FedgalError(f"real features are {dims}: one space is needed")
-    if train is None: train, y_train = real[:0], y_real[:0]
+    if train is None:
+        train, y_train = real[:0], y_real[:0]
     runs = []
     for split in range(n_splits):
         g = stream(seed, "fidelity", split)
@@ -229,15 +251,17 @@ def fidelity(
 
 # %% ../../nbs/evaluation/04_fidelity.ipynb #fd6efa28
 def _chunks(p, budget=2**25):  # classes at once so that a distance matrix stays below 256 MiB
-    return torch.arange(len(p.mask)).split(max(1, budget // max(1, p.mask.shape[1]**2)))
+    return torch.arange(len(p.mask)).split(max(1, budget // max(1, p.mask.shape[1] ** 2)))
 
 # %% ../../nbs/evaluation/04_fidelity.ipynb #6afe89a7
 def _score(reference, generated, held_out, seen):
     gamma, out = bandwidth(reference), {}
     for suffix, sample in (("", generated), ("_floor", held_out)):
-        found = prdc(reference, sample) | {"frechet": frechet_samples(reference, sample),
-                                           "mmd2": mmd2(reference, sample, gamma),
-                                           "memorisation": memorisation(sample, seen, reference)}
+        found = prdc(reference, sample) | {
+            "frechet": frechet_samples(reference, sample),
+            "mmd2": mmd2(reference, sample, gamma),
+            "memorisation": memorisation(sample, seen, reference),
+        }
         out |= {k + suffix: v for k, v in found.items()}
     return out
 
@@ -261,7 +285,8 @@ def referee(
     z, target, count = z.double(), F.one_hot(y, n_classes).double(), torch.bincount(y, minlength=n_classes)
     absent = torch.zeros(n_classes, dtype=torch.float64).masked_fill_(count == 0, -torch.inf)
     mu = target.T @ z / count.clamp(min=1)[:, None]
-    if kind == "nearest_mean": return lambda x: absent - torch.cdist(x.double(), mu)
+    if kind == "nearest_mean":
+        return lambda x: absent - torch.cdist(x.double(), mu)
     centre, scale = z.mean(0), z.std(0).clamp(min=1e-6)
     features = lambda x: F.pad((x.double() - centre) / scale, (0, 1), value=1.0)
     f, weight = features(z), (1 / count.clamp(min=1).double())[y][:, None]
@@ -291,11 +316,14 @@ def tail_fidelity(
         judge, pupil = (referee(*_flat(p), n_classes, kind) for p in (a, f.trim(a.count)))
         rows.append([_recall(judge, b), _recall(judge, f), _recall(pupil, b)])
     r = torch.stack([torch.stack(row) for row in rows]).mean(0)  # [3, C]
-    table = pd.DataFrame([{"all": float(v.nanmean())} | group_accuracy(v, counts, bounds) for v in r],
-                         index=["real to real", "real to generated", "generated to real"])
+    table = pd.DataFrame(
+        [{"all": float(v.nanmean())} | group_accuracy(v, counts, bounds) for v in r],
+        index=["real to real", "real to generated", "generated to real"],
+    )
     return table.T.astype(float)
 
-def _flat(p): return p.z[p.mask], p.mask.nonzero()[:, 0]
+def _flat(p):
+    return p.z[p.mask], p.mask.nonzero()[:, 0]
 
 def _recall(judge, p):
     z, y = _flat(p)

@@ -20,6 +20,7 @@ from ..data.transforms import to_float
 @dataclass(frozen=True)
 class EvalResult:
     "Counts of one evaluation of `C` classes; those of disjoint data add up."
+
     confusion: Tensor  # int64 [C, C], row: true class, column: prediction
     invalid: Tensor  # int64 [C], samples without finite logits; they count as wrong
     loss_sum: Tensor  # float64 [C], cross-entropy summed over the samples of a class
@@ -30,27 +31,46 @@ class EvalResult:
         return EvalResult(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
-    def count(self) -> Tensor: return self.confusion.sum(1) + self.invalid  # [C]
+    def count(self) -> Tensor:
+        return self.confusion.sum(1) + self.invalid  # [C]
+
     @property
-    def correct(self) -> Tensor: return self.confusion.diagonal()  # [C]
+    def correct(self) -> Tensor:
+        return self.confusion.diagonal()  # [C]
+
     @property
-    def recall(self) -> Tensor: return recall(self.correct, self.count)  # [C], NaN without test samples
+    def recall(self) -> Tensor:
+        return recall(self.correct, self.count)  # [C], NaN without test samples
+
     @property
-    def accuracy(self) -> float: return float(self.correct.sum() / self.count.sum())
+    def accuracy(self) -> float:
+        return float(self.correct.sum() / self.count.sum())
+
     @property
-    def balanced_accuracy(self) -> float: return balanced_accuracy(self.recall)
+    def balanced_accuracy(self) -> float:
+        return balanced_accuracy(self.recall)
+
     @property
-    def loss(self) -> Tensor: return self.loss_sum / self.count  # [C], mean cross-entropy
+    def loss(self) -> Tensor:
+        return self.loss_sum / self.count  # [C], mean cross-entropy
+
     @property
-    def ece(self) -> float: return ece(self.top_bins)
+    def ece(self) -> float:
+        return ece(self.top_bins)
+
     @property
-    def classwise_ece(self) -> float: return ece(self.class_bins.flatten(0, 1))  # mean over classes
+    def classwise_ece(self) -> float:
+        return ece(self.class_bins.flatten(0, 1))  # mean over classes
+
     @property
-    def predicted_share(self) -> Tensor: return self.confusion.sum(0) / self.count.sum()  # [C], uniform is 1 / C
+    def predicted_share(self) -> Tensor:
+        return self.confusion.sum(0) / self.count.sum()  # [C], uniform is 1 / C
 
     def __repr__(self) -> str:
-        return (f"EvalResult({int(self.count.sum())} samples, {len(self.confusion)} classes, "
-                f"balanced accuracy {self.balanced_accuracy:.4f}, ece {self.ece:.4f})")
+        return (
+            f"EvalResult({int(self.count.sum())} samples, {len(self.confusion)} classes, "
+            f"balanced accuracy {self.balanced_accuracy:.4f}, ece {self.ece:.4f})"
+        )
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #18615ff5
 def recall(
@@ -91,15 +111,18 @@ def evaluate(
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     device = device or next((p.device for m in modules for p in m.parameters(False)), x.device)
     training = [m for m in modules if m.training]
-    for m in training: m.training = False
+    for m in training:
+        m.training = False
     total = _tally(torch.zeros(0, n_classes), y[:0].cpu(), n_classes, n_bins)
     try:
         for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            if len(yb) == 0: continue
+            if len(yb) == 0:
+                continue
             out = model(to_float(xb.to(device)))
             total = total + _tally(getattr(out, "logits", out).float().cpu(), yb.cpu(), n_classes, n_bins)
     finally:
-        for m in training: m.training = True
+        for m in training:
+            m.training = True
     return total
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #85d51704
@@ -115,7 +138,8 @@ def _tally(logits, y, n_classes, n_bins):
         invalid=torch.bincount(y[~ok], minlength=n_classes),
         loss_sum=torch.zeros(n_classes, dtype=torch.float64).index_add_(0, y, loss),
         top_bins=_bins(p.amax(1)[:, None], (guess == target)[:, None], n_bins)[0],
-        class_bins=_bins(p, F.one_hot(target, n_classes), n_bins))
+        class_bins=_bins(p, F.one_hot(target, n_classes), n_bins),
+    )
 
 def _bins(p, hit, n_bins):  # p, hit: [N, M] -> [M, B, 3]
     at = (p * n_bins).long().clamp(max=n_bins - 1) + n_bins * torch.arange(p.shape[1])
@@ -176,6 +200,7 @@ def chance_flag(
     result: EvalResult,
 ) -> str | None:  # "not finite", "chance", or None if the run looks sane
     "Mark a run that diverged or that is no better than guessing."
-    if result.invalid.any() or not result.loss_sum.isfinite().all(): return "not finite"
+    if result.invalid.any() or not result.loss_sum.isfinite().all():
+        return "not finite"
     n, p = int(result.count.sum()), 1 / len(result.confusion)
     return "chance" if n and result.balanced_accuracy <= p + 3 * (p * (1 - p) / n) ** 0.5 else None

@@ -21,7 +21,8 @@ def allowed_argmax(
     allowed: Tensor,  # [C] or [N, C] bool, classes that may be predicted
 ) -> Tensor:  # [N] int64
     "The best of the allowed classes."
-    if not allowed.any(-1).all(): raise FedgalError("a readout restricted to a client's classes needs at least one allowed class in every row")
+    if not allowed.any(-1).all():
+        raise FedgalError("a readout restricted to a client's classes needs at least one allowed class in every row")
     return scores.masked_fill(~allowed, -torch.inf).argmax(1)
 
 def nearest_prototype(
@@ -52,16 +53,28 @@ def readouts(
     normalised: bool = False,  # prototypes are means of unit vectors, and features are scaled for them
 ) -> dict[str, list[float]]:  # readout -> accuracy of every client
     "Accuracies of clients' own models under each readout that exists."
-    if owned.shape[0] != len(models): raise FedgalError(f"{len(models)} models, but {owned.shape[0]} rows of owned classes")
+    if owned.shape[0] != len(models):
+        raise FedgalError(f"{len(models)} models, but {owned.shape[0]} rows of owned classes")
     out = {name: [] for name in READOUTS if prototypes is not None or "prototype" not in name}
     for model, mine in zip(models, owned, strict=True):
-        with torch.inference_mode(): parts = [model.eval()(to_float(b)) for b in x.split(2048)]
+        with torch.inference_mode():
+            parts = [model.eval()(to_float(b)) for b in x.split(2048)]
         logits, high, at = torch.cat([p.logits for p in parts]), torch.cat([p.high for p in parts]), mine[y]
-        said = {"own head, own classes": (logits.argmax(1), at), "own head, all classes": (logits.argmax(1), torch.ones_like(at))}
+        said = {
+            "own head, own classes": (logits.argmax(1), at),
+            "own head, all classes": (logits.argmax(1), torch.ones_like(at)),
+        }
         if prototypes is not None:
-            z, known = normalize(high, dim=1) if normalised else high, mine & prototypes.any(1)    # no owner of its classes may have taken part: nothing is right then
-            said["nearest prototype, own classes"] = nearest_prototype(z, prototypes, known) if known.any() else torch.full_like(y, -1), at
-        for name, (guess, where) in said.items(): out[name].append(float(_balanced(guess[where], y[where], len(mine))))
+            z, known = (
+                normalize(high, dim=1) if normalised else high,
+                mine & prototypes.any(1),
+            )  # no owner of its classes may have taken part: nothing is right then
+            said["nearest prototype, own classes"] = (
+                nearest_prototype(z, prototypes, known) if known.any() else torch.full_like(y, -1),
+                at,
+            )
+        for name, (guess, where) in said.items():
+            out[name].append(float(_balanced(guess[where], y[where], len(mine))))
     return out
 
 def _balanced(guess, y, n_classes):

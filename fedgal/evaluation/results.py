@@ -27,9 +27,15 @@ def setup_sentence(
     "Data, clients, training, seed and fingerprint."
     d, t = stage.upstream("10_data"), stage.upstream("20_train")
     how = {"dirichlet": f" {d['alpha']:g}", "ways": f" {d['ways']}, shots {d['shots']}"}.get(d["partition"], "")
-    who = "all samples in one place" if run.split.n_clients == 1 else f"{run.split.n_clients} clients ({d['partition']}{how})"
-    return (f"**Setup.** {d['dataset']}, imbalance factor {d['imbalance']:g}, {who}, {int(run.split.class_counts().sum()):,} training samples; "
-            f"{t['algorithm']} over {t['rounds']} rounds, {t['model']}{then}. Seed {stage.params['seed']}, fingerprint `{tag_of(run)}`.")
+    who = (
+        "all samples in one place"
+        if run.split.n_clients == 1
+        else f"{run.split.n_clients} clients ({d['partition']}{how})"
+    )
+    return (
+        f"**Setup.** {d['dataset']}, imbalance factor {d['imbalance']:g}, {who}, {int(run.split.class_counts().sum()):,} training samples; "
+        f"{t['algorithm']} over {t['rounds']} rounds, {t['model']}{then}. Seed {stage.params['seed']}, fingerprint `{tag_of(run)}`."
+    )
 
 # %% ../../nbs/evaluation/07_results.ipynb #94a24b52
 def metrics_record(
@@ -42,9 +48,30 @@ def metrics_record(
 ) -> dict:  # JSON values
     "What `metrics.json` says; what a run does not have is null or empty."
     own = stage.params
-    return {"experiment": own["experiment"], "title": own["title"] or own["experiment"], "question": own["question"], "fingerprint": tag_of(run),
-            "protocol": fingerprint({"split": run.split.protocol, "readout": readout_of(run)}), "readout": readout_of(run),
-            "params": {n: v for s in stage.keys for n, v in stage.upstream(s).items() if n not in ("params_file", "experiment", "title", "question")},
-            "seeds": [own["seed"]], "versions": stage.versions, "arms": arms, "gap_closed": None, "at_chance": [],
-            "readouts": {arm: {name: {"mean": sum(v) / len(v), "values": v} for name, v in r.items()} for arm, r in (spoken or {}).items()},
-            "fidelity": {}, "teachers": dict.fromkeys(("accuracy_fit", "accuracy_judges", "transfer_gap")), "bytes": n_bytes, "seconds": {}} | more
+    return {
+        "experiment": own["experiment"],
+        "title": own["title"] or own["experiment"],
+        "question": own["question"],
+        "fingerprint": tag_of(run),
+        "protocol": fingerprint({"split": run.split.protocol, "readout": readout_of(run)}),
+        "readout": readout_of(run),
+        "params": {
+            n: v
+            for s in stage.keys
+            for n, v in stage.upstream(s).items()
+            if n not in ("params_file", "experiment", "title", "question")
+        },
+        "seeds": [own["seed"]],
+        "versions": stage.versions,
+        "arms": arms,
+        "gap_closed": None,
+        "at_chance": [],
+        "readouts": {
+            arm: {name: {"mean": sum(v) / len(v), "values": v} for name, v in r.items()}
+            for arm, r in (spoken or {}).items()
+        },
+        "fidelity": {},
+        "teachers": dict.fromkeys(("accuracy_fit", "accuracy_judges", "transfer_gap")),
+        "bytes": n_bytes,
+        "seconds": {},
+    } | more

@@ -28,10 +28,12 @@ def paired_interval(
     seed: int = 0,  # of the bootstrap
 ) -> tuple[float | None, list[float | None], float | None]:  # mean, [low, high] of the 95 % interval, two-sided p
     "Mean difference with interval and p value; interval and p are None below two seeds."
-    from scipy import stats as scipy_stats    # half a second that most callers do not need
+    from scipy import stats as scipy_stats  # half a second that most callers do not need
+
     d = np.asarray(difference, float)
     if method not in ("t", "bootstrap"): raise FedgalError(f"method = {method!r}: allowed are 't' and 'bootstrap'")
-    if len(d) < 2: return (float(d[0]) if len(d) else None), [None, None], None
+    if len(d) < 2:
+        return (float(d[0]) if len(d) else None), [None, None], None
     mean = float(d.mean())
     if np.ptp(d) < 1e-12:  # no spread between seeds: nothing to test with, unless the arms are the same
         return (mean, [mean, mean], 1.0) if abs(mean) < 1e-12 else (mean, [None, None], None)
@@ -77,12 +79,21 @@ def paired_comparison(
         d = v[arm] - v[baseline]
         tests[arm] = (None, [None, None], None) if arm == baseline else paired_interval(d[~np.isnan(d)], method, seed)
     p_holm = dict(zip(tests, holm([t[2] for t in tests.values()]), strict=True))
-    return [{"arm": arm, "params": dict((params or {}).get(arm, {})), "n_seeds": int((~np.isnan(x)).sum()),
-             "balanced_accuracy": _spread(x), "few": _spread(_floats((few or {}).get(arm, [None] * len(x)))),
-             "versus_baseline": dict(zip(keys, tests[arm], strict=True)) | {"p_holm": p_holm[arm]},
-             "failed": int(np.isnan(x).sum())} for arm, x in v.items()]
+    return [
+        {
+            "arm": arm,
+            "params": dict((params or {}).get(arm, {})),
+            "n_seeds": int((~np.isnan(x)).sum()),
+            "balanced_accuracy": _spread(x),
+            "few": _spread(_floats((few or {}).get(arm, [None] * len(x)))),
+            "versus_baseline": dict(zip(keys, tests[arm], strict=True)) | {"p_holm": p_holm[arm]},
+            "failed": int(np.isnan(x).sum()),
+        }
+        for arm, x in v.items()
+    ]
 
-def _floats(x): return np.array([np.nan if a is None else a for a in x], float)
+def _floats(x):
+    return np.array([np.nan if a is None else a for a in x], float)
 
 def _spread(x):
     ok = x[~np.isnan(x)]

@@ -23,12 +23,17 @@ def inspect_update(
     payload: ServerPayload,  # what it answers
 ) -> str:  # "" if usable, else the reason
     "Schema and finiteness of one update."
-    if update.failure: return update.failure
-    if update.n_examples < 1: return f"reports {update.n_examples} examples"
-    if wrong := check_schema(update.tensors, payload.parameters): return wrong
-    if update.buffers and (wrong := check_schema(update.buffers, payload.buffers)): return wrong
+    if update.failure:
+        return update.failure
+    if update.n_examples < 1:
+        return f"reports {update.n_examples} examples"
+    if wrong := check_schema(update.tensors, payload.parameters):
+        return wrong
+    if update.buffers and (wrong := check_schema(update.buffers, payload.buffers)):
+        return wrong
     for n, t in {**update.tensors, **update.buffers, **(update.statistics or {})}.items():
-        if not torch.isfinite(t).all(): return f"{n} is not finite"
+        if not torch.isfinite(t).all():
+            return f"{n} is not finite"
     return ""
 
 def check_updates(
@@ -38,13 +43,15 @@ def check_updates(
 ) -> tuple[list[ClientUpdate], list[tuple[int, str]]]:  # accepted, rejected (client, reason)
     "Split a round's updates into usable ones and quarantined ones; both sorted by client id."
     updates = sorted(updates, key=lambda u: u.client)
-    if len({u.client for u in updates}) < len(updates): raise FedgalError(f"two updates of one client: {[u.client for u in updates]}")
+    if len({u.client for u in updates}) < len(updates):
+        raise FedgalError(f"two updates of one client: {[u.client for u in updates]}")
     why = {u.client: inspect_update(u, payload) for u in updates}
     if norm_factor is not None:
         norms = {u.client: update_norm(u) for u in updates if not why[u.client]}
         typical = median(norms.values()) if norms else 0.0
         for k, length in norms.items():
-            if 0 < norm_factor * typical < length: why[k] = f"length {length:.3g} exceeds {norm_factor:g} x median {typical:.3g}"
+            if 0 < norm_factor * typical < length:
+                why[k] = f"length {length:.3g} exceeds {norm_factor:g} x median {typical:.3g}"
     return [u for u in updates if not why[u.client]], [(k, reason) for k, reason in why.items() if reason]
 
 # %% ../../nbs/federated/04_aggregate.ipynb #92021270
@@ -52,7 +59,8 @@ BN_POLICIES = ("average", "local")
 
 def _weights(updates, weights):
     raw = [float(u.n_examples if weights is None else weights[u.client]) for u in updates]
-    if not sum(raw) > 0 or min(raw) < 0: raise FedgalError(f"aggregation weights must be >= 0 with a positive sum, not {raw}")
+    if not sum(raw) > 0 or min(raw) < 0:
+        raise FedgalError(f"aggregation weights must be >= 0 with a positive sum, not {raw}")
     return [w / sum(raw) for w in raw]
 
 def weighted_sum(
@@ -62,7 +70,8 @@ def weighted_sum(
     "Sum of w_k t_k by name, accumulated in float64 in the given order."
     total = {n: torch.zeros(t.shape, dtype=torch.float64, device=t.device) for n, t in parts[0].items()}
     for part, w in zip(parts, weights, strict=True):
-        for n, acc in total.items(): acc.add_(part[n], alpha=w)
+        for n, acc in total.items():
+            acc.add_(part[n], alpha=w)
     return total
 
 # %% ../../nbs/federated/04_aggregate.ipynb #4d1b7333
@@ -75,12 +84,17 @@ def aggregate(
     "FedAvg: add the exact weighted mean of the deltas."
     if bn not in BN_POLICIES: raise FedgalError(f"bn = {bn!r}: allowed are {', '.join(BN_POLICIES)}")
     if not updates: raise FedgalError("no update to aggregate; keep the old payload")
-    if kinds := {u.kind for u in updates} - {"delta"}: raise FedgalError(f"aggregate averages deltas, not {kinds}; convert with as_delta(update, lr)")
+    if kinds := {u.kind for u in updates} - {"delta"}:
+        raise FedgalError(f"aggregate averages deltas, not {kinds}; convert with as_delta(update, lr)")
     updates = sorted(updates, key=lambda u: u.client)
     w = _weights(updates, weights)
     step = weighted_sum([u.tensors for u in updates], w)
     parameters = {n: (p.double() + step[n]).to(p.dtype) for n, p in payload.parameters.items()}
-    buffers = payload.buffers if bn == "local" else merge_buffers(payload.buffers, [u.buffers or payload.buffers for u in updates], w)
+    buffers = (
+        payload.buffers
+        if bn == "local"
+        else merge_buffers(payload.buffers, [u.buffers or payload.buffers for u in updates], w)
+    )
     return replace(payload, parameters=parameters, buffers=buffers, round=payload.round + 1)
 
 def merge_buffers(
@@ -89,7 +103,10 @@ def merge_buffers(
     w: list[float],  # weights that sum to 1
 ) -> Tensors:
     "Weighted mean of floating-point buffers; of counters the largest."
-    if not like: return {}
+    if not like:
+        return {}
     floating = [{n: t for n, t in p.items() if t.is_floating_point()} for p in parts]
     mean = weighted_sum(floating, w)
-    return {n: mean[n].to(t.dtype) if n in mean else torch.stack([p[n] for p in parts]).amax(0) for n, t in like.items()}
+    return {
+        n: mean[n].to(t.dtype) if n in mean else torch.stack([p[n] for p in parts]).amax(0) for n, t in like.items()
+    }

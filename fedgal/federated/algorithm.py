@@ -23,6 +23,7 @@ __all__ = ['ALGORITHMS', 'Algorithm', 'get_algorithm', 'lone_samples']
 @dataclass(frozen=True)
 class Algorithm:
     "The hooks of a federated algorithm; as they stand here they are FedAvg. Fields of a subclass are its options."
+
     name = "fedavg"
     summary = "weighted mean of the clients' changes"
     reference = "McMahan et al., AISTATS 2017"
@@ -46,7 +47,15 @@ class Algorithm:
         "What a client adds to every gradient."
         return None
 
-    def report(self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own: Tensors, seed: int) -> tuple[Tensors | None, Tensors]:
+    def report(
+        self,
+        model: nn.Module,
+        client: MultiStepClient,
+        payload: ServerPayload,
+        update: ClientUpdate,
+        own: Tensors,
+        seed: int,
+    ) -> tuple[Tensors | None, Tensors]:
         "After local work: what the client sends beyond its update, and what it keeps. `payload` is what it started from; `model` is scratch."
         return None, {}
 
@@ -54,11 +63,19 @@ class Algorithm:
         "What a client's report says of its data, in words, for the ledger."
         return self.reports
 
-    def merge(self, payload: ServerPayload, updates: list[ClientUpdate], weights: dict[int, float] | None = None, bn: str = "average") -> ServerPayload:
+    def merge(
+        self,
+        payload: ServerPayload,
+        updates: list[ClientUpdate],
+        weights: dict[int, float] | None = None,
+        bn: str = "average",
+    ) -> ServerPayload:
         "The model of the next round."
         return aggregate(payload, updates, weights, bn)
 
-    def serve(self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int) -> tuple[Tensors, Tensors, dict]:
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
         "After merging: what is sent next, what the server keeps, numbers for the history. `payload` is what the updates answer."
         return payload.extras, kept, {}
 
@@ -67,9 +84,17 @@ class Algorithm:
         return payload
 
 # %% ../../nbs/federated/06_algorithm.ipynb #6034a9b5
-ALGORITHMS = {"fedavg": "fedgal.federated.algorithm:Algorithm", "fedprox": "fedgal.algorithms.weights:FedProx",
-              "scaffold": "fedgal.algorithms.weights:Scaffold", "local": "fedgal.algorithms.weights:Local", "fedproto": "fedgal.algorithms.prototypes:FedProto", "fedmps": "fedgal.algorithms.prototypes:FedMPS",
-              "fedgen": "fedgal.algorithms.fedgen:FedGenTraining", "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining", "creff": "fedgal.algorithms.creff:CReFF"}
+ALGORITHMS = {
+    "fedavg": "fedgal.federated.algorithm:Algorithm",
+    "fedprox": "fedgal.algorithms.weights:FedProx",
+    "scaffold": "fedgal.algorithms.weights:Scaffold",
+    "local": "fedgal.algorithms.weights:Local",
+    "fedproto": "fedgal.algorithms.prototypes:FedProto",
+    "fedmps": "fedgal.algorithms.prototypes:FedMPS",
+    "fedgen": "fedgal.algorithms.fedgen:FedGenTraining",
+    "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining",
+    "creff": "fedgal.algorithms.creff:CReFF",
+}
 
 def get_algorithm(
     name: str,  # see `ALGORITHMS`
@@ -82,15 +107,20 @@ def get_algorithm(
     kind = getattr(import_module(module), attribute)
     known = [f.name for f in fields(kind)]
     for o in options:
-        if o not in known: raise FedgalError(f"algorithm {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known) or 'none'}")
+        if o not in known:
+            raise FedgalError(
+                f"algorithm {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known) or 'none'}"
+            )
     return kind(**{f.name: _as(f, options[f.name], name) for f in fields(kind) if f.name in options})
 
 def _as(field, value, name):
     "An option in the type of its default; YAML reads 1e-3 as text."
     kind = type(field.default)
     if kind is float and type(value) in (int, str):
-        with suppress(ValueError): value = float(value)
-    if type(value) is not kind: raise FedgalError(f"option {field.name} of {name} = {value!r}: expected {kind.__name__}")
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) is not kind:
+        raise FedgalError(f"option {field.name} of {name} = {value!r}: expected {kind.__name__}")
     return value
 
 # %% ../../nbs/federated/06_algorithm.ipynb #0a7cfe31

@@ -24,6 +24,7 @@ from .messages import ClientUpdate, ServerPayload
 @dataclass(frozen=True)
 class FederationConfig:
     "How a federation runs."
+
     rounds: int = 10
     participation: float = 1.0  # share of the clients chosen in a round
     algorithm: str = "fedavg"  # see `fedgal.algorithms`
@@ -35,12 +36,16 @@ class FederationConfig:
 
     def __post_init__(self):
         self.make()
-        if not 0 < self.participation <= 1: raise FedgalError(f"participation = {self.participation}: must be above 0 and at most 1")
+        if not 0 < self.participation <= 1:
+            raise FedgalError(f"participation = {self.participation}: must be above 0 and at most 1")
         if min(self.rounds, self.min_clients, self.eval_every) < 1:
-            raise FedgalError(f"rounds = {self.rounds}, min_clients = {self.min_clients}, eval_every = {self.eval_every}: all must be at least 1")
+            raise FedgalError(
+                f"rounds = {self.rounds}, min_clients = {self.min_clients}, eval_every = {self.eval_every}: all must be at least 1"
+            )
         if self.bn not in BN_POLICIES: raise FedgalError(f"bn = {self.bn!r}: allowed are {', '.join(BN_POLICIES)}")
 
-    def make(self) -> Algorithm: return get_algorithm(self.algorithm, **self.options)
+    def make(self) -> Algorithm:
+        return get_algorithm(self.algorithm, **self.options)
 
 def choose(
     n: int,  # clients there are
@@ -56,6 +61,7 @@ def choose(
 @dataclass(frozen=True, eq=False)
 class State:
     "All that one round hands to the next."
+
     payload: ServerPayload  # its `round` is the next round to run
     history: tuple[dict, ...] = ()  # one dict a round
     ledger: tuple[dict, ...] = ()  # rows of the `Ledger`
@@ -65,7 +71,8 @@ class State:
 # %% ../../nbs/federated/07_checkpoint.ipynb #978255ac
 KEEP = 2  # checkpoints on disk
 
-def _digest(tensors): return content_hash(*(t.detach().cpu() for t in tensors))[:16]
+def _digest(tensors):
+    return content_hash(*(t.detach().cpu() for t in tensors))[:16]
 
 def identity(
     payload: ServerPayload,  # before the first round
@@ -80,17 +87,27 @@ def identity(
     "What a run depends on; equal identities give equal bytes."
     start = {**payload.parameters, **payload.buffers}
     sampling = [w for c in clients if (w := getattr(c, "sample_weights", None)) is not None]
-    return {"federation": asdict(config), "seed": seed, "engine": engine, "initial model": _digest(start[n] for n in sorted(start)),
-            "initial models of clients": [[k, _digest(t[n] for n in sorted(t))] for k, t in sorted((own or {}).items())],
-            "loss": getattr(loss, "__qualname__", type(loss).__qualname__), "clients": [c.id for c in clients],
-            "local": [f"{getattr(c, 'config', None)} augment={getattr(getattr(c, 'augment', None), '__qualname__', None)}" for c in clients],
-            "weights": None if weights is None else sorted(weights.items()),
-            "client data": _digest([t for c in clients for t in (c.x, c.y)] + sampling)}
+    return {
+        "federation": asdict(config),
+        "seed": seed,
+        "engine": engine,
+        "initial model": _digest(start[n] for n in sorted(start)),
+        "initial models of clients": [[k, _digest(t[n] for n in sorted(t))] for k, t in sorted((own or {}).items())],
+        "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
+        "clients": [c.id for c in clients],
+        "local": [
+            f"{getattr(c, 'config', None)} augment={getattr(getattr(c, 'augment', None), '__qualname__', None)}"
+            for c in clients
+        ],
+        "weights": None if weights is None else sorted(weights.items()),
+        "client data": _digest([t for c in clients for t in (c.x, c.y)] + sampling),
+    }
 
 # %% ../../nbs/federated/07_checkpoint.ipynb #608640f0
 @dataclass(frozen=True, eq=False)
 class LastRound:
     "The updates of all clients in the last round, and what they answer."
+
     base: ServerPayload
     updates: list[ClientUpdate]
     excluded: dict[int, str]  # client -> why its update was rejected
@@ -105,19 +122,37 @@ def save_state(
     folder, r = Path(folder), state.payload.round
     work = folder / f".round-{r:06d}.part"
     shutil.rmtree(work, ignore_errors=True)
-    groups = {"parameters": state.payload.parameters, "buffers": state.payload.buffers, "extras": state.payload.extras, "kept": state.kept}
+    groups = {
+        "parameters": state.payload.parameters,
+        "buffers": state.payload.buffers,
+        "extras": state.payload.extras,
+        "kept": state.kept,
+    }
     groups |= {f"own/{k}": b for k, b in state.own.items()}
-    said = {"round": r, "identity": who, "metadata": state.payload.metadata, "history": state.history, "ledger": state.ledger,
-            "own": sorted(state.own), "last": None}
+    said = {
+        "round": r,
+        "identity": who,
+        "metadata": state.payload.metadata,
+        "history": state.history,
+        "ledger": state.ledger,
+        "own": sorted(state.own),
+        "last": None,
+    }
     if last:
         groups |= {"base/parameters": last.base.parameters, "base/buffers": last.base.buffers}
-        for u in last.updates: groups |= {f"update/{u.client}/tensors": u.tensors, f"update/{u.client}/buffers": u.buffers}
-        said["last"] = {"excluded": sorted(last.excluded.items()),
-                        "updates": [{k: getattr(u, k) for k in ("client", "kind", "n_examples", "train_loss")} for u in last.updates]}
+        for u in last.updates:
+            groups |= {f"update/{u.client}/tensors": u.tensors, f"update/{u.client}/buffers": u.buffers}
+        said["last"] = {
+            "excluded": sorted(last.excluded.items()),
+            "updates": [
+                {k: getattr(u, k) for k in ("client", "kind", "n_examples", "train_loss")} for u in last.updates
+            ],
+        }
     save_tensors(work / "state.safetensors", {f"{g}:{n}": t for g, ts in groups.items() for n, t in ts.items()})
     save_json(work / "state.json", said)
     commit(work, folder / f"round-{r:06d}")
-    for old in sorted(folder.glob("round-*"))[:-KEEP]: shutil.rmtree(old)
+    for old in sorted(folder.glob("round-*"))[:-KEEP]:
+        shutil.rmtree(old)
 
 # %% ../../nbs/federated/07_checkpoint.ipynb #76742206
 def _read_state(folder, device):
@@ -125,13 +160,26 @@ def _read_state(folder, device):
     said, groups = load_json(folder / "state.json"), {}
     for key, t in load_tensors(folder / "state.safetensors").items():
         group, name = key.split(":", 1)
-        groups.setdefault(group, {})[name] = t.to(device, copy=True)    # its own memory, aligned as in the run that wrote it, or rounding may differ
+        groups.setdefault(group, {})[name] = t.to(
+            device, copy=True
+        )  # its own memory, aligned as in the run that wrote it, or rounding may differ
     part = lambda g: groups.get(g, {})
-    load = lambda g, r: ServerPayload(part(f"{g}parameters"), part(f"{g}buffers"), r, said["metadata"], part(f"{g}extras"))
-    state = State(load("", said["round"]), tuple(said["history"]), tuple(said["ledger"]), {k: part(f"own/{k}") for k in said["own"]}, part("kept"))
-    if not said["last"]: return said["identity"], state, None
-    updates = [ClientUpdate(tensors=part(f"update/{u['client']}/tensors"), buffers=part(f"update/{u['client']}/buffers"), **u)
-               for u in said["last"]["updates"]]
+    load = lambda g, r: ServerPayload(
+        part(f"{g}parameters"), part(f"{g}buffers"), r, said["metadata"], part(f"{g}extras")
+    )
+    state = State(
+        load("", said["round"]),
+        tuple(said["history"]),
+        tuple(said["ledger"]),
+        {k: part(f"own/{k}") for k in said["own"]},
+        part("kept"),
+    )
+    if not said["last"]:
+        return said["identity"], state, None
+    updates = [
+        ClientUpdate(tensors=part(f"update/{u['client']}/tensors"), buffers=part(f"update/{u['client']}/buffers"), **u)
+        for u in said["last"]["updates"]
+    ]
     return said["identity"], state, LastRound(load("base/", said["round"] - 1), updates, dict(said["last"]["excluded"]))
 
 def load_state(
@@ -141,13 +189,16 @@ def load_state(
 ) -> tuple[State, LastRound | None] | None:  # None: nothing usable, start anew
     "The newest whole checkpoint; damaged ones are named, removed and skipped."
     for path in sorted(Path(folder).glob("round-*"), reverse=True):
-        try: found, *rest = _read_state(path, device)
+        try:
+            found, *rest = _read_state(path, device)
         except (FedgalError, KeyError, TypeError) as e:
             print(f"checkpoint {path.name} is damaged and not used: {str(e).replace(str(path), path.name)}")
             shutil.rmtree(path)
             continue
         if who is not None and canonical(found) != canonical(who):
             differs = [k for k in who if canonical(found.get(k)) != canonical(who[k])]
-            raise FedgalError(f"{path} belongs to another run (different: {', '.join(differs)}); choose another folder or delete this one")
+            raise FedgalError(
+                f"{path} belongs to another run (different: {', '.join(differs)}); choose another folder or delete this one"
+            )
         return tuple(rest)
     return None

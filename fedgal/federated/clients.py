@@ -22,6 +22,7 @@ from ..models.losses.protocol import context_of, per_example, task_loss
 @dataclass(frozen=True, eq=False)
 class MultiStepClient:
     "A client that makes several SGD steps on its own examples."
+
     id: int
     x: Tensor  # [n, ...] uint8 images or float features
     y: Tensor  # [n, ...] targets
@@ -32,7 +33,9 @@ class MultiStepClient:
 
     def __post_init__(self):
         if not len(self.x) == len(self.y) > 0:
-            raise FedgalError(f"client {self.id}: {len(self.x)} inputs and {len(self.y)} targets; equal numbers above 0 are needed (leave empty clients out)")
+            raise FedgalError(
+                f"client {self.id}: {len(self.x)} inputs and {len(self.y)} targets; equal numbers above 0 are needed (leave empty clients out)"
+            )
         if unknown := set(self.share) - {"labels", "hyperparams"}:
             raise FedgalError(f"client {self.id} cannot share {sorted(unknown)}; allowed: labels, hyperparams")
         w = self.sample_weights
@@ -40,13 +43,21 @@ class MultiStepClient:
             raise FedgalError(f"client {self.id}: sample_weights must be {len(self.x)} finite numbers >= 0, not all 0")
 
     @property
-    def n_examples(self) -> int: return len(self.x)
+    def n_examples(self) -> int:
+        return len(self.x)
 
     def batches(self, seed: int, round: int) -> list[Tensor]:
         "Index batches of this client's work in a round."
         return draw_batches(len(self.x), self.config, stream(seed, "batches", round, self.id), self.sample_weights)
 
-    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: Tensors | None = None) -> ClientUpdate:
+    def run(
+        self,
+        model: nn.Module,
+        payload: ServerPayload,
+        seed: int,
+        loss: Callable = task_loss,
+        correction: Tensors | None = None,
+    ) -> ClientUpdate:
         "Train `model` (scratch, overwritten) from the payload and return the update."
         return train_locally(self, model, payload, seed, loss, correction)
 
@@ -54,9 +65,16 @@ class MultiStepClient:
         "Wrap the result of local work, with the disclosures that were chosen."
         c = self.config
         said = {"lr": c.lr, "momentum": c.momentum, "steps": c.steps, "epochs": c.epochs, "batch_size": c.batch_size}
-        return ClientUpdate(self.id, "delta", delta, len(self.x), buffers, train_loss,
-                            labels=self.y.sort().values if "labels" in self.share else None,
-                            hyperparams=said if "hyperparams" in self.share else None)
+        return ClientUpdate(
+            self.id,
+            "delta",
+            delta,
+            len(self.x),
+            buffers,
+            train_loss,
+            labels=self.y.sort().values if "labels" in self.share else None,
+            hyperparams=said if "hyperparams" in self.share else None,
+        )
 
     def failed(self, reason: str) -> ClientUpdate:
         "The update of a client that had to stop."
@@ -67,13 +85,18 @@ class MultiStepClient:
 class SingleStepClient(MultiStepClient):
     "A client that sends the gradient of its mean loss (FedSGD)."
 
-    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: None = None) -> ClientUpdate:
+    def run(
+        self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: None = None
+    ) -> ClientUpdate:
         "The gradient at the payload; `model` is scratch."
         weights = _trainable(load_payload(model, payload).train())
         device = next(iter(weights.values())).device
         with own_rng(seed, "dropout", payload.round, self.id):
-            value = per_example(loss, model(to_float(self.x.to(device))), self.y.to(device), context=context_of(loss, self)).mean()
-            if not torch.isfinite(value): return self.failed("loss not finite at step 0")
+            value = per_example(
+                loss, model(to_float(self.x.to(device))), self.y.to(device), context=context_of(loss, self)
+            ).mean()
+            if not torch.isfinite(value):
+                return self.failed("loss not finite at step 0")
             grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
         tensors = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), grads, strict=True)}
         return replace(self.update(tensors, copy_tensors(_buffers(model)), value.item()), kind="gradient")

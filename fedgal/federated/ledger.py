@@ -13,6 +13,7 @@ from .messages import ClientUpdate, ServerPayload
 @dataclass
 class LedgerRow:
     "All messages of one sender, receiver, kind and disclosure."
+
     sender: str
     receiver: str
     kind: str
@@ -24,12 +25,15 @@ class LedgerRow:
 
 class Ledger:
     "Bytes and disclosures of all messages of a run."
+
     def __init__(self, rows: list[dict] = ()):
         self.rows = {(r["sender"], r["receiver"], r["kind"], r["discloses"]): LedgerRow(**r) for r in rows}
 
     def record(self, sender: str, receiver: str, round: int, kind: str, bytes: int, discloses: str) -> None:
         "Count one message."
-        row = self.rows.setdefault((sender, receiver, kind, discloses), LedgerRow(sender, receiver, kind, discloses, first_round=round))
+        row = self.rows.setdefault(
+            (sender, receiver, kind, discloses), LedgerRow(sender, receiver, kind, discloses, first_round=round)
+        )
         row.messages, row.bytes, row.last_round = row.messages + 1, row.bytes + bytes, round
 
     def down(self, payload: ServerPayload, client: int, what: str = "global model") -> int:
@@ -39,18 +43,31 @@ class Ledger:
 
     def up(self, update: ClientUpdate, round: int, statistics: str = "statistics") -> int:
         "An update came from a client, with statistics of this kind; returns its bytes."
-        self.record(f"client {update.client}", "server", round, update.kind if update.tensors else "message", update.n_bytes, update.discloses.replace("statistics", statistics))
+        self.record(
+            f"client {update.client}",
+            "server",
+            round,
+            update.kind if update.tensors else "message",
+            update.n_bytes,
+            update.discloses.replace("statistics", statistics),
+        )
         return update.n_bytes
 
     def totals(self) -> dict:  # JSON: bytes and messages, up (to the server) and down
         "Sums over all rows."
         side = lambda up: [r for r in self.rows.values() if (r.receiver == "server") == up]
-        return {"up": sum(r.bytes for r in side(True)), "down": sum(r.bytes for r in side(False)),
-                "messages_up": sum(r.messages for r in side(True)), "messages_down": sum(r.messages for r in side(False))}
+        return {
+            "up": sum(r.bytes for r in side(True)),
+            "down": sum(r.bytes for r in side(False)),
+            "messages_up": sum(r.messages for r in side(True)),
+            "messages_down": sum(r.messages for r in side(False)),
+        }
 
-    def to_json(self) -> list[dict]: return [asdict(r) for r in self.rows.values()]
+    def to_json(self) -> list[dict]:
+        return [asdict(r) for r in self.rows.values()]
 
     def table(self):
         "The rows as a DataFrame."
         import pandas as pd
+
         return pd.DataFrame(self.to_json(), columns=list(LedgerRow.__dataclass_fields__))

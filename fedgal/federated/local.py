@@ -23,19 +23,25 @@ __all__ = ['SCHEDULES', 'LocalConfig', 'draw_batches', 'draw_mixup', 'train_loca
            'all_rows']
 
 # %% ../../nbs/federated/02_local.ipynb #3204b7e4
-def _fall(p): return (1 + math.cos(math.pi * p)) / 2    # 1 at p = 0, 0 at p = 1
+def _fall(p):
+    return (1 + math.cos(math.pi * p)) / 2  # 1 at p = 0, 0 at p = 1
 
 def _one_cycle(p):
     low, way = (1 / 25, 1 - p / 0.3) if p < 0.3 else (1 / 250_000, (p - 0.3) / 0.7)
     return low + (1 - low) * _fall(way)
 
-SCHEDULES = {"constant": lambda t, n: 1.0, "cosine": lambda t, n: _fall(t / n), "one_cycle": lambda t, n: _one_cycle((t + 0.5) / n),
-             "step": lambda t, n: 0.1 ** ((2 * t >= n) + (4 * t >= 3 * n))}
+SCHEDULES = {
+    "constant": lambda t, n: 1.0,
+    "cosine": lambda t, n: _fall(t / n),
+    "one_cycle": lambda t, n: _one_cycle((t + 0.5) / n),
+    "step": lambda t, n: 0.1 ** ((2 * t >= n) + (4 * t >= 3 * n)),
+}
 
 # %% ../../nbs/federated/02_local.ipynb #78dedc98
 @dataclass(frozen=True)
 class LocalConfig:
     "Local training with SGD."
+
     epochs: int = 1
     batch_size: int = 32
     lr: float = 0.05
@@ -51,16 +57,35 @@ class LocalConfig:
 
     def rate(self, round: int) -> float:
         "The learning rate in a round."
-        if self.schedule != "constant" and not 0 <= round < self.rounds: raise FedgalError(f"round {round} of a learning rate schedule over {self.rounds} rounds; give LocalConfig the rounds of the federation")
+        if self.schedule != "constant" and not 0 <= round < self.rounds:
+            raise FedgalError(
+                f"round {round} of a learning rate schedule over {self.rounds} rounds; give LocalConfig the rounds of the federation"
+            )
         return self.lr * self.lr_decay**round * SCHEDULES[self.schedule](round, self.rounds)
 
     def __post_init__(self):
-        if self.precision not in ("fp32", "bf16"): raise FedgalError(f"LocalConfig: precision = {self.precision!r}; allowed are fp32 and bf16")
-        if self.schedule not in SCHEDULES: raise FedgalError(f"LocalConfig: schedule = {self.schedule!r}{did_you_mean(self.schedule, SCHEDULES)}; known: {', '.join(SCHEDULES)}")
-        low = {"epochs": 1, "batch_size": 1, "steps": 1, "lr": 0, "lr_decay": 0, "momentum": 0, "weight_decay": 0, "prox_mu": 0, "rounds": 1, "mixup": 0}
+        if self.precision not in ("fp32", "bf16"):
+            raise FedgalError(f"LocalConfig: precision = {self.precision!r}; allowed are fp32 and bf16")
+        if self.schedule not in SCHEDULES:
+            raise FedgalError(
+                f"LocalConfig: schedule = {self.schedule!r}{did_you_mean(self.schedule, SCHEDULES)}; known: {', '.join(SCHEDULES)}"
+            )
+        low = {
+            "epochs": 1,
+            "batch_size": 1,
+            "steps": 1,
+            "lr": 0,
+            "lr_decay": 0,
+            "momentum": 0,
+            "weight_decay": 0,
+            "prox_mu": 0,
+            "rounds": 1,
+            "mixup": 0,
+        }
         for name, least in low.items():
             value = getattr(self, name)
-            if value is not None and not value >= least: raise FedgalError(f"LocalConfig: {name} = {value}, must be at least {least}")
+            if value is not None and not value >= least:
+                raise FedgalError(f"LocalConfig: {name} = {value}, must be at least {least}")
 
 # %% ../../nbs/federated/02_local.ipynb #ad172f5c
 def draw_batches(
@@ -71,10 +96,11 @@ def draw_batches(
 ) -> list[Tensor]:  # index batches
     "Batches of one local training run."
     size = config.batch_size
-    lone = n > size > 1 and n % size == 1    # a last batch of one example, which BatchNorm cannot use
+    lone = n > size > 1 and n % size == 1  # a last batch of one example, which BatchNorm cannot use
     per_epoch = -(-n // size) - lone
     steps = config.steps or config.epochs * per_epoch
-    if weights is not None: return list(torch.multinomial(weights, steps * size, True, generator=generator).view(steps, size))
+    if weights is not None:
+        return list(torch.multinomial(weights, steps * size, True, generator=generator).view(steps, size))
     sizes = [size] * (per_epoch - 1) + [n - size * (per_epoch - 1)]
     passes = (torch.randperm(n, generator=generator).split(sizes) for _ in range(-(-steps // per_epoch)))
     return [batch for one in passes for batch in one][:steps]
@@ -87,6 +113,7 @@ def draw_mixup(
 ) -> tuple[Tensor, Tensor]:  # order [n], share of the example itself [] in [0, 1]
     "The other examples of a blend, and how much they count."
     from scipy.special import betaincinv
+
     order = torch.randperm(n, generator=generator)
     u = torch.rand((), generator=generator, dtype=torch.float64).item()
     return order, torch.tensor(betaincinv(alpha, alpha, u), dtype=torch.float32)
@@ -106,27 +133,35 @@ def train_locally(
     if len(client.x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         return client.failed("one example: BatchNorm needs two")
     left, groups = undecayed_names(model), list(weights.values())
-    if left: groups = [{"params": [w for n, w in weights.items() if n not in left]}, {"params": [w for n, w in weights.items() if n in left], "weight_decay": 0.0}]
+    if left:
+        groups = [
+            {"params": [w for n, w in weights.items() if n not in left]},
+            {"params": [w for n, w in weights.items() if n in left], "weight_decay": 0.0},
+        ]
     optimiser = torch.optim.SGD(groups, c.rate(payload.round), c.momentum, weight_decay=c.weight_decay)
     device, total, seen = next(iter(weights.values())).device, 0.0, 0
     with own_rng(seed, "dropout", payload.round, client.id):
         for step, index in enumerate(client.batches(seed, payload.round)):
             x, y = client.x[index], client.y[index].to(device)
-            if client.augment: x = client.augment(x, rng)
+            if client.augment:
+                x = client.augment(x, rng)
             x, other, lam = to_float(x.to(device)), None, None
             if c.mixup:
                 order, lam = (t.to(device) for t in draw_mixup(len(x), c.mixup, rng))
                 x, other = blend(x, x[order], lam), y[order]
             with torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16"):
                 value = mixed_loss(loss, model(x), y, other, lam, context=context).float().mean()
-            if not torch.isfinite(value): return client.failed(f"loss not finite at step {step}")
+            if not torch.isfinite(value):
+                return client.failed(f"loss not finite at step {step}")
             optimiser.zero_grad()
             value.backward()
             if c.prox_mu:
                 for n, w in weights.items():
-                    if w.grad is not None: w.grad.add_(w.detach() - payload.parameters[n], alpha=c.prox_mu)
+                    if w.grad is not None:
+                        w.grad.add_(w.detach() - payload.parameters[n], alpha=c.prox_mu)
             for n in correction or ():
-                if weights[n].grad is not None: weights[n].grad.add_(correction[n])
+                if weights[n].grad is not None:
+                    weights[n].grad.add_(correction[n])
             optimiser.step()
             total, seen = total + value.item() * len(index), seen + len(index)
     delta = {n: w.detach() - payload.parameters[n] for n, w in weights.items()}
@@ -141,16 +176,26 @@ def features_of(
     "Low and high features of all examples, in evaluation mode."
     load_payload(model, payload).eval()
     device = next(model.parameters()).device
-    with torch.inference_mode(): out = [model(to_float(b.to(device))) for b in x.split(1024)]
-    return {level: torch.cat([getattr(o, level) for o in out]).cpu().clone() for level in ("low", "high")}    # messages are made on the CPU
+    with torch.inference_mode():
+        out = [model(to_float(b.to(device))) for b in x.split(1024)]
+    return {
+        level: torch.cat([getattr(o, level) for o in out]).cpu().clone() for level in ("low", "high")
+    }  # messages are made on the CPU
 
 def after(payload: ServerPayload, update: ClientUpdate) -> ServerPayload:
     "The weights that a client has after its local work."
-    return ServerPayload({n: p + update.tensors[n] for n, p in payload.parameters.items()}, update.buffers or payload.buffers)
+    return ServerPayload(
+        {n: p + update.tensors[n] for n, p in payload.parameters.items()}, update.buffers or payload.buffers
+    )
 
 def n_classes(model: SplitModel) -> int:
     "Width of a model's output."
-    with torch.inference_mode(): return copy.deepcopy(model.head).eval()(torch.zeros(2, model.dims["high"], device=next(model.parameters()).device)).shape[1]
+    with torch.inference_mode():
+        return (
+            copy.deepcopy(model.head)
+            .eval()(torch.zeros(2, model.dims["high"], device=next(model.parameters()).device))
+            .shape[1]
+        )
 
 def all_rows(
     update: ClientUpdate,  # with statistics {"classes": [o], name: [o, ...]}
@@ -159,4 +204,6 @@ def all_rows(
 ) -> tuple[Tensor, Tensor]:  # [C, ...], zero where not owned; owned [C] bool
     "A client's message, spread over all classes."
     rows, at = update.statistics[name], update.statistics["classes"].long()
-    return rows.new_zeros(n_classes, *rows.shape[1:]).index_copy(0, at, rows), torch.zeros(n_classes, dtype=torch.bool).index_fill(0, at, True)
+    return rows.new_zeros(n_classes, *rows.shape[1:]).index_copy(0, at, rows), torch.zeros(
+        n_classes, dtype=torch.bool
+    ).index_fill(0, at, True)

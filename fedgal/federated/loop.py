@@ -24,27 +24,43 @@ from .messages import ClientUpdate, ServerPayload, as_delta, load_payload, paylo
 from ..models.losses.protocol import task_loss
 
 # %% ../../nbs/federated/08_loop.ipynb #49d1c1f3
-def work(algorithm: Algorithm, engine: str, model: nn.Module, clients: list, state: State, seed: int, loss: Callable) -> tuple[list[ClientUpdate], dict[int, Tensors]]:
+def work(
+    algorithm: Algorithm, engine: str, model: nn.Module, clients: list, state: State, seed: int, loss: Callable
+) -> tuple[list[ClientUpdate], dict[int, Tensors]]:
     "Local work of some clients: their updates, with what the algorithm lets them report, and what each keeps."
     payload, own = state.payload, {c.id: state.own.get(c.id, {}) for c in clients}
     corrections = {k: push for k, t in own.items() if (push := algorithm.correction(payload, t)) is not None}
-    updates, kept = run_clients(engine, model, clients, payload, seed, algorithm.loss(payload, loss), own, corrections), {}
+    updates, kept = (
+        run_clients(engine, model, clients, payload, seed, algorithm.loss(payload, loss), own, corrections),
+        {},
+    )
     for i, (c, u) in enumerate(zip(clients, updates, strict=True)):
-        if u.failure: continue
-        said, kept[c.id] = algorithm.report(model, c, payload_of(payload, own[c.id]), deltas([c], [u], payload.round)[0], own[c.id], seed)
+        if u.failure:
+            continue
+        said, kept[c.id] = algorithm.report(
+            model, c, payload_of(payload, own[c.id]), deltas([c], [u], payload.round)[0], own[c.id], seed
+        )
         updates[i] = replace(u, statistics=said) if said else u
     return updates, kept
 
 def deltas(clients: list, updates: list[ClientUpdate], round: int) -> list[ClientUpdate]:
     "The updates as changes of parameters: a gradient becomes one step of its client's learning rate."
-    return [as_delta(u, c.config.rate(round)) if u.kind == "gradient" else u for c, u in zip(clients, updates, strict=True)]
+    return [
+        as_delta(u, c.config.rate(round)) if u.kind == "gradient" else u for c, u in zip(clients, updates, strict=True)
+    ]
 
-def note(ledger: Ledger, algorithm: Algorithm, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, bn: str) -> tuple[int, int]:  # bytes down, up
+def note(
+    ledger: Ledger, algorithm: Algorithm, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, bn: str
+) -> tuple[int, int]:  # bytes down, up
     "Write a client's two messages into the ledger; weights that are not averaged and buffers that stay local were not sent."
-    if bn == "local": payload, update = replace(payload, buffers={}), replace(update, buffers={})
-    if algorithm.personal: payload, update = replace(payload, parameters={}, buffers={}), replace(update, tensors={}, buffers={})
+    if bn == "local":
+        payload, update = replace(payload, buffers={}), replace(update, buffers={})
+    if algorithm.personal:
+        payload, update = replace(payload, parameters={}, buffers={}), replace(update, tensors={}, buffers={})
     down = ledger.down(payload, update.client, algorithm.sends) if payload.n_bytes else 0
-    return down, ledger.up(update, payload.round, algorithm.told(client, update)) if update.n_bytes or update.failure else 0
+    return down, ledger.up(
+        update, payload.round, algorithm.told(client, update)
+    ) if update.n_bytes or update.failure else 0
 
 def _private(algorithm, config, base, update):
     "What stays with a client: its weights if none are averaged, its buffers if they are local."
@@ -67,16 +83,50 @@ def run_round(
     chosen = [clients[i] for i in choose(len(clients), config.participation, seed, r)]
     updates, kept = work(algorithm, engine, model, chosen, state, seed, loss)
     accepted, rejected = check_updates(deltas(chosen, updates, r), payload, config.norm_factor)
-    down, up = [sum(b) for b in zip(*(note(ledger, algorithm, c, payload, u, config.bn) for c, u in zip(chosen, updates, strict=True)), strict=True)]
+    down, up = [
+        sum(b)
+        for b in zip(
+            *(note(ledger, algorithm, c, payload, u, config.bn) for c, u in zip(chosen, updates, strict=True)),
+            strict=True,
+        )
+    ]
     new, extra, server, said = replace(payload, round=r + 1), payload.extras, state.kept, {}
     if not (failed := len(accepted) < config.min_clients):
-        if not algorithm.personal: new = algorithm.merge(payload, accepted, weights=weights, bn=config.bn)
+        if not algorithm.personal:
+            new = algorithm.merge(payload, accepted, weights=weights, bn=config.bn)
         extra, server, said = algorithm.serve(model, payload, accepted, state.kept, seed)
-        extra, server = ({n: t.contiguous() for n, t in part.items()} for part in (extra, server))    # as a checkpoint would give them back, or rounding may differ
-    own = {} if failed and not algorithm.personal else {u.client: {**state.own.get(u.client, {}), **kept[u.client], **_private(algorithm, config, payload_of(payload, state.own.get(u.client)), u)} for u in accepted}
-    row = {"round": r + 1, "train_loss": _mean_loss(accepted), "accepted": len(accepted), "rejected": [list(x) for x in rejected],
-           "failed": failed, "bytes_up": up, "bytes_down": down, **said}
-    return State(replace(new, extras=extra), (*state.history, row), tuple(ledger.to_json()), {**state.own, **{k: t for k, t in own.items() if t}}, server), accepted
+        extra, server = (
+            {n: t.contiguous() for n, t in part.items()} for part in (extra, server)
+        )  # as a checkpoint would give them back, or rounding may differ
+    own = (
+        {}
+        if failed and not algorithm.personal
+        else {
+            u.client: {
+                **state.own.get(u.client, {}),
+                **kept[u.client],
+                **_private(algorithm, config, payload_of(payload, state.own.get(u.client)), u),
+            }
+            for u in accepted
+        }
+    )
+    row = {
+        "round": r + 1,
+        "train_loss": _mean_loss(accepted),
+        "accepted": len(accepted),
+        "rejected": [list(x) for x in rejected],
+        "failed": failed,
+        "bytes_up": up,
+        "bytes_down": down,
+        **said,
+    }
+    return State(
+        replace(new, extras=extra),
+        (*state.history, row),
+        tuple(ledger.to_json()),
+        {**state.own, **{k: t for k, t in own.items() if t}},
+        server,
+    ), accepted
 
 def _mean_loss(updates):
     known = [(u.n_examples, u.train_loss) for u in updates if u.train_loss is not None]
@@ -86,6 +136,7 @@ def _mean_loss(updates):
 @dataclass(frozen=True, eq=False)
 class FederationResult:
     "What a federation leaves."
+
     payload: ServerPayload  # the final global model
     last: LastRound  # updates of all clients, and the global model that they answer
     history: list[dict]
@@ -114,20 +165,29 @@ class FederationResult:
 
     def load(self, model: nn.Module, client: int | None = None) -> nn.Module:
         "Copy the global model, or one client's, into `model`."
-        if client is None: return load_payload(model, self.payload)
+        if client is None:
+            return load_payload(model, self.payload)
         if client in self.excluded: raise FedgalError(f"client {client} has no model: {self.excluded[client]}")
         known = {u.client: u for u in self.last.updates}
         if client not in known: raise FedgalError(f"client {client} is unknown; known: {sorted(known)}")
         mine, base = self._model_of(known[client]), self.last.base
-        return load_payload(model, replace(base, parameters={n: mine[n] for n in base.parameters}, buffers={n: mine[n] for n in base.buffers}))
+        return load_payload(
+            model,
+            replace(base, parameters={n: mine[n] for n in base.parameters}, buffers={n: mine[n] for n in base.buffers}),
+        )
 
 # %% ../../nbs/federated/08_loop.ipynb #bf414125
 def _all_clients(state, accepted, base, model, clients, config, seed, engine, loss):
     "Let the clients that sat out the last round train too; their messages join the ledger."
     took_part = choose(len(clients), config.participation, seed, base.round)
-    rest, ledger, algorithm = [c for i, c in enumerate(clients) if i not in took_part], Ledger(state.ledger), config.make()
+    rest, ledger, algorithm = (
+        [c for i, c in enumerate(clients) if i not in took_part],
+        Ledger(state.ledger),
+        config.make(),
+    )
     late = work(algorithm, engine, model, rest, replace(state, payload=base), seed, loss)[0] if rest else []
-    for c, u in zip(rest, late, strict=True): note(ledger, algorithm, c, base, u, config.bn)
+    for c, u in zip(rest, late, strict=True):
+        note(ledger, algorithm, c, base, u, config.bn)
     good, bad = check_updates(deltas(rest, late, base.round), base, config.norm_factor)
     excluded = dict(sorted([(k, why) for k, why in state.history[-1]["rejected"]] + bad))
     updates = [replace(u, statistics=None) for u in sorted([*accepted, *good], key=lambda u: u.client)]
@@ -136,20 +196,38 @@ def _all_clients(state, accepted, base, model, clients, config, seed, engine, lo
 def _own_models(state, clients):
     "The models that clients keep, as changes of the first one; a client that never took part still has that."
     first, at = state.payload, lambda k, part: {n: state.own.get(k, {}).get(n, t) for n, t in part.items()}
-    updates = [ClientUpdate(c.id, "delta", {n: t - first.parameters[n] for n, t in at(c.id, first.parameters).items()}, c.n_examples, at(c.id, first.buffers)) for c in clients]
+    updates = [
+        ClientUpdate(
+            c.id,
+            "delta",
+            {n: t - first.parameters[n] for n, t in at(c.id, first.parameters).items()},
+            c.n_examples,
+            at(c.id, first.buffers),
+        )
+        for c in clients
+    ]
     return LastRound(replace(first, extras={}), updates, {})
 
 def delivered(algorithm: Algorithm, model: nn.Module, state: State) -> ServerPayload:
     "The global model as it is used: as the algorithm finishes it, and where clients kept their buffers to themselves with the mean of these."
     payload = algorithm.finish(model, state.payload, state.kept)
     own = [t for _, t in sorted(state.own.items()) if payload.buffers.keys() <= t.keys()]
-    return replace(payload, buffers=merge_buffers(payload.buffers, own, [1 / len(own)] * len(own))) if own and payload.buffers and not algorithm.personal else payload
+    return (
+        replace(payload, buffers=merge_buffers(payload.buffers, own, [1 / len(own)] * len(own)))
+        if own and payload.buffers and not algorithm.personal
+        else payload
+    )
 
 def _judge(evaluate, algorithm, model, state, clients):
     "What joins the history: of the model that would be delivered now, or the mean over the clients' own models."
-    if not algorithm.personal: return evaluate(load_payload(model, delivered(algorithm, model, state)).eval())
+    if not algorithm.personal:
+        return evaluate(load_payload(model, delivered(algorithm, model, state)).eval())
     said = [evaluate(load_payload(model, payload_of(state.payload, state.own.get(c.id))).eval(), c.id) for c in clients]
-    return {n: sum(known) / len(known) for n in dict.fromkeys(n for s in said for n in s) if (known := [s[n] for s in said if n in s])}
+    return {
+        n: sum(known) / len(known)
+        for n in dict.fromkeys(n for s in said for n in s)
+        if (known := [s[n] for s in said if n in s])
+    }
 
 # %% ../../nbs/federated/08_loop.ipynb #399c377b
 def start_state(
@@ -162,12 +240,21 @@ def start_state(
     "The state before the first round; raises FedgalError for start tensors that the algorithm or the model cannot use."
     extras, kept, keeps = algorithm.start(model, clients, seed)
     payload, device = replace(payload_from(model), extras=extras), next(model.parameters()).device
-    if algorithm.cpu_only and device.type != "cpu": raise FedgalError(f"{algorithm.name} computes on the CPU only, not on {device}; set device = cpu in settings.ini, or FEDGAL_DEVICE=cpu")
-    if own and not algorithm.personal: raise FedgalError(f"{algorithm.name} averages weights, so its clients cannot start from their own; local, fedproto and fedmps can")
+    if algorithm.cpu_only and device.type != "cpu":
+        raise FedgalError(
+            f"{algorithm.name} computes on the CPU only, not on {device}; set device = cpu in settings.ini, or FEDGAL_DEVICE=cpu"
+        )
+    if own and not algorithm.personal:
+        raise FedgalError(
+            f"{algorithm.name} averages weights, so its clients cannot start from their own; local, fedproto and fedmps can"
+        )
     mine = {c.id: {n: t.to(device, copy=True) for n, t in own[c.id].items()} for c in clients if c.id in (own or {})}
     for k, t in mine.items():
-        if wrong := check_schema(t, {**payload.parameters, **payload.buffers}): raise FedgalError(f"what client {k} starts from does not fit {type(model).__name__}: {wrong}")
-    return State(payload, own={k: {**keeps.get(k, {}), **mine.get(k, {})} for k in sorted(keeps.keys() | mine.keys())}, kept=kept)
+        if wrong := check_schema(t, {**payload.parameters, **payload.buffers}):
+            raise FedgalError(f"what client {k} starts from does not fit {type(model).__name__}: {wrong}")
+    return State(
+        payload, own={k: {**keeps.get(k, {}), **mine.get(k, {})} for k in sorted(keeps.keys() | mine.keys())}, kept=kept
+    )
 
 # %% ../../nbs/federated/08_loop.ipynb #af188e5a
 def fit(
@@ -177,11 +264,13 @@ def fit(
     seed: int,
     engine: str = "auto",  # see `resolve_engine`
     loss: Callable = task_loss,  # (output, targets) -> [B]
-    evaluate: Callable | None = None,  # model in eval mode -> dict of JSON values for the history; (model, client) where every client keeps its own
+    evaluate: Callable
+    | None = None,  # model in eval mode -> dict of JSON values for the history; (model, client) where every client keeps its own
     checkpoint: Path | None = None,  # folder; the run resumes from what is there
     on_round: Callable | None = None,  # called with the state after each round
     weights: dict[int, float] | None = None,  # of the clients in the average, by id; default: their numbers of examples
-    own: dict[int, Tensors] | None = None,  # client -> parameters and buffers that it starts from, where no weights are averaged; default: the model's
+    own: dict[int, Tensors]
+    | None = None,  # client -> parameters and buffers that it starts from, where no weights are averaged; default: the model's
 ) -> FederationResult:
     "Run a federation, or what is left of it."
     if not clients: raise FedgalError("a federation needs at least one client")
@@ -189,7 +278,9 @@ def fit(
     algorithm = config.make()
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
     state = start_state(algorithm, model, clients, seed, own)
-    engine, reason = resolve_engine(engine, model, [clients[i] for i in choose(len(clients), config.participation, seed, 0)])
+    engine, reason = resolve_engine(
+        engine, model, [clients[i] for i in choose(len(clients), config.participation, seed, 0)]
+    )
     if checkpoint:
         who = identity(state.payload, clients, config, seed, engine, loss, weights, own)
         state, last = load_state(checkpoint, who, next(model.parameters()).device) or (state, None)
@@ -200,7 +291,16 @@ def fit(
         if evaluate and (final or (r + 1) % config.eval_every == 0):
             said = _judge(evaluate, algorithm, model, state, clients)
             state = replace(state, history=(*state.history[:-1], {**state.history[-1], **said}))
-        if final: state, last = (state, _own_models(state, clients)) if algorithm.personal else _all_clients(state, accepted, base, model, clients, config, seed, engine, loss)
-        if checkpoint: save_state(checkpoint, state, who, last)
-        if on_round: on_round(state)
-    return FederationResult(delivered(algorithm, model, state), last, list(state.history), Ledger(state.ledger), engine, reason)
+        if final:
+            state, last = (
+                (state, _own_models(state, clients))
+                if algorithm.personal
+                else _all_clients(state, accepted, base, model, clients, config, seed, engine, loss)
+            )
+        if checkpoint:
+            save_state(checkpoint, state, who, last)
+        if on_round:
+            on_round(state)
+    return FederationResult(
+        delivered(algorithm, model, state), last, list(state.history), Ledger(state.ledger), engine, reason
+    )

@@ -14,30 +14,45 @@ from ..core.tensors import Tensors, _norm, check_schema, copy_tensors, n_bytes
 
 # %% ../../nbs/federated/01_messages.ipynb #ccbb8348
 def _html(title, rows):
-    cells = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{v}</td></tr>" for k, v in rows)
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{v}</td></tr>" for k, v in rows
+    )
     return f"<table><caption>{title}</caption>{cells}</table>"
 
 # %% ../../nbs/federated/01_messages.ipynb #2bbc559c
 @dataclass(frozen=True, eq=False, repr=False)
 class ServerPayload:
     "The global model as sent to a client; its tensors are never changed in place."
+
     parameters: Tensors  # trainable parameters by name
     buffers: Tensors = field(default_factory=dict)  # persistent buffers by name
     round: int = 0  # round that starts from this payload
     metadata: dict = field(default_factory=dict)  # JSON values
-    extras: Tensors = field(default_factory=dict)  # what an algorithm sends beyond the model: control variates, prototypes, a generator
+    extras: Tensors = field(
+        default_factory=dict
+    )  # what an algorithm sends beyond the model: control variates, prototypes, a generator
 
     @property
-    def n_bytes(self) -> int: return n_bytes(self.parameters, self.buffers, self.extras)
+    def n_bytes(self) -> int:
+        return n_bytes(self.parameters, self.buffers, self.extras)
 
-    def __repr__(self): return f"ServerPayload(round {self.round}, {len(self.parameters)} tensors, {self.n_bytes:,} bytes)"
+    def __repr__(self):
+        return f"ServerPayload(round {self.round}, {len(self.parameters)} tensors, {self.n_bytes:,} bytes)"
 
     def _repr_html_(self):
-        return _html("ServerPayload", [("round", self.round), ("parameters", f"{len(self.parameters)} tensors"),
-                                       ("buffers", f"{len(self.buffers)} tensors"), ("bytes", f"{self.n_bytes:,}")])
+        return _html(
+            "ServerPayload",
+            [
+                ("round", self.round),
+                ("parameters", f"{len(self.parameters)} tensors"),
+                ("buffers", f"{len(self.buffers)} tensors"),
+                ("bytes", f"{self.n_bytes:,}"),
+            ],
+        )
 
 # %% ../../nbs/federated/01_messages.ipynb #a8a86df4
-def _trainable(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
+def _trainable(model):
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 def _buffers(model):
     kept = model.state_dict().keys()
@@ -58,15 +73,18 @@ def load_payload(
 ) -> nn.Module:  # the same model
     "Copy a payload into a model; raises `FedgalError` if names or shapes differ."
     for sent, own in ((payload.parameters, _trainable(model)), (payload.buffers, _buffers(model))):
-        if wrong := check_schema(sent, own): raise FedgalError(f"the payload does not fit {type(model).__name__}: {wrong}")
+        if wrong := check_schema(sent, own):
+            raise FedgalError(f"the payload does not fit {type(model).__name__}: {wrong}")
         with torch.no_grad():
-            for n, t in own.items(): t.copy_(sent[n])
+            for n, t in own.items():
+                t.copy_(sent[n])
     return model
 
 # %% ../../nbs/federated/01_messages.ipynb #4c9c2485
 @dataclass(frozen=True, eq=False, repr=False)
 class ClientUpdate:
     "What one client sends after its local work. `labels`, `hyperparams`, `statistics` are sent only by explicit choice."
+
     client: int
     kind: str  # "delta": after - before; "gradient": of the mean loss
     tensors: Tensors  # by parameter name
@@ -80,7 +98,8 @@ class ClientUpdate:
     failure: str | None = None  # why there are no tensors
 
     def __post_init__(self):
-        if self.kind not in ("gradient", "delta"): raise FedgalError(f"update kind {self.kind!r}: allowed are 'gradient' and 'delta'")
+        if self.kind not in ("gradient", "delta"):
+            raise FedgalError(f"update kind {self.kind!r}: allowed are 'gradient' and 'delta'")
         for name in ("tensors", "buffers"):
             object.__setattr__(self, name, {n: t.detach() for n, t in getattr(self, name).items()})
 
@@ -92,18 +111,32 @@ class ClientUpdate:
     @property
     def discloses(self) -> str:
         "What a reader of this message learns, in words."
-        if self.failure: return "that local training failed"
+        if self.failure:
+            return "that local training failed"
         what = "parameter change" if self.kind == "delta" else "loss gradient"
-        said = [f"{what} of n = {self.n_examples}" + (": follows from a single example" if self.n_examples == 1 else "")] if self.tensors else []
-        if self.buffers: said.append("normalisation means and variances (buffers)")
+        said = (
+            [f"{what} of n = {self.n_examples}" + (": follows from a single example" if self.n_examples == 1 else "")]
+            if self.tensors
+            else []
+        )
+        if self.buffers:
+            said.append("normalisation means and variances (buffers)")
         said += [name for name in ("labels", "hyperparams", "statistics") if getattr(self, name) is not None]
         return ", ".join(said)
 
-    def __repr__(self): return f"ClientUpdate(client {self.client}, {self.failure or self.discloses}, {self.n_bytes:,} bytes)"
+    def __repr__(self):
+        return f"ClientUpdate(client {self.client}, {self.failure or self.discloses}, {self.n_bytes:,} bytes)"
 
     def _repr_html_(self):
-        rows = [("client", self.client), ("kind", self.kind), ("examples", self.n_examples), ("tensors", len(self.tensors)),
-                ("L2 norm", f"{_norm(self.tensors):.4g}"), ("bytes", f"{self.n_bytes:,}"), ("discloses", self.discloses)]
+        rows = [
+            ("client", self.client),
+            ("kind", self.kind),
+            ("examples", self.n_examples),
+            ("tensors", len(self.tensors)),
+            ("L2 norm", f"{_norm(self.tensors):.4g}"),
+            ("bytes", f"{self.n_bytes:,}"),
+            ("discloses", self.discloses),
+        ]
         return _html("ClientUpdate", rows + ([("failure", self.failure)] if self.failure else []))
 
 # %% ../../nbs/federated/01_messages.ipynb #aa5ba03f
@@ -112,6 +145,8 @@ def as_delta(
     lr: float | None = None,  # step size, needed for a gradient
 ) -> ClientUpdate:
     "The update as a change of parameters: a delta stays as it is, a gradient g becomes -lr g."
-    if update.kind == "delta": return update
-    if lr is None or lr <= 0: raise FedgalError(f"client {update.client} sent a gradient: as_delta needs a positive lr, not {lr}")
+    if update.kind == "delta":
+        return update
+    if lr is None or lr <= 0:
+        raise FedgalError(f"client {update.client} sent a gradient: as_delta needs a positive lr, not {lr}")
     return replace(update, kind="delta", tensors={n: -lr * g for n, g in update.tensors.items()})

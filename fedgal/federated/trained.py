@@ -29,6 +29,7 @@ from ..stats.space import RFF, Space
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
     "The artifacts of `10_data` and `20_train`, loaded."
+
     data: Dataset
     split: Split
     model: SplitModel  # global, in evaluation mode; where there is none, the one that all clients started from
@@ -38,7 +39,13 @@ class TrainedRun:
 
     def space(self, level: str) -> Space:
         "The tag of these encoders' features; both trainable levels end in a ReLU."
-        return Space(f"{'clients' if self.personal else 'global'} {self.key[:8]}", level, False, level != "projected", self.model.dims[level])
+        return Space(
+            f"{'clients' if self.personal else 'global'} {self.key[:8]}",
+            level,
+            False,
+            level != "projected",
+            self.model.dims[level],
+        )
 
     @property
     def with_model(self) -> list[int]:
@@ -55,10 +62,19 @@ def load_run(stage) -> TrainedRun:  # a stage with `10_data` and `20_train` amon
     "Data, split and models."
     folder, d, t = stage.input("20_train"), stage.upstream("10_data"), stage.upstream("20_train")
     data, split = load_dataset(d["dataset"], d["seed"]), Split.load(stage.input("10_data"))
-    model = build_model(t["model"], data.in_shape, data.n_classes, head=t["head"], norm=t["norm"], generator=stream(0, "overwritten"))
+    model = build_model(
+        t["model"], data.in_shape, data.n_classes, head=t["head"], norm=t["norm"], generator=stream(0, "overwritten")
+    )
     model.load_state_dict(load_tensors(folder / "model.safetensors"))
     clients = {int(k): t for k, t in by_first(load_tensors(folder / "clients.safetensors")).items()}
-    return TrainedRun(data, split, model.eval().requires_grad_(True), dict(sorted(clients.items())), stage.keys["20_train"], get_algorithm(t["algorithm"]).personal)
+    return TrainedRun(
+        data,
+        split,
+        model.eval().requires_grad_(True),
+        dict(sorted(clients.items())),
+        stage.keys["20_train"],
+        get_algorithm(t["algorithm"]).personal,
+    )
 
 # %% ../../nbs/federated/09_trained.ipynb #43f0b517
 def owners_in_turn(
@@ -68,14 +84,17 @@ def owners_in_turn(
     "The owners of every class, in turn over its samples."
     n, order = owned.sum(0), torch.argsort(y, stable=True)
     count = torch.bincount(y, minlength=len(n))
-    rank = torch.empty_like(y).index_copy(0, order, torch.arange(len(y)) - (count.cumsum(0) - count)[y[order]])    # position within its class
+    rank = torch.empty_like(y).index_copy(
+        0, order, torch.arange(len(y)) - (count.cumsum(0) - count)[y[order]]
+    )  # position within its class
     owners = torch.argsort((~owned).byte(), dim=0, stable=True)  # [K, C], those of a class first
     return torch.where(n[y] > 0, owners[rank % n[y].clamp(min=1), y], -1)
 
 # %% ../../nbs/federated/09_trained.ipynb #c696898b
 def client_model(run: TrainedRun, client: int) -> SplitModel | None:
     "The model a client held after the last round, or None if its update was rejected."
-    if client not in run.clients: return None
+    if client not in run.clients:
+        return None
     model = copy.deepcopy(run.model)
     model.load_state_dict(run.clients[client])
     return model.eval()
@@ -88,9 +107,11 @@ def pass_through(
     step: Callable,  # (model, rows) -> [n, d] features of that level
 ) -> Tensor:  # [N, d]
     "Rows through the global model, or each through the model of its client."
-    if not run.personal: return step(run.model, rows)
+    if not run.personal:
+        return step(run.model, rows)
     out = torch.zeros(len(rows), run.model.dims[level])
-    for k in client.unique().tolist(): out[client == k] = step(client_model(run, k), rows[client == k])
+    for k in client.unique().tolist():
+        out[client == k] = step(client_model(run, k), rows[client == k])
     return out
 
 # %% ../../nbs/federated/09_trained.ipynb #b145bbe1
@@ -135,22 +156,40 @@ def view_statistics(
 ) -> ClassStatistics:
     "Class statistics in which all views of an image count as one sample."
     s = ClassStatistics.from_features(z, y, n_classes, space, rff)
-    if views == 1: return s
-    return replace(s, count=s.count / views, sum=s.sum / views, second=s.second / views, fourier=None if s.fourier is None else s.fourier / views)
+    if views == 1:
+        return s
+    return replace(
+        s,
+        count=s.count / views,
+        sum=s.sum / views,
+        second=s.second / views,
+        fourier=None if s.fourier is None else s.fourier / views,
+    )
 
 def told_by(s: ClassStatistics, views: int = 1) -> str:
     "What the receiver of a client's statistics learns beyond averages, in words for the ledger."
-    if views == 1: return "; ".join(s.disclosures()) or "sums over several samples"
+    if views == 1:
+        return "; ".join(s.disclosures()) or "sums over several samples"
     pick = lambda mask: ", ".join(map(str, torch.nonzero(mask)[:, 0].tolist()))
     one, few = s.count.round() == 1, s.present & (s.count * views <= s.space.dim)
-    notes = [(one, "n = 1: the mean is that of the views of one sample"), (few, f"at most {s.space.dim} views: the covariance gives the subspace spanned by the samples and their views")]
-    return "; ".join([f"label counts of {int(s.present.sum())} classes", *(f"{text} (class {pick(mask)})" for mask, text in notes if mask.any())])
+    notes = [
+        (one, "n = 1: the mean is that of the views of one sample"),
+        (few, f"at most {s.space.dim} views: the covariance gives the subspace spanned by the samples and their views"),
+    ]
+    return "; ".join(
+        [
+            f"label counts of {int(s.present.sum())} classes",
+            *(f"{text} (class {pick(mask)})" for mask, text in notes if mask.any()),
+        ]
+    )
 
 # %% ../../nbs/federated/09_trained.ipynb #f6349e77
 def held_out(
     run: TrainedRun,
     level: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # features [N, d], labels [N], and whose encoder saw them [N] (None: the global one)
+) -> tuple[
+    Tensor, Tensor, Tensor | None
+]:  # features [N, d], labels [N], and whose encoder saw them [N] (None: the global one)
     "The balanced test set at a level; where every client has its own encoder, the owners of a class look at its samples in turn."
     x, y = run.data.x_test, run.data.y_test
     client = owners_in_turn(y, run.owned)
@@ -166,7 +205,10 @@ def lift(
 ) -> Tensor:  # [N, d_high]
     "Generated features at level high; where every client has its own model, the owners of a class lift its features in turn."
     client = owners_in_turn(y, run.owned)
-    if run.personal and (client < 0).any(): raise FedgalError(f"features of classes {y[client < 0].unique().tolist()}, which no client with a model owns; leave them out of the bank")
+    if run.personal and (client < 0).any():
+        raise FedgalError(
+            f"features of classes {y[client < 0].unique().tolist()}, which no client with a model owns; leave them out of the bank"
+        )
     return pass_through(run, z, client, "high", lambda m, v: encode_from(m, v, level))
 
 # %% ../../nbs/federated/09_trained.ipynb #127c2434

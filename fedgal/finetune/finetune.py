@@ -17,8 +17,15 @@ from ..federated.checkpoint import FederationConfig
 from ..federated.clients import MultiStepClient
 from ..federated.local import LocalConfig
 from ..federated.loop import FederationResult, fit
-from .mix import (
-    BANKED, SAMPLING, as_they_come, balance_weights, client_weights, mix_with_bank, union_prior)
+from fedgal.finetune.mix import (
+    BANKED,
+    SAMPLING,
+    as_they_come,
+    balance_weights,
+    client_weights,
+    mix_with_bank,
+    union_prior,
+)
 from .moving_encoder import Mixed, mixed_rows
 from ..generators.base import Bank
 from ..models.losses.base import balanced_softmax, cross_entropy
@@ -30,6 +37,7 @@ from ..stats.space import Space
 @dataclass(frozen=True)
 class FinetuneConfig:
     "How every arm is fine-tuned."
+
     level: str = "low"  # what is generated, and below which the model is frozen
     where: str = "clients"  # "clients" or "server"
     rounds: int = 20
@@ -46,15 +54,28 @@ class FinetuneConfig:
     views: int = 1  # rows of real features for each sample
 
     def __post_init__(self):
-        if self.level not in ("low", "high"): raise FedgalError(f"finetune level {self.level!r}: 'low' or 'high'; above 'projected' there is nothing to train")
-        if self.sampling != "balanced" and self.where == "server": raise FedgalError(f"sampling {self.sampling!r} mixes real features with the bank, and the server has none; set where = 'clients'")
-        if self.sampling not in SAMPLING: raise FedgalError(f"finetune sampling = {self.sampling!r}: one of {', '.join(SAMPLING)}{did_you_mean(self.sampling, SAMPLING)}")
-        if self.consistency and not self.encoder_lr: raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
-        if self.where not in ("clients", "server"): raise FedgalError(f"finetune where = {self.where!r}: 'clients' or 'server'")
+        if self.level not in ("low", "high"):
+            raise FedgalError(
+                f"finetune level {self.level!r}: 'low' or 'high'; above 'projected' there is nothing to train"
+            )
+        if self.sampling != "balanced" and self.where == "server":
+            raise FedgalError(
+                f"sampling {self.sampling!r} mixes real features with the bank, and the server has none; set where = 'clients'"
+            )
+        if self.sampling not in SAMPLING:
+            raise FedgalError(
+                f"finetune sampling = {self.sampling!r}: one of {', '.join(SAMPLING)}{did_you_mean(self.sampling, SAMPLING)}"
+            )
+        if self.consistency and not self.encoder_lr:
+            raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
+        if self.where not in ("clients", "server"):
+            raise FedgalError(f"finetune where = {self.where!r}: 'clients' or 'server'")
         if not 0 < self.ratio <= 1: raise FedgalError(f"synthetic ratio {self.ratio}: above 0 and at most 1")
-        if self.which not in ("uniform", "own", "missing"): raise FedgalError(f"classes of the bank {self.which!r}: 'uniform', 'own' or 'missing'")
+        if self.which not in ("uniform", "own", "missing"):
+            raise FedgalError(f"classes of the bank {self.which!r}: 'uniform', 'own' or 'missing'")
 
-    def local(self) -> LocalConfig: return LocalConfig(batch_size=self.batch_size, lr=self.lr, momentum=self.momentum, steps=self.steps)
+    def local(self) -> LocalConfig:
+        return LocalConfig(batch_size=self.batch_size, lr=self.lr, momentum=self.momentum, steps=self.steps)
 
 # %% ../../nbs/finetune/03_finetune.ipynb #71ef03d3
 def arm_clients(
@@ -67,18 +88,40 @@ def arm_clients(
     config: FinetuneConfig,
 ) -> list[MultiStepClient]:
     "The clients of one arm; on the server there is one, and its id is 0."
-    if (arm in BANKED) != (bank is not None): raise FedgalError(f"arm {arm!r} {'needs a' if arm in BANKED else 'takes no'} bank")
+    if (arm in BANKED) != (bank is not None):
+        raise FedgalError(f"arm {arm!r} {'needs a' if arm in BANKED else 'takes no'} bank")
     slow, out = config.encoder_lr > 0, []
     if config.where == "server":
-        inputs, labels, config = [torch.cat(inputs)], [torch.cat(labels)], replace(config, which="uniform")    # the server has no classes of its own
-        if bank is not None: inputs, labels = [inputs[0][:0]], [labels[0][:0]]
+        inputs, labels, config = (
+            [torch.cat(inputs)],
+            [torch.cat(labels)],
+            replace(config, which="uniform"),
+        )  # the server has no classes of its own
+        if bank is not None:
+            inputs, labels = [inputs[0][:0]], [labels[0][:0]]
     for k, (v, y) in enumerate(zip(inputs, labels, strict=True)):
         given, n = bank.get(k) if isinstance(bank, dict) else bank, torch.bincount(y) if counts is None else counts
-        if len(y) == 0 and (given is None or config.which == "own"): continue    # nothing to learn from
-        z, w = (mixed_rows(v, None, model, config.level, config.consistency > 0) if slow else v), torch.full((len(y),), 1 / max(len(y), 1)) if as_they_come(arm, config.sampling) else balance_weights(y, n)
+        if len(y) == 0 and (given is None or config.which == "own"):
+            continue  # nothing to learn from
+        z, w = (
+            (mixed_rows(v, None, model, config.level, config.consistency > 0) if slow else v),
+            torch.full((len(y),), 1 / max(len(y), 1)) if as_they_come(arm, config.sampling) else balance_weights(y, n),
+        )
         if given is not None:
-            extra = Bank(mixed_rows(None, given.z, model, config.level), given.y, _wide(given, model), given.generator, given.n_classes) if slow else given
-            z, y, w = mix_with_bank(z, y, extra, n, config.ratio, config.which, config.sampling, config.pseudo, config.views)
+            extra = (
+                Bank(
+                    mixed_rows(None, given.z, model, config.level),
+                    given.y,
+                    _wide(given, model),
+                    given.generator,
+                    given.n_classes,
+                )
+                if slow
+                else given
+            )
+            z, y, w = mix_with_bank(
+                z, y, extra, n, config.ratio, config.which, config.sampling, config.pseudo, config.views
+            )
         out.append(MultiStepClient(k, z, y, config.local(), sample_weights=w))
     return out
 
@@ -94,11 +137,13 @@ def own_models(
 ) -> dict[int, SplitModel]:  # in evaluation mode
     "The clients' own models."
     out = {k: copy.deepcopy(model).eval() for k in sorted(own)}
-    for k, m in out.items(): m.load_state_dict({**own[k], **(changed or {}).get(k, {})})
+    for k, m in out.items():
+        m.load_state_dict({**own[k], **(changed or {}).get(k, {})})
     return out
 
 # %% ../../nbs/finetune/03_finetune.ipynb #a9568120
-def _in_model(name): return name.removeprefix("model.")    # `Mixed` holds the whole model, a view the parts by their names
+def _in_model(name):
+    return name.removeprefix("model.")  # `Mixed` holds the whole model, a view the parts by their names
 
 def finetune(
     arm: str,
@@ -115,24 +160,48 @@ def finetune(
     own: dict[int, Tensors] | None = None,  # client -> the state of its own model, where nothing is averaged
 ) -> tuple[SplitModel | dict[int, SplitModel], FederationResult | None]:
     "The model after one arm, or with `own` one for each client, and the federation that made it; `none` returns unchanged copies."
-    if own is not None and (config.consistency or config.sampling == "offset"): raise FedgalError("consistency and sampling 'offset' are made for one model of all clients; leave them at their defaults where every client has its own")
-    if own is not None and config.where != "clients": raise FedgalError("clients' own models are fine-tuned on the clients, where they are; set where = 'clients'")
+    if own is not None and (config.consistency or config.sampling == "offset"):
+        raise FedgalError(
+            "consistency and sampling 'offset' are made for one model of all clients; leave them at their defaults where every client has its own"
+        )
+    if own is not None and config.where != "clients":
+        raise FedgalError("clients' own models are fine-tuned on the clients, where they are; set where = 'clients'")
     model = copy.deepcopy(model)
-    if arm == "none": return (model if own is None else own_models(model, own)), None
+    if arm == "none":
+        return (model if own is None else own_models(model, own)), None
     for b in bank.values() if isinstance(bank, dict) else [] if bank is None else [bank]:
-        if (b.space.level, b.space.dim) != (config.level, model.dims[config.level]): raise FedgalError(f"the bank lives at {b.space}, the arm is fine-tuned at level {config.level} with {model.dims[config.level]} dimensions")
+        if (b.space.level, b.space.dim) != (config.level, model.dims[config.level]):
+            raise FedgalError(
+                f"the bank lives at {b.space}, the arm is fine-tuned at level {config.level} with {model.dims[config.level]} dimensions"
+            )
     part = Mixed(model, config.level, config.encoder_lr) if config.encoder_lr > 0 else model.view(config.level)
     prior = OwnPrior(len(counts)) if own is not None else lambda out, y: balanced_softmax(out.logits, y, counts)
-    told = union_prior(counts, bank, config.ratio, config.pseudo) if config.sampling == "offset" and isinstance(bank, Bank) else None
-    real = max(1 - config.ratio, 1e-9) if bank is not None else 1    # share of rows that can drift
-    plain = lambda out, y: cross_entropy(out.logits, y, told) + (config.consistency * out.drift / real if config.consistency else 0)
+    told = (
+        union_prior(counts, bank, config.ratio, config.pseudo)
+        if config.sampling == "offset" and isinstance(bank, Bank)
+        else None
+    )
+    real = max(1 - config.ratio, 1e-9) if bank is not None else 1  # share of rows that can drift
+    plain = lambda out, y: (
+        cross_entropy(out.logits, y, told) + (config.consistency * out.drift / real if config.consistency else 0)
+    )
     run = (seed, engine, prior if arm == "refit_prior" else plain, evaluate, checkpoint)
-    federation = FederationConfig(rounds=config.rounds, eval_every=config.rounds, algorithm="fedavg" if own is None else "local")
+    federation = FederationConfig(
+        rounds=config.rounds, eval_every=config.rounds, algorithm="fedavg" if own is None else "local"
+    )
     clients = arm_clients(arm, model, inputs, labels, bank, counts if own is None else None, config)
     if own is None:
-        result = fit(part, clients, federation, *run, weights=client_weights(arm, labels, counts, config.sampling) if config.where == "clients" else None)
+        result = fit(
+            part,
+            clients,
+            federation,
+            *run,
+            weights=client_weights(arm, labels, counts, config.sampling) if config.where == "clients" else None,
+        )
         result.load(part)
         return model.eval(), result
     starts = {k: {n: t[_in_model(n)] for n in part.state_dict()} for k, t in own.items()}
     result = fit(part, [c for c in clients if c.id in own], federation, *run, own=starts)
-    return own_models(model, own, {k: {_in_model(n): t for n, t in ts.items()} for k, ts in result.client_parameters.items()}), result
+    return own_models(
+        model, own, {k: {_in_model(n): t for n, t in ts.items()} for k, ts in result.client_parameters.items()}
+    ), result

@@ -18,7 +18,10 @@ from ..models.losses.base import class_log_prior, class_weights, mixed_prior
 ONE_HEAD = ("logit_adjust", "tau_norm", "fedncm", "fed3r", "lda", "ccvr")  # arms that make one classifier for all
 
 # %% ../../nbs/finetune/01_mix.ipynb #d65ed585
-ADJUSTED = {"refit_plain_adjusted": "refit_plain", "generator_adjusted": "generator"}    # the arm whose logits are corrected for the prior of what it saw
+ADJUSTED = {
+    "refit_plain_adjusted": "refit_plain",
+    "generator_adjusted": "generator",
+}  # the arm whose logits are corrected for the prior of what it saw
 ARMS = ("none", "refit", "refit_plain", "refit_prior", *REPAIRS, "ccvr", "gaussian", "generator", *ADJUSTED, "oracle")
 SAMPLING = ("balanced", "plain", "offset")
 BANKED = ("ccvr", "gaussian", "generator", "oracle")
@@ -58,7 +61,10 @@ def client_weights(
     sampling: str = "balanced",  # see `FinetuneConfig`
 ) -> dict[int, float]:  # client -> its weight in the average
     "Weights under which the clients' own balanced draws are balanced over all clients: the sum of 1 / N_y over its samples."
-    share = {k: float(len(y)) if as_they_come(arm, sampling) else float((1.0 / counts.double()[y]).sum()) for k, y in enumerate(labels)}
+    share = {
+        k: float(len(y)) if as_they_come(arm, sampling) else float((1.0 / counts.double()[y]).sum())
+        for k, y in enumerate(labels)
+    }
     return {k: max(v, 1e-12) for k, v in share.items()}
 
 # %% ../../nbs/finetune/01_mix.ipynb #mixbank0
@@ -76,12 +82,19 @@ def mix_with_bank(
     "Real features and a bank, with weights that give both their share."
     of_class, mine = bank.counts(), torch.bincount(y, minlength=bank.n_classes) > 0
     used = (of_class > 0) & (mine if which == "own" else ~mine if which == "missing" else torch.ones_like(mine))
-    if sampling == "plain": return torch.cat([z, bank.z]), torch.cat([y, bank.y]), torch.cat([torch.full((len(y),), 1 / views), used[bank.y].float()]) / (len(y) / views + used[bank.y].sum())
+    if sampling == "plain":
+        return (
+            torch.cat([z, bank.z]),
+            torch.cat([y, bank.y]),
+            torch.cat([torch.full((len(y),), 1 / views), used[bank.y].float()]) / (len(y) / views + used[bank.y].sum()),
+        )
     q = used * (class_weights(counts, pseudo) if sampling == "offset" else 1.0)
     wb = (q[bank.y] / of_class.double()[bank.y] / q.sum().clamp(min=1e-30)).float()
     wr = torch.full((len(y),), 1 / max(len(y), 1)) if sampling == "offset" else balance_weights(y, counts)
-    if not used.any() and len(y): return z, y, wr
-    if len(y) == 0: return bank.z, bank.y, wb
+    if not used.any() and len(y):
+        return z, y, wr
+    if len(y) == 0:
+        return bank.z, bank.y, wb
     return torch.cat([z, bank.z]), torch.cat([y, bank.y]), torch.cat([(1 - ratio) * wr, ratio * wb])
 
 # %% ../../nbs/finetune/01_mix.ipynb #70dc3cd5
@@ -91,9 +104,10 @@ def nearest(
     keep: float = 1.0,  # share of each class that stays
 ) -> Bank:
     "The features of every class that are most like its mean, by cosine; at least one of each."
-    if keep == 1: return bank
+    if keep == 1:
+        return bank
     like = torch.cosine_similarity(bank.z, means.float().nan_to_num()[bank.y], dim=1)
-    order = torch.argsort(bank.y.double() * 4 - like.double(), stable=True)    # by class, then most alike first
+    order = torch.argsort(bank.y.double() * 4 - like.double(), stable=True)  # by class, then most alike first
     y = bank.y[order]
     counts = bank.counts()
     rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y]

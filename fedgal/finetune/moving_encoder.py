@@ -15,12 +15,15 @@ from ..models.split import SplitModel
 # %% ../../nbs/finetune/02_moving_encoder.ipynb #3e8a8746
 class Moved(NamedTuple):
     "What `Mixed` answers."
+
     logits: Tensor  # [B, C]
     drift: Tensor  # [B] mean squared distance of a real feature from the frozen encoder's; 0 for a bank row
 
 class Mixed(nn.Module):
     "Rows of (flat image, feature, mark): real rows pass the whole model, bank rows enter at the level; the feature of a real row is what the frozen encoder saw, and needed for the drift alone."
-    def __init__(self,
+
+    def __init__(
+        self,
         model: SplitModel,
         level: str,  # "low" or "high"
         encoder_lr: float,  # relative learning rate of the part below the level
@@ -33,11 +36,12 @@ class Mixed(nn.Module):
         "Training mode, except for normalisation below the level: rows of a bank have no image to take statistics from."
         super().train(mode)
         self.model.low.eval()
-        if self.level == "high": self.model.high.eval()
+        if self.level == "high":
+            self.model.high.eval()
         return self
 
     def forward(self, rows: Tensor):  # [B, pixels + d + 1]
-        x, z, is_bank = rows[:, :-self.d - 1], rows[:, -self.d - 1:-1], rows[:, -1:]
+        x, z, is_bank = rows[:, : -self.d - 1], rows[:, -self.d - 1 : -1], rows[:, -1:]
         own = getattr(self.model(x.view(-1, *self.model.in_shape)), self.level)
         own = self.scale * own + (1 - self.scale) * own.detach()
         drift = torch.where(is_bank[:, 0] > 0.5, 0, (own - z).square().mean(1))
@@ -52,6 +56,17 @@ def mixed_rows(
 ) -> Tensor:  # [n + m, pixels + d + 1]
     "Input rows for `Mixed`."
     pixels, parts = int(torch.tensor(model.in_shape).prod()), []
-    if x is not None: parts.append(torch.cat([x.flatten(1), encode(model, x, level) if drifts else torch.zeros(len(x), model.dims[level]), torch.zeros(len(x), 1)], 1))
-    if z is not None: parts.append(torch.cat([torch.zeros(len(z), pixels), z, torch.ones(len(z), 1)], 1))
+    if x is not None:
+        parts.append(
+            torch.cat(
+                [
+                    x.flatten(1),
+                    encode(model, x, level) if drifts else torch.zeros(len(x), model.dims[level]),
+                    torch.zeros(len(x), 1),
+                ],
+                1,
+            )
+        )
+    if z is not None:
+        parts.append(torch.cat([torch.zeros(len(z), pixels), z, torch.ones(len(z), 1)], 1))
     return torch.cat(parts)

@@ -21,7 +21,7 @@ __all__ = ['ABSENT', 'REPAIRS', 'linear_head', 'ShiftedHead', 'logit_adjust', 'l
            'ccvr_moments', 'Repair', 'get_repair', 'repair', 'load_repaired']
 
 # %% ../../nbs/finetune/04_repairs.ipynb #5c6bd26c
-ABSENT = -1e9    # bias of a class without samples
+ABSENT = -1e9  # bias of a class without samples
 
 def linear_head(
     weight: Tensor,  # [C, d]
@@ -29,7 +29,8 @@ def linear_head(
     present: Tensor,  # [C] bool
 ) -> nn.Linear:
     "A linear layer with these weights, float32; a class that is not present never wins, by a finite bias."
-    with torch.random.fork_rng(devices=[]): head = nn.Linear(*weight.shape[::-1])
+    with torch.random.fork_rng(devices=[]):
+        head = nn.Linear(*weight.shape[::-1])
     with torch.no_grad():
         head.weight.copy_(torch.where(present[:, None], weight, 0.0))
         head.bias.copy_(torch.where(present, bias, ABSENT))
@@ -38,12 +39,14 @@ def linear_head(
 # %% ../../nbs/finetune/04_repairs.ipynb #7593dc53
 class ShiftedHead(nn.Module):
     "A head without bias, and a constant added to its logits."
+
     def __init__(self, head: nn.Module, shift: Tensor):
         super().__init__()
         self.head = head
         self.register_buffer("shift", shift)
 
-    def forward(self, z: Tensor) -> Tensor: return self.head(z) + self.shift  # [B, d] -> [B, C]
+    def forward(self, z: Tensor) -> Tensor:
+        return self.head(z) + self.shift  # [B, d] -> [B, C]
 
 def logit_adjust(
     head: nn.Module,  # not changed
@@ -53,8 +56,10 @@ def logit_adjust(
     "The same head with tau times the log class prior subtracted from its logits."
     fixed, log_prior = copy.deepcopy(head), tau * class_log_prior(counts)
     bias = getattr(last_layer(fixed), "bias", None)
-    if bias is None: return ShiftedHead(fixed, -log_prior.to(next(fixed.parameters())))
-    with torch.no_grad(): bias.sub_(log_prior.to(bias))
+    if bias is None:
+        return ShiftedHead(fixed, -log_prior.to(next(fixed.parameters())))
+    with torch.no_grad():
+        bias.sub_(log_prior.to(bias))
     return fixed
 
 def last_layer(head: nn.Module) -> nn.Module:
@@ -70,10 +75,13 @@ def tau_norm(
     fixed = copy.deepcopy(head)
     last = last_layer(fixed)
     if not isinstance(last, nn.Linear):
-        raise FedgalError(f"tau_norm rescales the rows of a linear layer, and {type(last).__name__} ignores their length; train with head = linear, or leave it out")
+        raise FedgalError(
+            f"tau_norm rescales the rows of a linear layer, and {type(last).__name__} ignores their length; train with head = linear, or leave it out"
+        )
     with torch.no_grad():
         last.weight.div_(last.weight.norm(dim=1, keepdim=True).clamp(min=1e-12) ** tau)
-        if last.bias is not None: last.bias.zero_()
+        if last.bias is not None:
+            last.bias.zero_()
     return fixed
 
 # %% ../../nbs/finetune/04_repairs.ipynb #db60dcef
@@ -83,7 +91,10 @@ def fedncm(
 ) -> nn.Linear:
     "Nearest class mean as a linear layer; a class without samples never wins, by a finite bias."
     mu = statistics.mean()
-    if cosine: return linear_head(mu / mu.norm(dim=1, keepdim=True).clamp(min=1e-12), torch.zeros_like(statistics.count), statistics.present)
+    if cosine:
+        return linear_head(
+            mu / mu.norm(dim=1, keepdim=True).clamp(min=1e-12), torch.zeros_like(statistics.count), statistics.present
+        )
     return linear_head(mu, -mu.square().sum(1) / 2, statistics.present)
 
 # %% ../../nbs/finetune/04_repairs.ipynb #62ebac21
@@ -93,12 +104,16 @@ def fed3r(
     normalise: bool = True,  # rows of equal length, against the prior
 ) -> nn.Linear:
     "Ridge regression on one-hot labels, solved in float64; a class without samples never wins, by a finite bias."
-    if lam <= 0: raise FedgalError(f"lam = {lam}: a ridge above 0 is needed, units that never fire leave the system singular")
+    if lam <= 0:
+        raise FedgalError(f"lam = {lam}: a ridge above 0 is needed, units that never fire leave the system singular")
     n, total = statistics.count, statistics.sum.sum(0)
-    A = torch.cat([torch.cat([statistics.second.sum(0), total[:, None]], 1), torch.cat([total, n.sum()[None]])[None]])  # [d + 1, d + 1]
+    A = torch.cat(
+        [torch.cat([statistics.second.sum(0), total[:, None]], 1), torch.cat([total, n.sum()[None]])[None]]
+    )  # [d + 1, d + 1]
     B = torch.cat([statistics.sum, n[:, None]], 1).T  # [d + 1, C]
     W = torch.linalg.solve(A + lam * torch.eye(len(A), dtype=A.dtype, device=A.device), B).T
-    if normalise: W = W / W[:, :-1].norm(dim=1, keepdim=True).clamp(min=1e-12)
+    if normalise:
+        W = W / W[:, :-1].norm(dim=1, keepdim=True).clamp(min=1e-12)
     return linear_head(W[:, :-1], W[:, -1], statistics.present)
 
 # %% ../../nbs/finetune/04_repairs.ipynb #d20890df
@@ -134,22 +149,34 @@ def ccvr_moments(
 @dataclass(frozen=True)
 class Repair:
     "A classifier that takes the place of the trained head without a training round."
+
     name: str
     summary: str
     reference: str
     function: Callable  # of the inputs named in `uses`, then its options
     uses: tuple[str, ...]  # of "head", "statistics", "counts"
 
-REPAIRS = {r.name: r for r in (
-    Repair("fedncm", "nearest class mean", "Legate et al., NeurIPS 2023", fedncm, ("statistics",)),
-    Repair("fed3r", "ridge regression on one-hot labels", "Fanì et al., ICML 2024", fed3r, ("statistics",)),
-    Repair("lda", "Gaussian classes with one covariance", "FedCGS, AAAI 2025", lda, ("statistics",)),
-    Repair("logit_adjust", "log prior subtracted from the logits", "Menon et al., ICLR 2021", logit_adjust, ("head", "counts")),
-    Repair("tau_norm", "rows of equal length, no bias", "Kang et al., ICLR 2020", tau_norm, ("head",)))}
+REPAIRS = {
+    r.name: r
+    for r in (
+        Repair("fedncm", "nearest class mean", "Legate et al., NeurIPS 2023", fedncm, ("statistics",)),
+        Repair("fed3r", "ridge regression on one-hot labels", "Fanì et al., ICML 2024", fed3r, ("statistics",)),
+        Repair("lda", "Gaussian classes with one covariance", "FedCGS, AAAI 2025", lda, ("statistics",)),
+        Repair(
+            "logit_adjust",
+            "log prior subtracted from the logits",
+            "Menon et al., ICLR 2021",
+            logit_adjust,
+            ("head", "counts"),
+        ),
+        Repair("tau_norm", "rows of equal length, no bias", "Kang et al., ICLR 2020", tau_norm, ("head",)),
+    )
+}
 
 def get_repair(name: str) -> Repair:
     "Look a repair up; an unknown name lists the known ones."
-    if name not in REPAIRS: raise FedgalError(f"unknown repair {name!r}{did_you_mean(name, REPAIRS)}; known: {', '.join(REPAIRS)}")
+    if name not in REPAIRS:
+        raise FedgalError(f"unknown repair {name!r}{did_you_mean(name, REPAIRS)}; known: {', '.join(REPAIRS)}")
     return REPAIRS[name]
 
 # %% ../../nbs/finetune/04_repairs.ipynb #01dead4d
@@ -164,10 +191,17 @@ def repair(
     r, given = get_repair(name), {"head": model.head, "statistics": statistics, "counts": counts}
     known = [p for p in signature(r.function).parameters if p not in r.uses]
     for o in options:
-        if o not in known: raise FedgalError(f"repair {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known)}")
+        if o not in known:
+            raise FedgalError(
+                f"repair {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known)}"
+            )
     for u in r.uses:
-        if given[u] is None: raise FedgalError(f"repair {name!r} needs {u}{' of level high' if u == 'statistics' else ''}, summed over all clients")
-    if "statistics" in r.uses: _check_space(statistics, model)
+        if given[u] is None:
+            raise FedgalError(
+                f"repair {name!r} needs {u}{' of level high' if u == 'statistics' else ''}, summed over all clients"
+            )
+    if "statistics" in r.uses:
+        _check_space(statistics, model)
     head, device = r.function(*(given[u] for u in r.uses), **options), next(model.parameters()).device
     fixed = copy.deepcopy(model)
     fixed.head = head.to(device)
@@ -176,7 +210,9 @@ def repair(
 def _check_space(statistics, model):
     s = statistics.space
     if (s.level, s.dim, s.normalised) != ("high", model.dims["high"], False):
-        raise FedgalError(f"a head takes raw features of level high with {model.dims['high']} dimensions; the statistics are of {s}")
+        raise FedgalError(
+            f"a head takes raw features of level high with {model.dims['high']} dimensions; the statistics are of {s}"
+        )
 
 # %% ../../nbs/finetune/04_repairs.ipynb #40dd25ed
 def load_repaired(
@@ -184,12 +220,20 @@ def load_repaired(
     tensors: dict[str, Tensor],  # state dict of an arm, repaired or not
 ) -> SplitModel:
     "A copy of the model with a saved state; its head takes the form in which it was saved."
-    fixed, saved = copy.deepcopy(model), {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
+    fixed, saved = (
+        copy.deepcopy(model),
+        {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")},
+    )
     shapes = lambda t: {n: tuple(v.shape) for n, v in t.items()}
     if shapes(saved) != shapes(fixed.head.state_dict()):
-        if saved.keys() == {"weight", "bias"}: fixed.head = linear_head(saved["weight"], saved["bias"], torch.ones(len(saved["bias"]), dtype=torch.bool))
-        elif "shift" in saved: fixed.head = ShiftedHead(fixed.head, saved["shift"].clone())
-        else: raise FedgalError(f"saved head {', '.join(sorted(saved))}: neither this model's ({', '.join(fixed.head.state_dict())}) nor a repair of it")
+        if saved.keys() == {"weight", "bias"}:
+            fixed.head = linear_head(saved["weight"], saved["bias"], torch.ones(len(saved["bias"]), dtype=torch.bool))
+        elif "shift" in saved:
+            fixed.head = ShiftedHead(fixed.head, saved["shift"].clone())
+        else:
+            raise FedgalError(
+                f"saved head {', '.join(sorted(saved))}: neither this model's ({', '.join(fixed.head.state_dict())}) nor a repair of it"
+            )
         fixed.head.to(next(model.parameters()).device)
     fixed.load_state_dict(tensors)
     return fixed

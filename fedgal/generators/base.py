@@ -25,6 +25,7 @@ __all__ = ['GENERATORS', 'FitTask', 'Generator', 'get_generator', 'make_config',
 @dataclass(frozen=True, eq=False)
 class FitTask:
     "What a generator is fitted to."
+
     space: Space
     n_classes: int
     statistics: ClassStatistics | None = None  # with RFF sums if a generator matches them
@@ -36,24 +37,32 @@ class FitTask:
 
     def __post_init__(self):
         s, T, C = self.statistics, len(self.teachers), self.n_classes
-        if s is not None: self.space.check(s.space)
-        if s is not None and s.n_classes != C: raise FedgalError(f"statistics of {s.n_classes} classes for a task of {C}")
-        for z, y in self.latents: check_features(z, y, C, self.space)
+        if s is not None:
+            self.space.check(s.space)
+        if s is not None and s.n_classes != C:
+            raise FedgalError(f"statistics of {s.n_classes} classes for a task of {C}")
+        for z, y in self.latents:
+            check_features(z, y, C, self.space)
         w = torch.ones(T, C) if self.teacher_weights is None else self.teacher_weights.float()
-        if w.shape != (T, C) or (w < 0).any(): raise FedgalError(f"teacher_weights {tuple(w.shape)}: [{T}, {C}] numbers >= 0 are needed, a row a teacher")
+        if w.shape != (T, C) or (w < 0).any():
+            raise FedgalError(f"teacher_weights {tuple(w.shape)}: [{T}, {C}] numbers >= 0 are needed, a row a teacher")
         object.__setattr__(self, "teacher_weights", w / w.sum(0).clamp(min=1e-12))
 
-    def rng(self, purpose: str) -> torch.Generator: return stream(self.seed, f"generator {purpose}")
+    def rng(self, purpose: str) -> torch.Generator:
+        return stream(self.seed, f"generator {purpose}")
 
     def require(self, *names: str) -> None:
         "Raise unless the named inputs are there."
         for n in names:
             if not (getattr(self, n) is not None and (n == "statistics" or len(getattr(self, n)))):
-                raise FedgalError(f"this generator needs {n}, and the task has none; run the stage that makes them, or choose a generator that does without")
+                raise FedgalError(
+                    f"this generator needs {n}, and the task has none; run the stage that makes them, or choose a generator that does without"
+                )
 
 # %% ../../nbs/generators/01_base.ipynb #04443bdf
 class Generator(ABC):
     "Makes features of one space for given labels."
+
     name = ""
     trained_on = "server"  # or "client", "federated", "pooled": who saw what it was fitted to; "pooled" needs real features in one place
     Config: type = None  # frozen dataclass of options
@@ -62,16 +71,28 @@ class Generator(ABC):
         self.space, self.n_classes, self.config = space, n_classes, config or self.Config()
 
     @abstractmethod
-    def fit(self, task: FitTask) -> list[dict]: "Fit to a task; rows of the loss history."
+    def fit(self, task: FitTask) -> list[dict]:
+        "Fit to a task; rows of the loss history."
+
     @abstractmethod
-    def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor: "Features [N, dim], float32, one for each label."
+    def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        "Features [N, dim], float32, one for each label."
+
     @abstractmethod
-    def state(self) -> dict[str, Tensor]: "Everything that `sample` needs, as named tensors."
+    def state(self) -> dict[str, Tensor]:
+        "Everything that `sample` needs, as named tensors."
+
     @abstractmethod
-    def load_state(self, tensors: dict[str, Tensor]) -> None: "Take a state back."
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        "Take a state back."
 
     def meta(self) -> dict:
-        return {"generator": self.name, "space": self.space.to_dict(), "n_classes": self.n_classes, "config": asdict(self.config)}
+        return {
+            "generator": self.name,
+            "space": self.space.to_dict(),
+            "n_classes": self.n_classes,
+            "config": asdict(self.config),
+        }
 
     @classmethod
     def from_state(cls, meta: dict, tensors: dict[str, Tensor]) -> Generator:
@@ -79,20 +100,34 @@ class Generator(ABC):
         g.load_state(tensors)
         return g
 
-    def save(self, path: Path) -> None: save_tensors(path, self.state(), self.meta())
+    def save(self, path: Path) -> None:
+        save_tensors(path, self.state(), self.meta())
 
 # %% ../../nbs/generators/01_base.ipynb #cf788911
-GENERATORS = {"gaussian": "fedgal.generators.gaussian:Gaussian", "safs": "fedgal.generators.safs:SAFS", "fedgen": "fedgal.generators.fedgen:FedGen",
-              "fedgen_pfllib": "fedgal.generators.fedgen:FedGenPFL", "mlp": "fedgal.generators.mlp:MLP",
-              "smote": "fedgal.generators.resample:Smote", "transplant": "fedgal.generators.resample:Transplant",
-              "diffusion": "fedgal.generators.latent_diffusion:Diffusion", "diffusion_pooled": "fedgal.generators.latent_diffusion:DiffusionPooled",
-              "gald": "fedgal.generators.latent_diffusion:Gald", "gald_pooled": "fedgal.generators.latent_diffusion:GaldPooled", "ldmlr": "fedgal.generators.ldmlr:LDMLR"}
+GENERATORS = {
+    "gaussian": "fedgal.generators.gaussian:Gaussian",
+    "safs": "fedgal.generators.safs:SAFS",
+    "fedgen": "fedgal.generators.fedgen:FedGen",
+    "fedgen_pfllib": "fedgal.generators.fedgen:FedGenPFL",
+    "mlp": "fedgal.generators.mlp:MLP",
+    "smote": "fedgal.generators.resample:Smote",
+    "transplant": "fedgal.generators.resample:Transplant",
+    "diffusion": "fedgal.generators.latent_diffusion:Diffusion",
+    "diffusion_pooled": "fedgal.generators.latent_diffusion:DiffusionPooled",
+    "gald": "fedgal.generators.latent_diffusion:Gald",
+    "gald_pooled": "fedgal.generators.latent_diffusion:GaldPooled",
+    "ldmlr": "fedgal.generators.ldmlr:LDMLR",
+}
 
 def get_generator(name: str) -> type[Generator]:
     "The class behind a name."
-    if name not in GENERATORS: raise FedgalError(f"unknown generator {name!r}{did_you_mean(name, GENERATORS)}; known: {', '.join(sorted(GENERATORS))}")
+    if name not in GENERATORS:
+        raise FedgalError(
+            f"unknown generator {name!r}{did_you_mean(name, GENERATORS)}; known: {', '.join(sorted(GENERATORS))}"
+        )
     target = GENERATORS[name]
-    if not isinstance(target, str): return target
+    if not isinstance(target, str):
+        return target
     module, attribute = target.split(":")
     return getattr(import_module(module), attribute)
 
@@ -101,7 +136,10 @@ def make_config(name: str, **options):
     cls = get_generator(name)
     known = [f.name for f in fields(cls.Config)]
     for o in options:
-        if o not in known: raise FedgalError(f"generator {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known)}")
+        if o not in known:
+            raise FedgalError(
+                f"generator {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known)}"
+            )
     return cls.Config(**options)
 
 def make_generator(
@@ -122,20 +160,32 @@ def load_generator(path: Path) -> Generator:
 @dataclass(frozen=True, eq=False)
 class Bank:
     "Generated features with labels, their space, and who made them."
+
     z: Tensor  # [N, dim] float32
     y: Tensor  # [N] int64
     space: Space
     generator: str
     n_classes: int
 
-    def __post_init__(self): check_features(self.z, self.y, self.n_classes, self.space, real=False)
-    def __len__(self) -> int: return len(self.y)
+    def __post_init__(self):
+        check_features(self.z, self.y, self.n_classes, self.space, real=False)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
     @property
-    def n_bytes(self) -> int: return self.z.nbytes + self.y.nbytes
-    def counts(self) -> Tensor: return torch.bincount(self.y, minlength=self.n_classes)  # [C]
+    def n_bytes(self) -> int:
+        return self.z.nbytes + self.y.nbytes
+
+    def counts(self) -> Tensor:
+        return torch.bincount(self.y, minlength=self.n_classes)  # [C]
 
     def save(self, path: Path) -> None:
-        save_tensors(path, {"z": self.z, "y": self.y}, {"space": self.space.to_dict(), "generator": self.generator, "n_classes": self.n_classes})
+        save_tensors(
+            path,
+            {"z": self.z, "y": self.y},
+            {"space": self.space.to_dict(), "generator": self.generator, "n_classes": self.n_classes},
+        )
 
     @classmethod
     def load(cls, path: Path) -> Bank:
@@ -149,16 +199,25 @@ def make_bank(
     generator: torch.Generator,
 ) -> Bank:
     "Sample a bank, classes in order."
-    counts = torch.as_tensor(per_class).expand(gen.n_classes) if torch.as_tensor(per_class).ndim == 0 else torch.as_tensor(per_class)
-    if len(counts) != gen.n_classes or (counts < 0).any(): raise FedgalError(f"per_class = {per_class}: one number >= 0, or {gen.n_classes} of them")
+    counts = (
+        torch.as_tensor(per_class).expand(gen.n_classes)
+        if torch.as_tensor(per_class).ndim == 0
+        else torch.as_tensor(per_class)
+    )
+    if len(counts) != gen.n_classes or (counts < 0).any():
+        raise FedgalError(f"per_class = {per_class}: one number >= 0, or {gen.n_classes} of them")
     labels = torch.repeat_interleave(torch.arange(gen.n_classes), counts)
-    with torch.no_grad(): z = gen.sample(labels, generator)
+    with torch.no_grad():
+        z = gen.sample(labels, generator)
     return Bank(z.float(), labels, gen.space, gen.name, gen.n_classes)
 
 # %% ../../nbs/generators/01_base.ipynb #f69ccee9
 def require_known(labels: Tensor, known: Tensor) -> None:
     "Raise if features are asked for of classes that had no statistics."
     asked = torch.bincount(labels, minlength=len(known)) > 0
-    if len(asked) > len(known): raise FedgalError(f"label {int(labels.max())}, but the generator knows {len(known)} classes")
-    if (missing := torch.nonzero(asked & ~known)[:, 0].tolist()):
-        raise FedgalError(f"no statistics for class {', '.join(map(str, missing))}: no client owns a sample; leave the class out of the bank (per_class 0) or use another partition")
+    if len(asked) > len(known):
+        raise FedgalError(f"label {int(labels.max())}, but the generator knows {len(known)} classes")
+    if missing := torch.nonzero(asked & ~known)[:, 0].tolist():
+        raise FedgalError(
+            f"no statistics for class {', '.join(map(str, missing))}: no client owns a sample; leave the class out of the bank (per_class 0) or use another partition"
+        )

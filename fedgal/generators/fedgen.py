@@ -28,6 +28,7 @@ FORMS = ("authors", "pfllib")
 
 class Teaching(NamedTuple):
     "Whom to believe about a class, and how often to ask for it."
+
     weights: Tensor  # [T, C], each column sums to one
     labels: Tensor  # [C] sampling weights; 0: not asked for
 
@@ -37,8 +38,12 @@ def teaching(
 ) -> Teaching:
     "Label weights and label sampling of one round."
     n = counts.float()
-    if not n.sum() > 0: raise FedgalError(f"no client has seen a sample in these counts {list(counts.shape)}, so there is no class to teach a generator")
-    if form == "authors": return Teaching((1 + n) / (1 + n).sum(0), (n.amax(0) > 0).float())
+    if not n.sum() > 0:
+        raise FedgalError(
+            f"no client has seen a sample in these counts {list(counts.shape)}, so there is no class to teach a generator"
+        )
+    if form == "authors":
+        return Teaching((1 + n) / (1 + n).sum(0), (n.amax(0) > 0).float())
     return Teaching((n.sum(1, keepdim=True) / n.sum()).expand_as(n).contiguous(), n.sum(0))
 
 # %% ../../nbs/generators/05_fedgen.ipynb #c223d206
@@ -51,11 +56,16 @@ def stack_heads(
         states = [h.state_dict() for h in heads]
         return batched_view(heads[0], {n: torch.stack([s[n] for s in states]) for n in states[0]})
     for h in heads:
-        if isinstance(h, nn.Module): h.eval()
+        if isinstance(h, nn.Module):
+            h.eval()
     return lambda z: torch.stack([h(z).logits for h in heads])
 
 def _structure(head):
-    return (repr(head), str([(n, t.shape) for n, t in head.state_dict().items()])) if isinstance(head, nn.Module) else id(head)
+    return (
+        (repr(head), str([(n, t.shape) for n, t in head.state_dict().items()]))
+        if isinstance(head, nn.Module)
+        else id(head)
+    )
 
 # %% ../../nbs/generators/05_fedgen.ipynb #b5fb1171
 def batched_view(
@@ -63,7 +73,12 @@ def batched_view(
     tensors: Tensors,  # by the view's names, [T, ...]
 ) -> Callable[[Tensor], Tensor]:  # z [B, d] -> logits [T, B, C]
     "Many copies of a view, in evaluation mode, as one function."
-    if isinstance(view, LevelView) and view.level == "high" and isinstance(view.head, nn.Linear) and tensors.keys() == view.state_dict().keys():
+    if (
+        isinstance(view, LevelView)
+        and view.level == "high"
+        and isinstance(view.head, nn.Linear)
+        and tensors.keys() == view.state_dict().keys()
+    ):
         w = tensors["head.weight"]
         b = tensors["head.bias"].flatten() if "head.bias" in tensors else None
         return lambda z: F.linear(z, w.flatten(0, 1), b).unflatten(1, w.shape[:2]).transpose(0, 1)
@@ -74,7 +89,9 @@ def batched_view(
 # %% ../../nbs/generators/05_fedgen.ipynb #38664ff5
 class FedGenNet(nn.Module):
     "Noise and one-hot class, one hidden layer with batch normalisation, linear output."
-    def __init__(self,
+
+    def __init__(
+        self,
         n_classes: int,
         dim: int,  # of a feature
         noise: int = 32,
@@ -82,15 +99,20 @@ class FedGenNet(nn.Module):
     ):
         super().__init__()
         self.n_classes, self.noise = n_classes, noise
-        self.hidden, self.norm, self.out = nn.Linear(noise + n_classes, hidden), nn.BatchNorm1d(hidden), nn.Linear(hidden, dim)
+        self.hidden, self.norm, self.out = (
+            nn.Linear(noise + n_classes, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.Linear(hidden, dim),
+        )
 
-    def forward(self, noise: Tensor, y: Tensor) -> Tensor:    # [B, noise], [B] -> [B, dim]
+    def forward(self, noise: Tensor, y: Tensor) -> Tensor:  # [B, noise], [B] -> [B, dim]
         return self.out(self.norm(self.hidden(torch.cat([noise, F.one_hot(y, self.n_classes)], 1))).relu())
 
 # %% ../../nbs/generators/05_fedgen.ipynb #0e186729
 @dataclass(frozen=True)
 class FedGenConfig:
     "The generator and its training in one round; the authors' values."
+
     form: str = "authors"  # "authors" or "pfllib": who is asked what, and how answers are added up
     noise: int = 32
     hidden: int = 256
@@ -106,15 +128,20 @@ class FedGenConfig:
     def __post_init__(self):
         if self.form not in FORMS: raise FedgalError(f"form {self.form!r}: allowed are {', '.join(FORMS)}")
         if min(self.noise, self.hidden, self.steps, self.batch_size - 1) < 1:
-            raise FedgalError(f"noise {self.noise}, hidden {self.hidden} and steps {self.steps} must be at least 1, batch_size {self.batch_size} at least 2")
+            raise FedgalError(
+                f"noise {self.noise}, hidden {self.hidden} and steps {self.steps} must be at least 1, batch_size {self.batch_size} at least 2"
+            )
         if min(self.alpha, self.beta, self.eta, self.lr, self.weight_decay, self.lr_decay) < 0:
-            raise FedgalError(f"alpha {self.alpha}, beta {self.beta}, eta {self.eta}, lr {self.lr}, weight_decay {self.weight_decay}, "
-                              f"lr_decay {self.lr_decay}: all must be >= 0")
+            raise FedgalError(
+                f"alpha {self.alpha}, beta {self.beta}, eta {self.eta}, lr {self.lr}, weight_decay {self.weight_decay}, "
+                f"lr_decay {self.lr_decay}: all must be >= 0"
+            )
 
 # %% ../../nbs/generators/05_fedgen.ipynb #89061013
 @dataclass(frozen=True)
 class FedGenPFLConfig(FedGenConfig):
     "The same with PFLlib's values."
+
     form: str = "pfllib"
     noise: int = 512
     hidden: int = 512
@@ -147,7 +174,7 @@ def label_cross_entropy(
     weights: Tensor,  # [T, C]
 ) -> Tensor:  # scalar
     "The teachers' cross-entropies, each weighted for the sample's class; mean over samples."
-    missed = logits.logsumexp(2) - logits[:, torch.arange(len(y), device=y.device), y]    # [T, B]
+    missed = logits.logsumexp(2) - logits[:, torch.arange(len(y), device=y.device), y]  # [T, B]
     return (weights[:, y] * missed).sum(0).mean()
 
 # %% ../../nbs/generators/05_fedgen.ipynb #6c76d990
@@ -162,13 +189,18 @@ def generator_terms(
 ) -> dict[str, Tensor]:
     "Every term of the loss, unweighted, and their weighted total."
     bar = ensemble_logits(logits, y, weights) if config.form == "pfllib" or config.beta else None
-    terms = {"teachers": F.cross_entropy(bar, y) if config.form == "pfllib" else label_cross_entropy(logits, y, weights)}
+    terms = {
+        "teachers": F.cross_entropy(bar, y) if config.form == "pfllib" else label_cross_entropy(logits, y, weights)
+    }
     total = config.alpha * terms["teachers"]
     if config.eta:
         terms["collapse"] = collapse(z, noise)
         total = total + config.eta * terms["collapse"]
     if config.beta:
-        if student is None: raise FedgalError(f"beta = {config.beta} weighs a student's divergence; give the global model's view, or set beta = 0")
+        if student is None:
+            raise FedgalError(
+                f"beta = {config.beta} weighs a student's divergence; give the global model's view, or set beta = 0"
+            )
         terms["student"] = F.kl_div(student.log_softmax(1), bar.softmax(1), reduction="none").mean()
         total = total - config.beta * terms["student"]
     return terms | {"total": total}
@@ -189,7 +221,10 @@ def pack(net: FedGenNet, adam: dict, labels: Tensor) -> Tensors:
     flat = {f"net.{n}": t.detach() for n, t in net.state_dict().items()} | {"labels": labels}
     for n, p in net.named_parameters():
         s = adam[p]
-        flat |= {f"first.{n}": s.get("exp_avg", torch.zeros_like(p)).detach(), f"second.{n}": s.get("exp_avg_sq", torch.zeros_like(p)).detach()}
+        flat |= {
+            f"first.{n}": s.get("exp_avg", torch.zeros_like(p)).detach(),
+            f"second.{n}": s.get("exp_avg_sq", torch.zeros_like(p)).detach(),
+        }
         flat["step"] = s.get("step", p.new_zeros(()).detach())
     return flat
 
@@ -197,7 +232,8 @@ def pack(net: FedGenNet, adam: dict, labels: Tensor) -> Tensors:
 def net_from(tensors: Tensors) -> FedGenNet:
     "The network in named tensors; they are copied."
     w, out, n_classes = tensors["net.hidden.weight"], tensors["net.out.weight"], len(tensors["labels"])
-    with torch.random.fork_rng(devices=[]): net = FedGenNet(n_classes, len(out), w.shape[1] - n_classes, len(w)).to(w.device)
+    with torch.random.fork_rng(devices=[]):
+        net = FedGenNet(n_classes, len(out), w.shape[1] - n_classes, len(w)).to(w.device)
     net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
     return net
 
@@ -208,7 +244,11 @@ def sent(tensors: Tensors) -> Tensors:
 def _adam(net, tensors, lr, weight_decay):
     optimiser = torch.optim.Adam(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     for n, p in net.named_parameters():
-        optimiser.state[p] = {"step": tensors["step"].clone(), "exp_avg": tensors[f"first.{n}"].clone(), "exp_avg_sq": tensors[f"second.{n}"].clone()}
+        optimiser.state[p] = {
+            "step": tensors["step"].clone(),
+            "exp_avg": tensors[f"first.{n}"].clone(),
+            "exp_avg_sq": tensors[f"second.{n}"].clone(),
+        }
     return optimiser
 
 # %% ../../nbs/generators/05_fedgen.ipynb #fe410653
@@ -223,65 +263,95 @@ def descend(
 ) -> tuple[Tensors, dict[str, Tensor]]:  # new tensors; each loss term, [steps]
     "`config.steps` steps of Adam against fixed heads."
     net, rows = net_from(tensors).train(), []
-    optimiser, params, device = _adam(net, tensors, lr, config.weight_decay), list(net.parameters()), net.out.weight.device
+    optimiser, params, device = (
+        _adam(net, tensors, lr, config.weight_decay),
+        list(net.parameters()),
+        net.out.weight.device,
+    )
     weights = taught.weights.to(device)
-    asked = torch.multinomial(taught.labels.cpu(), config.steps * config.batch_size, True, generator=rng).view(config.steps, -1)
+    asked = torch.multinomial(taught.labels.cpu(), config.steps * config.batch_size, True, generator=rng).view(
+        config.steps, -1
+    )
     for y in asked.to(device):
         noise = torch.rand(len(y), net.noise, generator=rng).to(device)
         z = net(noise, y)
-        terms = generator_terms(z, noise, y, heads(z), weights, config, student(z).logits if student and config.beta else None)
-        for p, g in zip(params, torch.autograd.grad(terms["total"], params), strict=True): p.grad = g    # heads get no gradient
+        terms = generator_terms(
+            z, noise, y, heads(z), weights, config, student(z).logits if student and config.beta else None
+        )
+        for p, g in zip(params, torch.autograd.grad(terms["total"], params), strict=True):
+            p.grad = g  # heads get no gradient
         optimiser.step()
         rows.append(torch.stack([*terms.values()]).detach())
     losses = torch.stack(rows)
     if (bad := (~losses.isfinite()).any(1).nonzero()).numel():
-        raise FedgalError(f"the generator's loss is not finite from step {int(bad[0])} on; lower lr ({lr:g}) or check the heads")
+        raise FedgalError(
+            f"the generator's loss is not finite from step {int(bad[0])} on; lower lr ({lr:g}) or check the heads"
+        )
     return pack(net, optimiser.state, taught.labels), dict(zip(terms, losses.T, strict=True))
 
 # %% ../../nbs/generators/05_fedgen.ipynb #6939a830
 @dataclass(frozen=True)
 class FedGenFitConfig(FedGenConfig):
     "Options of `fedgen`: as in a federation, with steps enough for one go."
+
     steps: int = 500
 
 # %% ../../nbs/generators/05_fedgen.ipynb #f0e2ca8b
 class FedGen(Generator):
     "FedGen fitted to fixed teachers; its authors' form by default."
+
     name, Config = "fedgen", FedGenFitConfig
 
     def fit(self, task: FitTask) -> list[dict]:
-        task.require("teachers"); self.space.check(task.space)
-        if self.space.normalised: raise FedgalError(f"{self.name} learns from heads, and heads take raw features; {task.space} is normalised")
+        task.require("teachers")
+        self.space.check(task.space)
+        if self.space.normalised:
+            raise FedgalError(f"{self.name} learns from heads, and heads take raw features; {task.space} is normalised")
         c, taught = self.config, self.taught(task)
-        if not taught.labels.sum() > 0: raise FedgalError(f"{self.name} needs a class with a teacher, and all teacher_weights are 0")
+        if not taught.labels.sum() > 0:
+            raise FedgalError(f"{self.name} needs a class with a teacher, and all teacher_weights are 0")
         start = init_generator(c, self.n_classes, self.space.dim, task.rng("weights"))
         self.tensors, losses = descend(start, stack_heads(list(task.teachers)), taught, c, task.rng("batches"), c.lr)
         every = max(1, c.steps // 20)
-        return [{"step": min(i + every, c.steps)} | {k: float(v[i:i + every].mean()) for k, v in losses.items()} for i in range(0, c.steps, every)]
+        return [
+            {"step": min(i + every, c.steps)} | {k: float(v[i : i + every].mean()) for k, v in losses.items()}
+            for i in range(0, c.steps, every)
+        ]
 
     def taught(self, task: FitTask) -> Teaching:
         "Weights of the teachers, and how often each class is asked for."
         w = task.teacher_weights
         known = (w.sum(0) > 0).float()
-        if self.config.form == "authors": return Teaching(w, known)
-        return Teaching(w / w.sum(0).clamp(min=1e-12), known if task.statistics is None else known * task.statistics.count.float())
+        if self.config.form == "authors":
+            return Teaching(w, known)
+        return Teaching(
+            w / w.sum(0).clamp(min=1e-12), known if task.statistics is None else known * task.statistics.count.float()
+        )
 
     @property
-    def known(self) -> Tensor: return self.tensors["labels"] > 0  # [C] bool: classes that somebody taught
+    def known(self) -> Tensor:
+        return self.tensors["labels"] > 0  # [C] bool: classes that somebody taught
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         asked = torch.bincount(labels, minlength=self.n_classes) > 0
-        if len(asked) > self.n_classes: raise FedgalError(f"label {int(labels.max())}, but the generator knows {self.n_classes} classes")
-        if (missing := torch.nonzero(asked & ~self.known)[:, 0].tolist()):
-            raise FedgalError(f"no teacher for class {', '.join(map(str, missing))}: {self.name} knows only what a head taught it; "
-                              "leave the class out of the bank (per_class 0) or lower n_min")
+        if len(asked) > self.n_classes:
+            raise FedgalError(f"label {int(labels.max())}, but the generator knows {self.n_classes} classes")
+        if missing := torch.nonzero(asked & ~self.known)[:, 0].tolist():
+            raise FedgalError(
+                f"no teacher for class {', '.join(map(str, missing))}: {self.name} knows only what a head taught it; "
+                "leave the class out of the bank (per_class 0) or lower n_min"
+            )
         net = net_from(self.tensors).eval()
         return net(torch.rand(len(labels), net.noise, generator=generator), labels)
 
-    def state(self) -> dict[str, Tensor]: return sent(self.tensors)
-    def load_state(self, tensors: dict[str, Tensor]) -> None: self.tensors = {n: t.clone() for n, t in tensors.items()}
+    def state(self) -> dict[str, Tensor]:
+        return sent(self.tensors)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = {n: t.clone() for n, t in tensors.items()}
 
 class FedGenPFL(FedGen):
     "FedGen in PFLlib's form, fitted to fixed teachers."
+
     name, Config = "fedgen_pfllib", FedGenPFLConfig

@@ -37,7 +37,7 @@ def unrectify(
         above = first * first / square > ratio
         low, high = torch.where(above, low, t), torch.where(above, t, high)
     s = mean / rectified_moments(t)[0]
-    plain = t > 29    # hardly any variance: the ReLU is never reached
+    plain = t > 29  # hardly any variance: the ReLU is never reached
     return torch.where(plain, mean, t * s), torch.where(plain, variance.sqrt(), s)
 
 # %% ../../nbs/generators/02_gaussian.ipynb #fbd42b50
@@ -45,7 +45,11 @@ def target_covariance(statistics: ClassStatistics, shrink: str | float, widen: f
     "Shrunk class covariances, with `kappa` of the calibrated radius, (1 + widen / N) times as large."
     if widen < 0 or kappa < 0: raise FedgalError(f"widen = {widen}, kappa = {kappa}: must be >= 0")
     cov = statistics.covariance(shrink)
-    size = statistics.radius("calibrated", kappa=kappa).square() / cov.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300) if kappa else 1
+    size = (
+        statistics.radius("calibrated", kappa=kappa).square() / cov.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
+        if kappa
+        else 1
+    )
     return cov * (size * (1 + widen / statistics.count.clamp(min=1)))[:, None, None]
 
 def sampling_moments(
@@ -57,7 +61,8 @@ def sampling_moments(
 ) -> tuple[Tensor, Tensor]:  # mean [C, d] and factor [C, d, d], float64; zero for an absent class
     "Mean and covariance factor of every class."
     mean, cov = statistics.mean().nan_to_num(), target_covariance(statistics, shrink, widen, kappa)
-    if not rectify: return mean, covariance_factor(cov) * statistics.present[:, None, None]
+    if not rectify:
+        return mean, covariance_factor(cov) * statistics.present[:, None, None]
     variance = cov.diagonal(dim1=1, dim2=2)
     m, s = unrectify(mean.clamp(min=0), variance)
     gain = torch.where(variance > 0, s / variance.clamp(min=1e-30).sqrt(), torch.zeros_like(s))
@@ -67,21 +72,29 @@ def sampling_moments(
 @dataclass(frozen=True)
 class GaussianConfig:
     "Options of `gaussian`."
+
     shrink: str | float = "ratio"  # "ratio", "oas", "none", or a constant; see stats
     widen: float = 0.0  # covariances are (1 + widen / N) times as large
     clamp: bool = False  # in a non-negative space: rectified samples with matched mean and variance
-    kappa: float = 0.0  # above 0: the radius is the calibrated one, half from frequent classes at this many samples; see stats
+    kappa: float = (
+        0.0  # above 0: the radius is the calibrated one, half from frequent classes at this many samples; see stats
+    )
 
 class Gaussian(Generator):
     "Normal features with the exact moments of every class."
+
     name, Config = "gaussian", GaussianConfig
 
     @property
-    def rectified(self) -> bool: return self.config.clamp and self.space.nonnegative
+    def rectified(self) -> bool:
+        return self.config.clamp and self.space.nonnegative
 
     def fit(self, task: FitTask) -> list[dict]:
-        task.require("statistics"); self.space.check(task.space)
-        mean, factor = sampling_moments(task.statistics, self.config.shrink, self.config.widen, self.rectified, self.config.kappa)
+        task.require("statistics")
+        self.space.check(task.space)
+        mean, factor = sampling_moments(
+            task.statistics, self.config.shrink, self.config.widen, self.rectified, self.config.kappa
+        )
         self.mean, self.factor, self.known = mean.float(), factor.float().contiguous(), task.statistics.present
         return []
 
@@ -89,8 +102,12 @@ class Gaussian(Generator):
         require_known(labels, self.known)
         noise = torch.randn(len(labels), self.space.dim, generator=generator)
         x = self.mean[labels] + class_matmul(noise, self.factor, labels)
-        if self.rectified: x = x.relu()
+        if self.rectified:
+            x = x.relu()
         return normalize(x, dim=1) if self.space.normalised else x
 
-    def state(self) -> dict[str, Tensor]: return {"mean": self.mean, "factor": self.factor, "known": self.known}
-    def load_state(self, tensors: dict[str, Tensor]) -> None: self.mean, self.factor, self.known = (tensors[k].clone() for k in ("mean", "factor", "known"))
+    def state(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "factor": self.factor, "known": self.known}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.mean, self.factor, self.known = (tensors[k].clone() for k in ("mean", "factor", "known"))

@@ -29,6 +29,7 @@ __all__ = ['SAMPLERS', 'DiffusionConfig', 'Diffusion', 'fit_denoiser', 'guided',
 @dataclass(frozen=True)
 class DiffusionConfig:
     "Options of `diffusion` and `gald`."
+
     frame: str = "all"  # coordinates, see `make_frame`
     kappa: float = 20.0  # samples at which a class's own radius and the head prior weigh the same
     lam: float | None = None  # instead of kappa: constant weight of the own radius for every class outside the head
@@ -57,38 +58,64 @@ class DiffusionConfig:
     guidance: float = 0.0
 
     def __post_init__(self):
-        if self.sampler not in SAMPLERS: raise FedgalError(f"sampler {self.sampler!r}: one of {', '.join(SAMPLERS)}{did_you_mean(self.sampler, SAMPLERS)}")
+        if self.sampler not in SAMPLERS:
+            raise FedgalError(
+                f"sampler {self.sampler!r}: one of {', '.join(SAMPLERS)}{did_you_mean(self.sampler, SAMPLERS)}"
+            )
         for name in ("kappa", "widen", "borrow", "prototype", "radius", "margin"):
             if getattr(self, name) < 0: raise FedgalError(f"{name} = {getattr(self, name)}: must be >= 0")
-        if self.frame == "all" and self.borrow: raise FedgalError(f"borrow = {self.borrow} needs frame 'class': in frame 'all' a class that borrows would move towards the others")
+        if self.frame == "all" and self.borrow:
+            raise FedgalError(
+                f"borrow = {self.borrow} needs frame 'class': in frame 'all' a class that borrows would move towards the others"
+            )
         if self.lam is not None and not 0 <= self.lam <= 1: raise FedgalError(f"lam = {self.lam}: must be in [0, 1]")
-        if self.radius_form not in ("rms", "sample"): raise FedgalError(f"radius_form {self.radius_form!r}: rms or sample")
-        if min(self.rounds, self.steps) < 1: raise FedgalError(f"rounds = {self.rounds} and steps = {self.steps}: at least one of each")
+        if self.radius_form not in ("rms", "sample"):
+            raise FedgalError(f"radius_form {self.radius_form!r}: rms or sample")
+        if min(self.rounds, self.steps) < 1:
+            raise FedgalError(f"rounds = {self.rounds} and steps = {self.steps}: at least one of each")
 
     @property
-    def geometry(self) -> Geometry: return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode=self.radius_form)
+    def geometry(self) -> Geometry:
+        return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode=self.radius_form)
+
     @property
-    def denoiser(self) -> DenoiserConfig: return DenoiserConfig(width=self.width, blocks=self.blocks, target=self.target, steps=self.steps, batch_size=self.batch_size, lr=self.lr, power=self.power, drop=self.drop, ema=self.ema)
+    def denoiser(self) -> DenoiserConfig:
+        return DenoiserConfig(
+            width=self.width,
+            blocks=self.blocks,
+            target=self.target,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            power=self.power,
+            drop=self.drop,
+            ema=self.ema,
+        )
 
 SAMPLERS = {"second": partial(ddim, order=2), "ddim": ddim, "dpm": dpm_solver}
 
 # %% ../../nbs/generators/07_latent_diffusion.ipynb #3d8f2078
 class Diffusion(Generator):
     "Latent diffusion trained by the clients on their own features."
+
     name, trained_on, Config = "diffusion", "federated", DiffusionConfig
     schedule = Schedule()
 
     def fit(self, task: FitTask) -> list[dict]:
         "Needs class statistics (for coordinates and radii) and the clients' latents."
-        task.require("statistics", "latents"); self.space.check(task.space)
+        task.require("statistics", "latents")
+        self.space.check(task.space)
         c, s = self.config, task.statistics
         self.frame, self.count = make_frame(s, c.frame, c.kappa, c.widen, c.lam), s.count.float()
-        teaches = s.count > (1 if c.frame == "class" else 0)    # the residual of a lone sample is zero
+        teaches = s.count > (1 if c.frame == "class" else 0)  # the residual of a lone sample is zero
         parts = [(self.frame.encode(z[teaches[y]], y[teaches[y]]), y[teaches[y]]) for z, y in task.latents]
         many = sum(len(x) > 0 for x, _ in parts)
-        if self.trained_on == "pooled": parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
+        if self.trained_on == "pooled":
+            parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
         history = fit_denoiser(self, parts, many, task.seed, task.views)
-        wide = (1 + c.widen / self.count.clamp(min=1)).sqrt() if c.frame == "all" else torch.ones(self.n_classes)    # in frame "class" it is in the radius
+        wide = (
+            (1 + c.widen / self.count.clamp(min=1)).sqrt() if c.frame == "all" else torch.ones(self.n_classes)
+        )  # in frame "class" it is in the radius
         self.stretch = stretch(self, task.rng("radius")) if c.dilate else wide
         return history
 
@@ -96,25 +123,34 @@ class Diffusion(Generator):
         "The same network, sampled in another number of steps and calibrated for it."
         other = copy.copy(self)
         other.config = replace(self.config, sample_steps=steps)
-        if self.config.dilate: other.stretch = stretch(other, generator, 64)
+        if self.config.dilate:
+            other.stretch = stretch(other, generator, 64)
         return other
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.frame.prototypes.isfinite().all(1))
         u = self.frame.place(residuals(self, labels, generator), labels)
         z = self.frame.leave(dilate(u, labels, self.frame.prototypes, self.stretch, torch.ones(self.n_classes)))
-        if self.config.clamp and self.space.nonnegative: z = z.clamp(min=0)
+        if self.config.clamp and self.space.nonnegative:
+            z = z.clamp(min=0)
         return normalize(z, dim=1) if self.space.normalised else z
 
-    def denoising_error(self, z: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]: return denoising_error(self, z, y, generator)
+    def denoising_error(self, z: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return denoising_error(self, z, y, generator)
 
     def state(self) -> dict[str, Tensor]:
-        return {f"frame.{k}": v for k, v in self.frame._asdict().items()} | {"count": self.count, "stretch": self.stretch} | {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        return (
+            {f"frame.{k}": v for k, v in self.frame._asdict().items()}
+            | {"count": self.count, "stretch": self.stretch}
+            | {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        )
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.frame = Frame(*(tensors[f"frame.{k}"].clone() for k in Frame._fields))
         self.count, self.stretch = tensors["count"].clone(), tensors["stretch"].clone()
-        self.model = Denoiser(self.space.dim, self.n_classes, self.config.width, self.config.blocks).requires_grad_(False)
+        self.model = Denoiser(self.space.dim, self.n_classes, self.config.width, self.config.blocks).requires_grad_(
+            False
+        )
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
 
 # %% ../../nbs/generators/07_latent_diffusion.ipynb #fitden00
@@ -127,38 +163,66 @@ def fit_denoiser(
 ) -> list[dict]:
     "Train the denoiser of a generator, with the geometry of what it will place."
     c = gen.config
-    def geometry(x0, y, t, counts=None): return gald_loss(gen.frame.place(x0, y), y, gen.schedule.alpha_bar[t], gen.frame.anchors, c.geometry, counts, gen.frame.variance)
+
+    def geometry(x0, y, t, counts=None):
+        return gald_loss(
+            gen.frame.place(x0, y),
+            y,
+            gen.schedule.alpha_bar[t],
+            gen.frame.anchors,
+            c.geometry,
+            counts,
+            gen.frame.variance,
+        )
+
     extra = geometry if c.prototype + c.radius + c.margin > 0 else None
     if len(parts) > 1:
-        made = train_federated(parts, gen.n_classes, c.denoiser, min(c.rounds, c.steps), seed, gen.schedule, extra, c.class_rows, views)
-        gen.sent = [{"round": r, "client": k, "bytes": made.bytes} for r in range(min(c.rounds, c.steps)) for k, (x, _) in enumerate(parts) if len(x)]
-    else: made = train_denoiser(*parts[0], gen.n_classes, replace(c.denoiser, batch_size=c.batch_size * many), seed, gen.schedule, extra)
+        made = train_federated(
+            parts, gen.n_classes, c.denoiser, min(c.rounds, c.steps), seed, gen.schedule, extra, c.class_rows, views
+        )
+        gen.sent = [
+            {"round": r, "client": k, "bytes": made.bytes}
+            for r in range(min(c.rounds, c.steps))
+            for k, (x, _) in enumerate(parts)
+            if len(x)
+        ]
+    else:
+        made = train_denoiser(
+            *parts[0], gen.n_classes, replace(c.denoiser, batch_size=c.batch_size * many), seed, gen.schedule, extra
+        )
     gen.model = made.model
     return made.history
 
 def guided(gen: Diffusion) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     "The network as it is sampled, (z, t, y) -> prediction: guided away from the null class, or towards it where a class borrows."
     weight = (1 + gen.config.guidance) * gen.count / (gen.count + gen.config.borrow).clamp(min=1e-9)
+
     def model(z, t, y):
         free, told = gen.model(z.repeat(2, 1), t.repeat(2), torch.cat([torch.full_like(y, gen.model.null), y])).chunk(2)
         return free + weight[y][:, None] * (told - free)
+
     return model if gen.config.guidance or gen.config.borrow else gen.model
 
 def residuals(gen: Diffusion, labels: Tensor, generator: torch.Generator) -> Tensor:
     "What the network makes, [N, d], in the coordinates it was trained in."
     c = gen.config
-    return SAMPLERS[c.sampler](guided(gen), labels, gen.schedule, gen.space.dim, c.sample_steps, generator, target=c.target)
+    return SAMPLERS[c.sampler](
+        guided(gen), labels, gen.schedule, gen.space.dim, c.sample_steps, generator, target=c.target
+    )
 
 def stretch(gen: Diffusion, generator: torch.Generator, per_class: int = 256) -> Tensor:
     "Wanted over made radius of every class [C]; 1 for a class that is not known."
     y, f = torch.arange(gen.n_classes).repeat_interleave(per_class), gen.frame
-    ratio = f.target / measured_radius(f.place(residuals(gen, y, generator), y), y, gen.n_classes, about=f.prototypes.nan_to_num())
+    ratio = f.target / measured_radius(
+        f.place(residuals(gen, y, generator), y), y, gen.n_classes, about=f.prototypes.nan_to_num()
+    )
     return torch.where(f.prototypes.isfinite().all(1) & ratio.isfinite(), ratio, 1.0)
 
 # %% ../../nbs/generators/07_latent_diffusion.ipynb #3e7942d4
 @dataclass(frozen=True)
 class GaldConfig(DiffusionConfig):
     "Options of `gald`: the same, with the geometry switched on."
+
     frame: str = "class"
     borrow: float = 50.0
     dilate: bool = True
@@ -168,14 +232,17 @@ class GaldConfig(DiffusionConfig):
 
 class Gald(Diffusion):
     "GALD-DC: residual diffusion with calibrated radii, trained by the clients."
+
     name, Config = "gald", GaldConfig
 
 class DiffusionPooled(Diffusion):
     "`diffusion` where all real features are in one place."
+
     name, trained_on = "diffusion_pooled", "pooled"
 
 class GaldPooled(Gald):
     "`gald` where all real features are in one place."
+
     name, trained_on = "gald_pooled", "pooled"
 
 # %% ../../nbs/generators/07_latent_diffusion.ipynb #general1
@@ -192,7 +259,18 @@ def denoising_error(
     known = f.prototypes.isfinite().all(1)[y]
     x, y = f.encode(z[known], y[known]).repeat(draws, 1), y[known].repeat(draws)
     t, noise = stratified_t(len(y), schedule.T, generator), torch.randn(x.shape, generator=generator)
-    (a, s), z_t, mean, variance = factors(schedule, t), add_noise(x, noise, t, schedule), ((f.prototypes - f.shift) / f.inner[:, None])[y], f.variance.nan_to_num(1.0)[y][:, None]
-    seen = {"network": recover(guided(gen)(z_t, t, y), z_t, t, schedule, gen.config.target)[0], "gaussian": mean + a * variance / (a * a * variance + s * s) * (z_t - a * mean)}
+    (a, s), z_t, mean, variance = (
+        factors(schedule, t),
+        add_noise(x, noise, t, schedule),
+        ((f.prototypes - f.shift) / f.inner[:, None])[y],
+        f.variance.nan_to_num(1.0)[y][:, None],
+    )
+    seen = {
+        "network": recover(guided(gen)(z_t, t, y), z_t, t, schedule, gen.config.target)[0],
+        "gaussian": mean + a * variance / (a * a * variance + s * s) * (z_t - a * mean),
+    }
     n, weight = torch.bincount(y, minlength=gen.n_classes), min_snr_weight(t, schedule, "x0")
-    return {name: torch.zeros(gen.n_classes).index_add(0, y, weight * (x0 - x).square().mean(1)) / n for name, x0 in seen.items()}
+    return {
+        name: torch.zeros(gen.n_classes).index_add(0, y, weight * (x0 - x).square().mean(1)) / n
+        for name, x0 in seen.items()
+    }

@@ -23,17 +23,27 @@ __all__ = ['RMSNorm', 'Block', 'Attention', 'UNet1d', 'ancestral', 'LDMLRConfig'
 # %% ../../nbs/generators/08_ldmlr.ipynb #f8d038ae
 class RMSNorm(nn.Module):
     "Every position scaled to root mean square one across channels, times a learned gain."
+
     def __init__(self, channels: int):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels, 1))
-    def init_from(self, generator: torch.Generator): nn.init.ones_(self.gain)
-    def forward(self, x: Tensor) -> Tensor: return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gain
+
+    def init_from(self, generator: torch.Generator):
+        nn.init.ones_(self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gain
 
 class Block(nn.Module):
     "Two kernel-1 convolutions and a way around them; the embedding scales and shifts after the first."
+
     def __init__(self, n_in: int, n_out: int, embedding: int):
         super().__init__()
-        self.film, self.norm1, self.norm2 = nn.Linear(embedding, 2 * n_out), nn.GroupNorm(8, n_out), nn.GroupNorm(8, n_out)
+        self.film, self.norm1, self.norm2 = (
+            nn.Linear(embedding, 2 * n_out),
+            nn.GroupNorm(8, n_out),
+            nn.GroupNorm(8, n_out),
+        )
         self.conv1, self.conv2 = nn.Conv1d(n_in, n_out, 1), nn.Conv1d(n_out, n_out, 1)
         self.around = nn.Conv1d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
 
@@ -44,6 +54,7 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     "Four heads of 32 channels over all positions, with a way around; linear or full, without a position code."
+
     def __init__(self, channels: int, linear: bool):
         super().__init__()
         self.linear, self.norm, self.qkv = linear, RMSNorm(channels), nn.Conv1d(channels, 384, 1, bias=False)
@@ -52,48 +63,77 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(1, (3, 4, 32)).unbind(1)  # [B, 4, 32, d]
-        if self.linear: h = (k.softmax(-1) @ v.mT).mT @ (q.softmax(-2) * 32**-0.5)
-        else: h = v @ (q.mT @ k * 32**-0.5).softmax(-1).mT
+        if self.linear:
+            h = (k.softmax(-1) @ v.mT).mT @ (q.softmax(-2) * 32**-0.5)
+        else:
+            h = v @ (q.mT @ k * 32**-0.5).softmax(-1).mT
         return self.out(h.flatten(1, 2)) + x
 
 # %% ../../nbs/generators/08_ldmlr.ipynb #d6cefe4e
 class UNet1d(nn.Module):
     "Predicts clean latents [B, d] from noisy ones, the step and the class."
-    def __init__(self,
+
+    def __init__(
+        self,
         n_classes: int,
         base: int = 64,  # channels of the first level, a multiple of 8
         multipliers: tuple[int, ...] = (1, 2, 4, 8),  # channels of the levels as multiples of `base`
     ):
         super().__init__()
         if base < 8 or base % 8 or not multipliers or min(multipliers) < 1:
-            raise FedgalError(f"base = {base}, multipliers = {multipliers}: base must be a multiple of 8 (groups to normalise), multipliers at least 1")
-        self.base, self.unit, e = base, 2 ** (len(multipliers) - 1), 4 * base    # the unit is the block of positions below one at the bottom
+            raise FedgalError(
+                f"base = {base}, multipliers = {multipliers}: base must be a multiple of 8 (groups to normalise), multipliers at least 1"
+            )
+        self.base, self.unit, e = (
+            base,
+            2 ** (len(multipliers) - 1),
+            4 * base,
+        )  # the unit is the block of positions below one at the bottom
         widths, last = [base, *(base * m for m in multipliers)], len(multipliers) - 1
-        self.classes, self.time = nn.Parameter(torch.empty(n_classes, e)), nn.Sequential(nn.Linear(base, e), nn.GELU(), nn.Linear(e, e))
+        self.classes, self.time = (
+            nn.Parameter(torch.empty(n_classes, e)),
+            nn.Sequential(nn.Linear(base, e), nn.GELU(), nn.Linear(e, e)),
+        )
         self.stem, self.down, self.up = nn.Conv1d(1, base, 1), nn.ModuleList(), nn.ModuleList()
         for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            self.down.append(nn.ModuleList([Block(a, a, e), Block(a, a, e), Attention(a, True), nn.Conv1d(a, b, 1, stride=1 if i == last else 2)]))
-            self.up.insert(0, nn.ModuleList([Block(a + b, b, e), Block(a + b, b, e), Attention(b, True), nn.Conv1d(b, a, 1)]))
+            self.down.append(
+                nn.ModuleList(
+                    [
+                        Block(a, a, e),
+                        Block(a, a, e),
+                        Attention(a, True),
+                        nn.Conv1d(a, b, 1, stride=1 if i == last else 2),
+                    ]
+                )
+            )
+            self.up.insert(
+                0, nn.ModuleList([Block(a + b, b, e), Block(a + b, b, e), Attention(b, True), nn.Conv1d(b, a, 1)])
+            )
         self.middle = nn.ModuleList([Block(b, b, e), Attention(b, False), Block(b, b, e)])
         self.final, self.read = Block(2 * base, base, e), nn.Conv1d(base, 1, 1)
 
-    def init_from(self, generator: torch.Generator): nn.init.normal_(self.classes, generator=generator)
+    def init_from(self, generator: torch.Generator):
+        nn.init.normal_(self.classes, generator=generator)
 
     def embed(self, t: Tensor, y: Tensor) -> Tensor:  # [B, 4 base]
         half = self.base // 2
-        angle = t[:, None].to(self.classes) * torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
+        angle = t[:, None].to(self.classes) * torch.exp(
+            torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1))
+        )
         return self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.classes[y]
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # [B, d], [B], [B] -> [B, d]
         e, x = self.embed(t, y), self.stem(F.pad(z, (0, -z.shape[1] % self.unit))[:, None])  # [B, base, d]
         first, skips = x, []
         for one, two, attend, down in self.down:
-            skips.append(x := one(x, e)); skips.append(x := attend(two(x, e))); x = down(x)
+            skips.append(x := one(x, e))
+            skips.append(x := attend(two(x, e)))
+            x = down(x)
         x = self.middle[2](self.middle[1](self.middle[0](x, e)), e)
         for i, (one, two, attend, up) in enumerate(self.up):
             x = attend(two(torch.cat([one(torch.cat([x, skips.pop()], 1), e), skips.pop()], 1), e))
             x = up(x if i == len(self.up) - 1 else x.repeat_interleave(2, dim=2))
-        return self.read(self.final(torch.cat([x, first], 1), e))[:, 0, :z.shape[1]]
+        return self.read(self.final(torch.cat([x, first], 1), e))[:, 0, : z.shape[1]]
 
 # %% ../../nbs/generators/08_ldmlr.ipynb #572415b8
 def ancestral(
@@ -108,18 +148,27 @@ def ancestral(
     "Draw latents step by step; Ho et al. (2020), eq. 6-7."
     if not 1 <= steps <= len(abar): raise FedgalError(f"{steps} sampling steps: from 1 to the {len(abar)} of training")
     grid = (torch.linspace(len(abar), 0, steps + 1, dtype=torch.float64).round().long() - 1).tolist()
-    left, draw = [*abar.tolist(), 1.0], lambda: torch.randn(shape, generator=generator).to(device)    # left[-1]: no noise before the first step
+    left, draw = (
+        [*abar.tolist(), 1.0],
+        lambda: torch.randn(shape, generator=generator).to(device),
+    )  # left[-1]: no noise before the first step
     z = draw()
     for t, s in zip(grid[:-1], grid[1:], strict=True):
-        x, r, noise = denoise(z, torch.full(shape[:1], t, device=device)).clamp(-clamp, clamp), left[t] / left[s], 1 - left[t]
+        x, r, noise = (
+            denoise(z, torch.full(shape[:1], t, device=device)).clamp(-clamp, clamp),
+            left[t] / left[s],
+            1 - left[t],
+        )
         z = left[s] ** 0.5 * (1 - r) / noise * x + r**0.5 * (1 - left[s]) / noise * z
-        if s >= 0: z = z + ((1 - r) * (1 - left[s]) / noise) ** 0.5 * draw()
+        if s >= 0:
+            z = z + ((1 - r) * (1 - left[s]) / noise) ** 0.5 * draw()
     return z
 
 # %% ../../nbs/generators/08_ldmlr.ipynb #f8bf1cb7
 @dataclass(frozen=True)
 class LDMLRConfig:
     "Options of `ldmlr`; the defaults but `scale` are the published ones, hours without a GPU."
+
     steps: int = 9849  # 201 epochs of 49 batches
     lr: float = 1e-4  # plain SGD
     batch_size: int = 256
@@ -131,7 +180,9 @@ class LDMLRConfig:
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         if min(self.steps, self.batch_size) < 1 or not self.lr > 0 or not 1 <= self.sample_steps <= 1000:
-            raise FedgalError(f"steps {self.steps} and batch_size {self.batch_size} must be at least 1, lr {self.lr} above 0, sample_steps {self.sample_steps} from 1 to 1000")
+            raise FedgalError(
+                f"steps {self.steps} and batch_size {self.batch_size} must be at least 1, lr {self.lr} above 0, sample_steps {self.sample_steps} from 1 to 1000"
+            )
 
 def feature_range(
     z: Tensor,  # [N, d]
@@ -144,20 +195,29 @@ def feature_range(
 # %% ../../nbs/generators/08_ldmlr.ipynb #09019e9f
 class LDMLR(Generator):
     "Latent diffusion as published by Han et al. (2024), fitted to the features of all clients in one place."
+
     name, trained_on, Config = "ldmlr", "pooled", LDMLRConfig
 
     def fit(self, task: FitTask) -> list[dict]:
-        task.require("latents"); self.space.check(task.space)
+        task.require("latents")
+        self.space.check(task.space)
         z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
         if not len(y): raise FedgalError("ldmlr learns from features, and no client has any")
-        self.known, unit = torch.bincount(y, minlength=self.n_classes) > 0, (torch.zeros(z.shape[1]), torch.ones(z.shape[1]))
+        self.known, unit = (
+            torch.bincount(y, minlength=self.n_classes) > 0,
+            (torch.zeros(z.shape[1]), torch.ones(z.shape[1])),
+        )
         self.low, self.length = feature_range(z, self.space.nonnegative) if self.config.scale else unit
         self.net = self.build(task.rng("weights"))
-        x = (z - self.low) / torch.where(self.length > 0, self.length, 1.0) * 2 - 1    # a unit that never moves stays at -1
+        x = (z - self.low) / torch.where(
+            self.length > 0, self.length, 1.0
+        ) * 2 - 1  # a unit that never moves stays at -1
         return train_ldmlr(self.net, x.float(), y, self.config, task.rng("batches"))
 
     def build(self, generator: torch.Generator) -> UNet1d:
-        return initialised(lambda: UNet1d(self.n_classes, self.config.base, self.config.multipliers), generator).to(runtime().device)
+        return initialised(lambda: UNet1d(self.n_classes, self.config.base, self.config.multipliers), generator).to(
+            runtime().device
+        )
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -165,12 +225,18 @@ class LDMLR(Generator):
         device, abar, parts = self.net.classes.device, cosine_schedule(), []
         for y in labels.split(2048):
             denoise = lambda z, t, y=y.to(device): self.net(z, t, y)
-            parts.append(ancestral(denoise, (len(y), self.space.dim), abar, self.config.sample_steps, generator, device=device).cpu())
+            parts.append(
+                ancestral(
+                    denoise, (len(y), self.space.dim), abar, self.config.sample_steps, generator, device=device
+                ).cpu()
+            )
         x = self.low + self.length * (torch.cat(parts) + 1) / 2
         return F.normalize(x, dim=1) if self.space.normalised else x
 
     def state(self) -> dict[str, Tensor]:
-        return {"known": self.known, "low": self.low, "length": self.length} | {f"net.{k}": v.detach().cpu() for k, v in self.net.state_dict().items()}
+        return {"known": self.known, "low": self.low, "length": self.length} | {
+            f"net.{k}": v.detach().cpu() for k, v in self.net.state_dict().items()
+        }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.known, self.low, self.length = (tensors[k].clone() for k in ("known", "low", "length"))
@@ -188,18 +254,27 @@ def train_ldmlr(
     "Plain SGD on the squared error of x0, weighted with SNR_t; mean losses twenty times a run."
     abar, device, B, history, rows = cosine_schedule(), net.classes.device, config.batch_size, [], []
     weight, every = (abar / (1 - abar)).float().to(device), max(1, config.steps // 20)
-    signal, noise, x, y = abar.sqrt().float().to(device), (1 - abar).sqrt().float().to(device), x.to(device), y.to(device)
+    signal, noise, x, y = (
+        abar.sqrt().float().to(device),
+        (1 - abar).sqrt().float().to(device),
+        x.to(device),
+        y.to(device),
+    )
     optimiser = torch.optim.SGD(net.parameters(), lr=config.lr)
     for step in range(1, config.steps + 1):
         i, t = (torch.randint(n, (B,), generator=rng).to(device) for n in (len(y), len(abar)))
         e = torch.randn(B, x.shape[1], generator=rng).to(device)
         error = (net(signal[t, None] * x[i] + noise[t, None] * e, t, y[i]) - x[i]).square().mean(1)
         loss = (weight[t] * error).mean()
-        optimiser.zero_grad(); loss.backward(); optimiser.step()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
         rows.append(torch.stack([loss.detach(), error.detach().mean()]))
         if step % every == 0 or step == config.steps:
-            mean = torch.stack(rows).mean(0).tolist(); rows = []
-            if not math.isfinite(mean[0]): raise FedgalError(f"the loss of ldmlr is not finite around step {step}; lower lr ({config.lr:g})")
+            mean = torch.stack(rows).mean(0).tolist()
+            rows = []
+            if not math.isfinite(mean[0]):
+                raise FedgalError(f"the loss of ldmlr is not finite around step {step}; lower lr ({config.lr:g})")
             history.append({"step": step, "loss": mean[0], "error": mean[1]})
     return history
 

@@ -12,8 +12,13 @@ from torch.nn.functional import linear, normalize
 from ..core.errors import FedgalError
 from .base import FitTask, Generator, require_known
 from .gaussian import target_covariance, unrectify
-from ..models.losses.matching import (
-    class_mean_gap, consistency_loss, diversity_loss, statistics_loss, teacher_cross_entropy)
+from fedgal.models.losses.matching import (
+    class_mean_gap,
+    consistency_loss,
+    diversity_loss,
+    statistics_loss,
+    teacher_cross_entropy,
+)
 from ..stats.blocks import class_matmul
 from ..stats.class_statistics import ClassStatistics
 from ..stats.moments import covariance_factor, whitening
@@ -25,6 +30,7 @@ __all__ = ['MLPConfig', 'Start', 'Targets', 'prepare', 'Residual', 'loss_curves'
 @dataclass(frozen=True)
 class MLPConfig:
     "Options of `mlp`."
+
     alpha: float = 0.03  # weight of the teachers' cross-entropy
     beta: float = 0.03  # weight of diversity
     gamma: float = 1.0  # weight of the statistics: mean, covariance, Fourier mean
@@ -48,12 +54,14 @@ class MLPConfig:
 # %% ../../nbs/generators/04_mlp.ipynb #cffe0b01
 class Start(NamedTuple):
     "What the network adds to: x = base + factor @ (noise + residual)."
+
     base: Tensor  # [C, d]
     factor: Tensor  # [C, d, d], coordinates shared by the classes, leading first
     known: Tensor  # [C] bool
 
 class Targets(NamedTuple):
     "What generated features have to match."
+
     view: Tensor  # [q, d] leading whitened directions
     mean: Tensor  # [C, q] in the view
     covariance: Tensor  # [C, q, q] in the view
@@ -62,10 +70,19 @@ class Targets(NamedTuple):
 
 def prepare(s: ClassStatistics, config: MLPConfig) -> tuple[Start, Targets]:
     "Start and targets from class statistics."
-    mean, cov, share = s.mean().nan_to_num(), target_covariance(s, config.shrink, config.widen), (s.count / s.count.sum())[:, None, None]
-    view = whitening((share * cov).sum(0))[1][:config.noise]
-    targets = Targets(view.float(), (mean @ view.T).float(), (view @ cov @ view.T).float(),
-                      None if s.fourier is None else s.fourier_mean().float(), (s.count / (s.count + config.kappa)).float())
+    mean, cov, share = (
+        s.mean().nan_to_num(),
+        target_covariance(s, config.shrink, config.widen),
+        (s.count / s.count.sum())[:, None, None],
+    )
+    view = whitening((share * cov).sum(0))[1][: config.noise]
+    targets = Targets(
+        view.float(),
+        (mean @ view.T).float(),
+        (view @ cov @ view.T).float(),
+        None if s.fourier is None else s.fourier_mean().float(),
+        (s.count / (s.count + config.kappa)).float(),
+    )
     if config.clamp and s.space.nonnegative:
         variance = cov.diagonal(dim1=1, dim2=2)
         mean, std = unrectify(mean.clamp(min=0), variance)
@@ -78,7 +95,9 @@ def prepare(s: ClassStatistics, config: MLPConfig) -> tuple[Start, Targets]:
 # %% ../../nbs/generators/04_mlp.ipynb #cbbc64c4
 class Residual(nn.Module):
     "r(noise, class): embedding, two hidden layers, output zero at first."
-    def __init__(self,
+
+    def __init__(
+        self,
         n_classes: int,
         width: int,  # q, size of noise and output
         embedding: int,
@@ -86,9 +105,14 @@ class Residual(nn.Module):
         generator: torch.Generator | None = None,  # None: zeros, to be loaded
     ):
         super().__init__()
-        draw = lambda *shape, scale=1.0: nn.Parameter(torch.zeros(shape) if generator is None else scale * torch.randn(shape, generator=generator))
+        draw = lambda *shape, scale=1.0: nn.Parameter(
+            torch.zeros(shape) if generator is None else scale * torch.randn(shape, generator=generator)
+        )
         self.embedding = nn.Parameter(torch.zeros(n_classes, embedding))
-        self.w1, self.b1 = draw(hidden, width + embedding, scale=(2 / (width + embedding)) ** 0.5), nn.Parameter(torch.zeros(hidden))
+        self.w1, self.b1 = (
+            draw(hidden, width + embedding, scale=(2 / (width + embedding)) ** 0.5),
+            nn.Parameter(torch.zeros(hidden)),
+        )
         self.w2, self.b2 = draw(hidden, hidden, scale=(2 / hidden) ** 0.5), nn.Parameter(torch.zeros(hidden))
         self.w3, self.b3 = nn.Parameter(torch.zeros(width, hidden)), nn.Parameter(torch.zeros(width))
 
@@ -113,9 +137,12 @@ def loss_curves(
     stat = statistics_loss(x @ targets.view.T, local, targets.mean[classes], targets.covariance[classes])
     terms = {"mean": stat.mean, "covariance": stat.covariance}
     if targets.fourier is not None:
-        gap, trust = class_mean_gap(task.statistics.rff.phi(x), local, targets.fourier[classes])[0], targets.trust[classes]
+        gap, trust = (
+            class_mean_gap(task.statistics.rff.phi(x), local, targets.fourier[classes])[0],
+            targets.trust[classes],
+        )
         terms["fourier"] = (trust * gap).mean()
-    few = lambda v: v.view(len(classes), m, -1)[:, :8, :q].flatten(0, 1)    # eight of each class are enough pairs
+    few = lambda v: v.view(len(classes), m, -1)[:, :8, :q].flatten(0, 1)  # eight of each class are enough pairs
     terms["diversity"] = diversity_loss(few(shaped), few(noise), local.view(-1, m)[:, :8].flatten())
     if picked:
         logits, weights = torch.stack([task.teachers[t](x).logits for t in picked]), task.teacher_weights[picked]
@@ -126,10 +153,12 @@ def loss_curves(
 # %% ../../nbs/generators/04_mlp.ipynb #d2c72f83
 class MLP(Generator):
     "Class-conditional network trained against teachers and statistics."
+
     name, Config = "mlp", MLPConfig
 
     def fit(self, task: FitTask) -> list[dict]:
-        task.require("statistics"); self.space.check(task.space)
+        task.require("statistics")
+        self.space.check(task.space)
         check_config(self.config)
         self.start, targets = prepare(task.statistics, self.config)
         c = self.config
@@ -141,7 +170,8 @@ class MLP(Generator):
         q = self.net.w3.shape[0]
         shaped = torch.cat([noise[:, :q] + self.net(noise[:, :q], y), noise[:, q:]], 1)
         x = self.start.base[y] + class_matmul(shaped, self.start.factor, y)
-        if self.config.clamp and self.space.nonnegative: x = x.relu()
+        if self.config.clamp and self.space.nonnegative:
+            x = x.relu()
         return (normalize(x, dim=1) if self.space.normalised else x), shaped
 
     @torch.no_grad()
@@ -160,8 +190,12 @@ class MLP(Generator):
 # %% ../../nbs/generators/04_mlp.ipynb #b0a97840
 def check_config(c: MLPConfig) -> None:
     "Raise on settings that cannot work."
-    if min(c.alpha, c.beta, c.gamma, c.delta) < 0: raise FedgalError(f"weights alpha {c.alpha}, beta {c.beta}, gamma {c.gamma}, delta {c.delta}: all must be >= 0")
-    if min(c.steps, c.noise, c.batch_size // 32) < 1: raise FedgalError(f"steps {c.steps} and noise {c.noise} must be at least 1, batch_size {c.batch_size} at least 32")
+    if min(c.alpha, c.beta, c.gamma, c.delta) < 0:
+        raise FedgalError(f"weights alpha {c.alpha}, beta {c.beta}, gamma {c.gamma}, delta {c.delta}: all must be >= 0")
+    if min(c.steps, c.noise, c.batch_size // 32) < 1:
+        raise FedgalError(
+            f"steps {c.steps} and noise {c.noise} must be at least 1, batch_size {c.batch_size} at least 32"
+        )
     if not 0 <= c.ema < 1: raise FedgalError(f"ema = {c.ema}: in [0, 1)")
 
 def train(gen: MLP, targets: Targets, task: FitTask) -> list[dict]:
@@ -169,26 +203,40 @@ def train(gen: MLP, targets: Targets, task: FitTask) -> list[dict]:
     c, rng, classes = gen.config, task.rng("batches"), torch.nonzero(gen.start.known)[:, 0]
     judged, every = bool(task.teachers) and c.alpha + c.delta > 0, max(1, c.steps // 20)
     for t in task.teachers:
-        if isinstance(t, nn.Module): t.eval()
+        if isinstance(t, nn.Module):
+            t.eval()
     params = list(gen.net.parameters())
     mean = [p.detach().clone() for p in params]
     optimiser = torch.optim.Adam(params, lr=c.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, c.steps)
-    weight = {"teachers": c.alpha, "diversity": c.beta, "mean": c.gamma, "covariance": c.gamma, "fourier": c.gamma * c.fourier, "consistency": c.delta}
+    weight = {
+        "teachers": c.alpha,
+        "diversity": c.beta,
+        "mean": c.gamma,
+        "covariance": c.gamma,
+        "fourier": c.gamma * c.fourier,
+        "consistency": c.delta,
+    }
     history, rows = [], []
     for step in range(1, c.steps + 1):
         chosen = classes[torch.randperm(len(classes), generator=rng)[:16]]
         y = chosen.repeat_interleave(c.batch_size // len(chosen))
-        picked = torch.randperm(len(task.teachers), generator=rng)[:c.teachers_per_step].tolist() if judged else []
+        picked = torch.randperm(len(task.teachers), generator=rng)[: c.teachers_per_step].tolist() if judged else []
         noise = torch.randn(len(y), gen.space.dim, generator=rng)
         x, shaped = gen.draw(noise, y)
         terms = loss_curves(x, shaped, noise, chosen, targets, task, picked, c.form)
         total = sum(weight[k] * v for k, v in terms.items()) + c.share * gen.net.embedding.square().sum(1).mean()
-        for p, g in zip(params, torch.autograd.grad(total, params), strict=True): p.grad = g    # teachers get no gradient
-        optimiser.step(); schedule.step()
+        for p, g in zip(params, torch.autograd.grad(total, params), strict=True):
+            p.grad = g  # teachers get no gradient
+        optimiser.step()
+        schedule.step()
         torch._foreach_lerp_(mean, [p.detach() for p in params], 1 - c.ema)
         rows.append(torch.stack([*terms.values(), total]).detach())
         if step % every == 0 or step == c.steps:
-            history.append({"step": step} | dict(zip([*terms, "total"], torch.stack(rows).mean(0).tolist(), strict=True))); rows = []
-    with torch.no_grad(): torch._foreach_copy_(params, mean)
+            history.append(
+                {"step": step} | dict(zip([*terms, "total"], torch.stack(rows).mean(0).tolist(), strict=True))
+            )
+            rows = []
+    with torch.no_grad():
+        torch._foreach_copy_(params, mean)
     return history

@@ -26,9 +26,10 @@ def same_class_neighbours(
 ) -> Tensor:  # [N, k] indices, nearest first; -1 where a class has no more
     "The k nearest other features of the same class."
     out, columns = torch.full((len(y), k), -1), min(k, len(y) - 1)
-    if columns < 1: return out
+    if columns < 1:
+        return out
     z, image = z.double(), torch.arange(len(y)) % (len(y) // views)
-    for rows in torch.arange(len(y)).split(1024):    # bounded memory
+    for rows in torch.arange(len(y)).split(1024):  # bounded memory
         distance = torch.cdist(z[rows], z).masked_fill_(y[rows, None] != y, torch.inf)
         distance.masked_fill_(image[rows, None] == image, torch.inf)
         near, index = distance.topk(columns, largest=False)
@@ -39,6 +40,7 @@ def same_class_neighbours(
 @dataclass(frozen=True)
 class SmoteConfig:
     "Options of `smote`."
+
     k: int = 5  # nearest features of the same class to choose from
 
     def __post_init__(self):
@@ -46,24 +48,33 @@ class SmoteConfig:
 
 class Smote(Generator):
     "Points between neighbours of a class on one client; the bank discloses segments between real features, and the features of classes with one sample on a client themselves."
+
     name, trained_on, Config = "smote", "client", SmoteConfig
 
     def fit(self, task: FitTask) -> list[dict]:
-        task.require("latents"); self.space.check(task.space)
+        task.require("latents")
+        self.space.check(task.space)
         z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
         near, first = [], 0
         for own, labels in task.latents:
             found = same_class_neighbours(own, labels, self.config.k, task.views)
-            near.append(torch.where(found < 0, -1, found + first)); first += len(labels)
+            near.append(torch.where(found < 0, -1, found + first))
+            first += len(labels)
         order = torch.argsort(y, stable=True)
-        place = torch.argsort(order)    # where each row went
+        place = torch.argsort(order)  # where each row went
         near = torch.cat(near)[order]
-        self.z, self.count, self.near = z[order].float(), torch.bincount(y, minlength=self.n_classes), torch.where(near < 0, -1, place[near.clamp(min=0)])
+        self.z, self.count, self.near = (
+            z[order].float(),
+            torch.bincount(y, minlength=self.n_classes),
+            torch.where(near < 0, -1, place[near.clamp(min=0)]),
+        )
         return []
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.count > 0)
-        u = torch.rand(len(labels), 3, generator=generator, dtype=torch.float64)    # which feature, which neighbour, how far
+        u = torch.rand(
+            len(labels), 3, generator=generator, dtype=torch.float64
+        )  # which feature, which neighbour, how far
         i = (self.count.cumsum(0) - self.count)[labels] + (u[:, 0] * self.count[labels]).long()
         found = (self.near[i] >= 0).sum(1)
         j = torch.where(found > 0, self.near[i, (u[:, 1] * found).long()], i)
@@ -73,11 +84,20 @@ class Smote(Generator):
     def disclosures(self) -> list[str]:
         alone = self.near[:, 0] < 0
         classes = torch.repeat_interleave(torch.arange(self.n_classes), self.count)[alone].unique().tolist()
-        copies = [f"copies of {int(alone.sum())} real feature{'s' * (int(alone.sum()) > 1)}, alone in their class on a client (class {', '.join(map(str, classes))})"] if classes else []
+        copies = (
+            [
+                f"copies of {int(alone.sum())} real feature{'s' * (int(alone.sum()) > 1)}, alone in their class on a client (class {', '.join(map(str, classes))})"
+            ]
+            if classes
+            else []
+        )
         return ["every generated feature lies on the segment between two real features of one client", *copies]
 
-    def state(self) -> dict[str, Tensor]: return {"z": self.z, "count": self.count, "near": self.near}
-    def load_state(self, tensors: dict[str, Tensor]) -> None: self.z, self.count, self.near = (tensors[k].clone() for k in ("z", "count", "near"))
+    def state(self) -> dict[str, Tensor]:
+        return {"z": self.z, "count": self.count, "near": self.near}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.z, self.count, self.near = (tensors[k].clone() for k in ("z", "count", "near"))
 
 # %% ../../nbs/generators/06_resample.ipynb #e302cf31
 WHITEN = ("pooled", "scale")
@@ -85,62 +105,83 @@ WHITEN = ("pooled", "scale")
 @dataclass(frozen=True)
 class TransplantConfig:
     "Options of `transplant`."
+
     whiten: str = "pooled"  # standardise by the full within-class covariance, or by the "scale" of each dimension
     kappa: float = 50.0  # samples at which a class's own radius and the frequent classes' weigh the same
     own: float = 1.0  # weight of a residual of the class itself against a borrowed one
     widen: float = 0.0  # radii are sqrt(1 + widen / n) times as large
 
     def __post_init__(self):
-        if self.whiten not in WHITEN: raise FedgalError(f"whiten = {self.whiten!r}: one of {', '.join(WHITEN)}{did_you_mean(self.whiten, WHITEN)}")
-        if min(self.kappa, self.own, self.widen) < 0: raise FedgalError(f"kappa = {self.kappa}, own = {self.own}, widen = {self.widen}: must be >= 0")
+        if self.whiten not in WHITEN:
+            raise FedgalError(
+                f"whiten = {self.whiten!r}: one of {', '.join(WHITEN)}{did_you_mean(self.whiten, WHITEN)}"
+            )
+        if min(self.kappa, self.own, self.widen) < 0:
+            raise FedgalError(f"kappa = {self.kappa}, own = {self.own}, widen = {self.widen}: must be >= 0")
 
 def inverse_root(
     second: Tensor,  # [d, d] second moments
     whiten: str,
 ) -> Tensor:  # [d, d]
-    "Symmetric inverse square root, of the diagonal alone for \"scale\"; zero in directions without variance."
-    if whiten == "scale": second = second.diagonal().diag()
+    'Symmetric inverse square root, of the diagonal alone for "scale"; zero in directions without variance.'
+    if whiten == "scale":
+        second = second.diagonal().diag()
     w, v = torch.linalg.eigh(second)
     return (v * torch.where(w > 1e-6 * w[-1], w.clamp(min=1e-300).rsqrt(), 0.0)) @ v.T
 
 def donors(
     count: Tensor,  # [C] samples
     own: float,
-) -> Tensor:  # [C, C] row y: probability that a residual for class y comes from class c; zero for a class without samples
+) -> (
+    Tensor
+):  # [C, C] row y: probability that a residual for class y comes from class c; zero for a class without samples
     "Whose residuals each class is given."
     usable = count.double() * (count > 1)
     weight = (usable * head_classes(count)).repeat(len(count), 1)
     weight.diagonal().copy_(own * usable)
-    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, usable.diag())    # nobody else to borrow from
+    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, usable.diag())  # nobody else to borrow from
     return weight / weight.sum(1, keepdim=True).clamp(min=1e-300) * (count > 0)[:, None]
 
 # %% ../../nbs/generators/06_resample.ipynb #71f6f1cd
 class Transplant(Generator):
     "Class means with the residuals of frequent classes; state and bank disclose the real features behind these residuals to whoever knows the class moments."
+
     name, trained_on, Config = "transplant", "pooled", TransplantConfig
 
     def fit(self, task: FitTask) -> list[dict]:
-        task.require("latents"); self.space.check(task.space)
+        task.require("latents")
+        self.space.check(task.space)
         z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
         s, c = task.statistics or ClassStatistics.from_features(z, y, self.n_classes, self.space), self.config
         n, self.known, head, self.give = s.count, s.present, head_classes(s.count), donors(s.count, c.own)
         order = torch.argsort(y, stable=True)
-        order = order[(self.give.sum(0) > 0)[y[order]]]    # residuals that somebody may be given
+        order = order[(self.give.sum(0) > 0)[y[order]]]  # residuals that somebody may be given
         y, mean, cov = y[order], s.mean().nan_to_num(), s.covariance()
         r = (z[order].double() - mean[y]) * (n / (n - 1).clamp(min=1)).sqrt()[y, None]
         pool = r[head[y]]
         e = r @ inverse_root(pool.T @ pool / len(pool), c.whiten)
-        root = covariance_factor(cov, "sqrt") if c.whiten == "pooled" else cov.diagonal(dim1=1, dim2=2).sqrt().diag_embed()
-        second = class_sums(e, y, self.n_classes)[2] / torch.bincount(y, minlength=self.n_classes).clamp(min=1)[:, None, None]
-        lengths = torch.einsum("yij,cij->yc", root @ root, second)    # mean of |S_y e|^2 over the residuals of class c
-        gain = (1 + c.widen / n.clamp(min=1)).sqrt() * class_radius(s, "calibrated", kappa=c.kappa) / (self.give * lengths).sum(1).clamp(min=1e-300).sqrt()
+        root = (
+            covariance_factor(cov, "sqrt") if c.whiten == "pooled" else cov.diagonal(dim1=1, dim2=2).sqrt().diag_embed()
+        )
+        second = (
+            class_sums(e, y, self.n_classes)[2]
+            / torch.bincount(y, minlength=self.n_classes).clamp(min=1)[:, None, None]
+        )
+        lengths = torch.einsum("yij,cij->yc", root @ root, second)  # mean of |S_y e|^2 over the residuals of class c
+        gain = (
+            (1 + c.widen / n.clamp(min=1)).sqrt()
+            * class_radius(s, "calibrated", kappa=c.kappa)
+            / (self.give * lengths).sum(1).clamp(min=1e-300).sqrt()
+        )
         self.size, self.residual, self.mean = torch.bincount(y, minlength=self.n_classes), e.float(), mean.float()
         self.factor = (root * torch.where(self.known, gain, 0.0)[:, None, None]).float()
         return []
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        u = torch.rand(len(labels), 2, generator=generator, dtype=torch.float64)    # which class gives, which of its residuals
+        u = torch.rand(
+            len(labels), 2, generator=generator, dtype=torch.float64
+        )  # which class gives, which of its residuals
         reach = self.give.cumsum(1)[labels]
         donor = torch.searchsorted(reach, u[:, :1] * reach[:, -1:], right=True)[:, 0]
         i = (self.size.cumsum(0) - self.size)[donor] + (u[:, 1] * self.size[donor]).long()
@@ -149,9 +190,14 @@ class Transplant(Generator):
 
     def disclosures(self) -> list[str]:
         given = torch.nonzero(self.size)[:, 0].tolist()
-        return [f"residuals of {int(self.size.sum())} real features (class {', '.join(map(str, given))}): with the class means they are the features",
-                "every generated feature is one of them under a linear map, which the class moments undo"]
+        return [
+            f"residuals of {int(self.size.sum())} real features (class {', '.join(map(str, given))}): with the class means they are the features",
+            "every generated feature is one of them under a linear map, which the class moments undo",
+        ]
 
-    def state(self) -> dict[str, Tensor]: return {k: getattr(self, k) for k in ("residual", "size", "give", "mean", "factor", "known")}
+    def state(self) -> dict[str, Tensor]:
+        return {k: getattr(self, k) for k in ("residual", "size", "give", "mean", "factor", "known")}
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for k in ("residual", "size", "give", "mean", "factor", "known"): setattr(self, k, tensors[k].clone())
+        for k in ("residual", "size", "give", "mean", "factor", "known"):
+            setattr(self, k, tensors[k].clone())

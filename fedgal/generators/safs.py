@@ -24,6 +24,7 @@ __all__ = ['ALIGNERS', 'RIDGE_TARGET', 'RIDGE_SAMPLE', 'AlignMap', 'Aligner', 'b
 # %% ../../nbs/generators/03_safs.ipynb #dc648e1c
 class AlignMap(torch.autograd.Function):
     "x Aᵀ for centred rows x [C, M, d], with A S Aᵀ = factor factorᵀ for their covariance S + ridge I; closed-form gradient."
+
     @staticmethod
     def forward(ctx, x, factor, ridge, kind):
         d, wide = x.shape[-1], x.double()
@@ -52,28 +53,34 @@ class AlignMap(torch.autograd.Function):
 
 # %% ../../nbs/generators/03_safs.ipynb #dc6d747b
 ALIGNERS = ("cholesky", "gelbrich", "none")
-RIDGE_TARGET, RIDGE_SAMPLE = 1e-5, 1e-6    # SFD's; in the leading subspace the sample covariance needs next to none
+RIDGE_TARGET, RIDGE_SAMPLE = 1e-5, 1e-6  # SFD's; in the leading subspace the sample covariance needs next to none
 
 class Aligner:
     "Differentiable map of banks [C, n, d] to the mean and covariance of their classes."
-    def __init__(self,
+
+    def __init__(
+        self,
         mean: Tensor,  # [C, d]
         covariance: Tensor,  # [C, d, d]
         n: int,  # rows of a bank; with n <= d only the leading n - 1 directions of the covariance are matched
         kind: str = "cholesky",  # "gelbrich": least displacement; "none": banks are left as they are
     ):
-        if kind not in ALIGNERS: raise FedgalError(f"aligner {kind!r}: one of {', '.join(ALIGNERS)}{did_you_mean(kind, ALIGNERS)}")
+        if kind not in ALIGNERS:
+            raise FedgalError(f"aligner {kind!r}: one of {', '.join(ALIGNERS)}{did_you_mean(kind, ALIGNERS)}")
         if n < 2: raise FedgalError(f"a bank of {n} rows has no covariance; at least 2 are needed")
         self.kind, self.mean, self.basis, self.ridge = kind, mean.double()[:, None], None, RIDGE_SAMPLE
-        if kind == "none": return
+        if kind == "none":
+            return
         target = covariance.double() + RIDGE_TARGET * torch.eye(mean.shape[-1]).to(mean.device)
-        if n > mean.shape[-1]: self.factor = covariance_factor(target)
+        if n > mean.shape[-1]:
+            self.factor = covariance_factor(target)
         else:
-            w, v = (t[..., 1 - n:] for t in eigh(target))
+            w, v = (t[..., 1 - n :] for t in eigh(target))
             self.factor, self.basis, self.ridge = torch.diag_embed(w.clamp(min=RIDGE_TARGET).sqrt()), v, 1e-12
 
     def __call__(self, z: Tensor) -> Tensor:  # [C, n, d]
-        if self.kind == "none": return z
+        if self.kind == "none":
+            return z
         x, basis = z - z.mean(-2, keepdim=True), None if self.basis is None else self.basis.to(z)
         y = AlignMap.apply(x if basis is None else x @ basis, self.factor, self.ridge, self.kind)
         return (y if basis is None else y @ basis.mT) + self.mean.to(z)
@@ -97,11 +104,16 @@ def equal_sizes(
     memory: int = 2**26,  # bytes that a group may take
 ) -> list[Tensor]:  # class indices; a class without a bank is in no group
     "Groups of classes with banks of equal size."
-    return [part for m in size[size > 0].unique().tolist() for part in torch.nonzero(size == m)[:, 0].split(max(1, memory // (m * row_bytes)))]
+    return [
+        part
+        for m in size[size > 0].unique().tolist()
+        for part in torch.nonzero(size == m)[:, 0].split(max(1, memory // (m * row_bytes)))
+    ]
 
 # %% ../../nbs/generators/03_safs.ipynb #1249f9cd
 class FourierMean(torch.autograd.Function):
     "Mean random Fourier features [C, D] of banks [C, M, d], for frequencies W [D / 2, d]."
+
     @staticmethod
     def forward(ctx, z, frequencies):
         angle = z @ frequencies.mT
@@ -119,6 +131,7 @@ class FourierMean(torch.autograd.Function):
 # %% ../../nbs/generators/03_safs.ipynb #31316ed3
 class SynthesisTerms(NamedTuple):
     "Loss terms of every class [C], unweighted."
+
     mmd: Tensor
     arr: Tensor
 
@@ -128,13 +141,18 @@ def synthesis_terms(
     rff: RFF | None = None,  # the map that made them
 ) -> SynthesisTerms:
     "L1 distance of mean Fourier features, and negative mass."
-    mmd = z.new_zeros(len(z)) if fourier is None else (FourierMean.apply(z, rff._weight.to(z)) - fourier.to(z)).abs().sum(-1)
+    mmd = (
+        z.new_zeros(len(z))
+        if fourier is None
+        else (FourierMean.apply(z, rff._weight.to(z)) - fourier.to(z)).abs().sum(-1)
+    )
     return SynthesisTerms(mmd, (-z).relu().sum(-1).mean(-1))
 
 # %% ../../nbs/generators/03_safs.ipynb #29d8c578
 @dataclass(frozen=True)
 class SAFSConfig:
     "Options of `safs`."
+
     shrink: str | float = "ratio"  # "ratio", "oas", "none", or a constant; see stats
     widen: float = 0.0  # covariances are (1 + widen / N) times as large; see gaussian
     aligner: str = "cholesky"  # or "gelbrich", or "none"
@@ -146,10 +164,15 @@ class SAFSConfig:
     weight_arr: float = 1.0  # negative features, in a non-negative space
 
     def __post_init__(self):
-        if self.aligner not in ALIGNERS: raise FedgalError(f"aligner {self.aligner!r}: one of {', '.join(ALIGNERS)}{did_you_mean(self.aligner, ALIGNERS)}")
-        if not 2 <= self.smallest <= self.largest: raise FedgalError(f"smallest {self.smallest}, largest {self.largest}: 2 <= smallest <= largest is needed")
+        if self.aligner not in ALIGNERS:
+            raise FedgalError(
+                f"aligner {self.aligner!r}: one of {', '.join(ALIGNERS)}{did_you_mean(self.aligner, ALIGNERS)}"
+            )
+        if not 2 <= self.smallest <= self.largest:
+            raise FedgalError(f"smallest {self.smallest}, largest {self.largest}: 2 <= smallest <= largest is needed")
         if self.steps < 0 or self.lr <= 0: raise FedgalError(f"steps {self.steps} must be >= 0 and lr {self.lr} > 0")
-        if min(self.weight_mmd, self.weight_arr) < 0: raise FedgalError(f"weight_mmd {self.weight_mmd} and weight_arr {self.weight_arr}: both must be >= 0")
+        if min(self.weight_mmd, self.weight_arr) < 0:
+            raise FedgalError(f"weight_mmd {self.weight_mmd} and weight_arr {self.weight_arr}: both must be >= 0")
 
 # %% ../../nbs/generators/03_safs.ipynb #a71ede13
 def synthesise(
@@ -159,7 +182,9 @@ def synthesise(
     fourier: Tensor | None = None,  # [C, D]
     rff: RFF | None = None,
     nonnegative: bool = False,
-) -> tuple[Tensor, Tensor]:  # aligned banks [C, M, d] float32; mmd and arr, summed over classes, before and after every step [steps + 1, 2]
+) -> tuple[
+    Tensor, Tensor
+]:  # aligned banks [C, M, d] float32; mmd and arr, summed over classes, before and after every step [steps + 1, 2]
     "Optimise banks of equal size through the aligner."
     z = z.clone().requires_grad_()
     weight = config.weight_mmd * (fourier is not None), config.weight_arr * nonnegative
@@ -168,8 +193,9 @@ def synthesise(
     history = []
     for _ in range(config.steps if any(weight) else 0):
         terms = [t.sum() for t in synthesis_terms(aligner(z), fourier, rff)]
-        z.grad, = torch.autograd.grad(sum(w * t for w, t in zip(weight, terms, strict=True) if w), z)
-        optimiser.step(); schedule.step()
+        (z.grad,) = torch.autograd.grad(sum(w * t for w, t in zip(weight, terms, strict=True) if w), z)
+        optimiser.step()
+        schedule.step()
         history.append(torch.stack(terms).detach())
     with torch.no_grad():
         z = aligner(z.double()).float()
@@ -183,33 +209,57 @@ def deal(
 ) -> Tensor:  # [N] row numbers
     "For each label a row of its bank, in random order and none again before all were dealt."
     owner = torch.repeat_interleave(torch.arange(len(size)), size)
-    shuffled = torch.argsort(torch.rand(len(owner), generator=generator, dtype=torch.float64) + owner)    # a permutation within each class
+    shuffled = torch.argsort(
+        torch.rand(len(owner), generator=generator, dtype=torch.float64) + owner
+    )  # a permutation within each class
     order, count = torch.argsort(labels, stable=True), torch.bincount(labels, minlength=len(size))
     nth = torch.empty_like(labels)
-    nth[order] = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]    # how many equal labels came before
+    nth[order] = (
+        torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]
+    )  # how many equal labels came before
     return shuffled[(size.cumsum(0) - size)[labels] + nth % size[labels]]
 
 # %% ../../nbs/generators/03_safs.ipynb #c8174123
 class SAFS(Generator):
     "A bank of vectors per class, aligned to its moments and pulled to its Fourier mean."
+
     name, Config = "safs", SAFSConfig
 
     def fit(self, task: FitTask) -> list[dict]:
-        task.require("statistics"); self.space.check(task.space)
+        task.require("statistics")
+        self.space.check(task.space)
         c, s = self.config, task.statistics
         if c.weight_mmd > 0 and c.steps and s.fourier is None:
-            raise FedgalError(f"weight_mmd = {c.weight_mmd} needs random Fourier sums, and these statistics have none; compute statistics with an RFF, or set weight_mmd = 0")
+            raise FedgalError(
+                f"weight_mmd = {c.weight_mmd} needs random Fourier sums, and these statistics have none; compute statistics with an RFF, or set weight_mmd = 0"
+            )
         self.size = bank_sizes(s.count, c.largest, c.smallest)
         self.bank = torch.randn(int(self.size.sum()), self.space.dim, generator=task.rng("bank"))
-        mean, cov, fourier = s.mean(), target_covariance(s, c.shrink, c.widen), None if s.fourier is None else s.fourier_mean()
+        mean, cov, fourier = (
+            s.mean(),
+            target_covariance(s, c.shrink, c.widen),
+            None if s.fourier is None else s.fourier_mean(),
+        )
         start, total = self.size.cumsum(0) - self.size, 0.0
-        for classes in equal_sizes(self.size, 4 * (6 * self.space.dim + (2 * s.rff.n_features if fourier is not None else 0))):
+        for classes in equal_sizes(
+            self.size, 4 * (6 * self.space.dim + (2 * s.rff.n_features if fourier is not None else 0))
+        ):
             m = int(self.size[classes[0]])
             rows = start[classes][:, None] + torch.arange(m)
             aligner = Aligner(mean[classes], cov[classes], m, c.aligner)
-            self.bank[rows], terms = synthesise(self.bank[rows], aligner, c, None if fourier is None else fourier[classes], s.rff, self.space.nonnegative)
+            self.bank[rows], terms = synthesise(
+                self.bank[rows],
+                aligner,
+                c,
+                None if fourier is None else fourier[classes],
+                s.rff,
+                self.space.nonnegative,
+            )
             total = total + terms / s.present.sum()
-        weight = {"mmd": None if fourier is None else c.weight_mmd, "arr": c.weight_arr if self.space.nonnegative else None}
+        weight = {
+            "mmd": None if fourier is None else c.weight_mmd,
+            "arr": c.weight_arr if self.space.nonnegative else None,
+        }
         return history_rows(total, weight)
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -217,10 +267,16 @@ class SAFS(Generator):
         x = self.bank[deal(labels, self.size, generator)]
         return normalize(x, dim=1) if self.space.normalised else x
 
-    def state(self) -> dict[str, Tensor]: return {"bank": self.bank, "size": self.size}
-    def load_state(self, tensors: dict[str, Tensor]) -> None: self.bank, self.size = tensors["bank"].clone(), tensors["size"].clone()
+    def state(self) -> dict[str, Tensor]:
+        return {"bank": self.bank, "size": self.size}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.bank, self.size = tensors["bank"].clone(), tensors["size"].clone()
 
 def history_rows(terms: Tensor, weight: dict[str, float | None]) -> list[dict]:
     "Rows of step, every term that has a weight, and their weighted sum."
     used = {k: (v, terms[:, i].tolist()) for i, (k, v) in enumerate(weight.items()) if v is not None}
-    return [{"step": t} | {k: x[t] for k, (_, x) in used.items()} | {"total": sum(w * x[t] for w, x in used.values())} for t in range(len(terms))]
+    return [
+        {"step": t} | {k: x[t] for k, (_, x) in used.items()} | {"total": sum(w * x[t] for w, x in used.values())}
+        for t in range(len(terms))
+    ]

@@ -37,9 +37,11 @@ def encode_from(
     level: str,  # "low" or "high"
 ) -> Tensor:  # [N, d_high]
     "High features of features that enter at a level, with the model in evaluation mode."
-    if level == "high": return z
+    if level == "high":
+        return z
     was = model.training
     model.eval()
-    with torch.inference_mode(): high = torch.cat([model.from_low(b).high for b in z.split(2048)]).clone()
+    with torch.inference_mode():
+        high = torch.cat([model.from_low(b).high for b in z.split(2048)]).clone()
     model.train(was)
     return high

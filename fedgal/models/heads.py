@@ -16,7 +16,9 @@ from .init import fill_uniform, initialised
 # %% ../../nbs/models/02_heads.ipynb #e6f27ce7
 class CosineHead(nn.Module):
     "Logits `s * cos(z, w_c)`: blind to the length of features and of weight vectors; the scale `s` is learned."
-    def __init__(self,
+
+    def __init__(
+        self,
         dim_in: int,  # width of the feature
         n_classes: int,
         scale: float = 10.0,  # value at which the learned scale starts
@@ -30,14 +32,17 @@ class CosineHead(nn.Module):
         fill_uniform(self.weight, self.weight.shape[1] ** -0.5, generator)
         nn.init.constant_(self.scale, self.start)
 
-    def forward(self, z: Tensor) -> Tensor:    # [B, d] -> [B, C]
+    def forward(self, z: Tensor) -> Tensor:  # [B, d] -> [B, C]
         return self.scale * F.normalize(z, dim=-1) @ F.normalize(self.weight, dim=-1).T
 
 # %% ../../nbs/models/02_heads.ipynb #e4f6dd5b
 class WCDASHead(nn.Module):
     "Logits `s` times the wrapped Cauchy density of the angle to `w_c`; the concentration of every class and the scale are learned (Han, ICML 2023)."
+
     undecayed = ("g", "s0")
-    def __init__(self,
+
+    def __init__(
+        self,
         dim_in: int,  # width of the feature
         n_classes: int,
         scale: float = 20.0,  # value above 1 at which the learned scale starts
@@ -49,16 +54,19 @@ class WCDASHead(nn.Module):
         self.g, self.s0 = nn.Parameter(torch.empty(n_classes)), nn.Parameter(torch.empty(()))
 
     @property
-    def rho(self) -> Tensor: return self.g.sigmoid().clamp(max=0.99)  # [C] concentration
+    def rho(self) -> Tensor:
+        return self.g.sigmoid().clamp(max=0.99)  # [C] concentration
+
     @property
-    def scale(self) -> Tensor: return F.softplus(self.s0) + 1
+    def scale(self) -> Tensor:
+        return F.softplus(self.s0) + 1
 
     def init_from(self, generator: torch.Generator):
         fill_uniform(self.weight, self.weight.shape[1] ** -0.5, generator)
         nn.init.zeros_(self.g)
-        nn.init.constant_(self.s0, self.start - 1 + math.log(-math.expm1(1 - self.start)))    # inverse of softplus
+        nn.init.constant_(self.s0, self.start - 1 + math.log(-math.expm1(1 - self.start)))  # inverse of softplus
 
-    def forward(self, z: Tensor) -> Tensor:    # [B, d] -> [B, C]
+    def forward(self, z: Tensor) -> Tensor:  # [B, d] -> [B, C]
         cosine = F.normalize(z, dim=-1) @ F.normalize(self.weight, dim=-1).T
         return self.scale * wrapped_cauchy(cosine, self.rho)
 
@@ -72,9 +80,16 @@ def wrapped_cauchy(
 # %% ../../nbs/models/02_heads.ipynb #4a67ab8e
 class UnitLength(nn.Module):
     "Features scaled to length 1; zero stays zero."
-    def forward(self, z: Tensor) -> Tensor: return F.normalize(z, dim=-1)    # [B, d] -> [B, d]
 
-HEADS = {"linear": nn.Linear, "cosine": CosineHead, "unit": nn.Linear, "wcdas": WCDASHead}    # "unit": linear, on features of length 1
+    def forward(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=-1)  # [B, d] -> [B, d]
+
+HEADS = {
+    "linear": nn.Linear,
+    "cosine": CosineHead,
+    "unit": nn.Linear,
+    "wcdas": WCDASHead,
+}  # "unit": linear, on features of length 1
 
 def build_head(
     name: str,  # a key of `HEADS`
@@ -86,7 +101,8 @@ def build_head(
     "A head by its name; raises FedgalError with the known names for an unknown one."
     if name not in HEADS:
         raise FedgalError(f"unknown head {name!r}{did_you_mean(name, HEADS)}; known: {', '.join(HEADS)}")
-    if generator is not None: return initialised(lambda: build_head(name, dim_in, n_classes, stem=stem), generator)
+    if generator is not None:
+        return initialised(lambda: build_head(name, dim_in, n_classes, stem=stem), generator)
     layers = (*((UnitLength(),) if name == "unit" else ()), *stem, HEADS[name](dim_in, n_classes))
     return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
 

@@ -18,14 +18,19 @@ def init_weights(
 ) -> nn.Module:  # the same module, filled
     "Fill all parameters and buffers of `module` in place; raises FedgalError for a kind of layer without a rule."
     for name, m in module.named_modules():
-        if hasattr(m, "init_from"): m.init_from(generator)
+        if hasattr(m, "init_from"):
+            m.init_from(generator)
         elif isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            bound = 1 / math.sqrt(m.weight[0].numel())    # numel of one output's weights = fan in
-            for p in m.parameters(recurse=False): fill_uniform(p, bound, generator)
-        elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)): m.reset_parameters()
+            bound = 1 / math.sqrt(m.weight[0].numel())  # numel of one output's weights = fan in
+            for p in m.parameters(recurse=False):
+                fill_uniform(p, bound, generator)
+        elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+            m.reset_parameters()
         elif any(True for own in (m._parameters, m._buffers) for v in own.values() if v is not None):
-            raise FedgalError(f"no rule to initialise {type(m).__name__} at {name or 'the root'}: "
-                              "give the class a method init_from(generator)")
+            raise FedgalError(
+                f"no rule to initialise {type(m).__name__} at {name or 'the root'}: "
+                "give the class a method init_from(generator)"
+            )
     return module
 
 @torch.no_grad()
@@ -39,7 +44,8 @@ def initialised(
     generator: torch.Generator,  # its device is the module's device
 ) -> nn.Module:
     "Build a module without touching the global random state and fill it from `generator`."
-    with torch.random.fork_rng(devices=[]): module = factory()    # the meta device would import seconds of compiler
+    with torch.random.fork_rng(devices=[]):
+        module = factory()  # the meta device would import seconds of compiler
     return init_weights(module.to(generator.device), generator)
 
 # %% ../../nbs/models/01_init.ipynb #84194850
@@ -50,8 +56,10 @@ def decay_groups(
 ) -> list[dict]:  # parameter groups for an optimiser
     "Parameters with and without weight decay: biases, normalisation layers, scales and concentrations go without."
     trained = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, **options},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, **options}]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, **options},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, **options},
+    ]
 
 def undecayed_names(
     module: nn.Module,

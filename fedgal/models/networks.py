@@ -21,25 +21,33 @@ from .split import SplitModel
 # %% ../../nbs/models/04_networks.ipynb #7d43b278
 class Parts(NamedTuple):
     "What a recipe makes."
+
     low: nn.Module
     high: nn.Module
     stem: tuple[nn.Module, ...] = ()  # layers of the head before its classifier
 
 def _shape(module, in_shape):
-    return tuple(module(torch.empty(2, *in_shape)).shape[1:])    # on the meta device: shapes only
+    return tuple(module(torch.empty(2, *in_shape)).shape[1:])  # on the meta device: shapes only
 
 def _dense(low, in_shape, width):
     return nn.Sequential(nn.Flatten(), nn.Linear(prod(_shape(low, in_shape)), width), nn.ReLU())
 
 def _cnn8(in_shape, norm):
     to_2x2 = nn.MaxPool2d(tuple(s // 2 // 2 for s in in_shape[1:]))
-    low = nn.Sequential(nn.Conv2d(in_shape[0], 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), to_2x2)
+    low = nn.Sequential(
+        nn.Conv2d(in_shape[0], 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        to_2x2,
+    )
     return Parts(low, _dense(low, in_shape, 64))
 
 def _two_convs(in_shape, c1, c2):
-    return nn.Sequential(nn.Conv2d(in_shape[0], c1, 5), nn.ReLU(), nn.MaxPool2d(2),
-                         nn.Conv2d(c1, c2, 5), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(
+        nn.Conv2d(in_shape[0], c1, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(c1, c2, 5), nn.ReLU(), nn.MaxPool2d(2)
+    )
 
 def _lenet(in_shape, norm):
     low = _two_convs(in_shape, 6, 16)
@@ -51,18 +59,28 @@ def _cnn(in_shape, norm):
 
 # %% ../../nbs/models/04_networks.ipynb #efdae306
 def _mlp(in_shape, norm):
-    return Parts(nn.Sequential(nn.Flatten(), nn.Linear(prod(in_shape), 128), nn.ReLU()),
-                 nn.Sequential(nn.Linear(128, 64), nn.ReLU()))
+    return Parts(
+        nn.Sequential(nn.Flatten(), nn.Linear(prod(in_shape), 128), nn.ReLU()),
+        nn.Sequential(nn.Linear(128, 64), nn.ReLU()),
+    )
 
 # %% ../../nbs/models/04_networks.ipynb #b4e85255
 NORMS = {"group": lambda channels: nn.GroupNorm(max(1, channels // 16), channels), "batch": nn.BatchNorm2d}
 
 def _fedgen(in_shape, norm):
-    low = nn.Sequential(nn.Conv2d(in_shape[0], 6, 3, 2, 1), NORMS[norm](6), nn.ReLU(), nn.Conv2d(6, 16, 3, 2, 1), NORMS[norm](16), nn.ReLU())
+    low = nn.Sequential(
+        nn.Conv2d(in_shape[0], 6, 3, 2, 1),
+        NORMS[norm](6),
+        nn.ReLU(),
+        nn.Conv2d(6, 16, 3, 2, 1),
+        NORMS[norm](16),
+        nn.ReLU(),
+    )
     return Parts(low, _dense(low, in_shape, 32))
 
 class Block(nn.Module):
     "Two 3x3 convolutions and a shortcut without parameters."
+
     def __init__(self, c_in: int, c_out: int, norm: str):
         super().__init__()
         self.stride, self.grow = (1, 0) if c_in == c_out else (2, (c_out - c_in) // 2)
@@ -77,24 +95,40 @@ class Block(nn.Module):
 def _resnet(n, *widths):
     def build(in_shape, norm):
         first = widths[0]
-        stages = [[Block(c_in if i == 0 else c, c, norm) for i in range(n)] for c_in, c in zip((first, *widths), widths, strict=False)]
-        low = nn.Sequential(nn.Conv2d(in_shape[0], first, 3, padding=1, bias=False), NORMS[norm](first), nn.ReLU(),
-                            *stages[0], *stages[1])
+        stages = [
+            [Block(c_in if i == 0 else c, c, norm) for i in range(n)]
+            for c_in, c in zip((first, *widths), widths, strict=False)
+        ]
+        low = nn.Sequential(
+            nn.Conv2d(in_shape[0], first, 3, padding=1, bias=False),
+            NORMS[norm](first),
+            nn.ReLU(),
+            *stages[0],
+            *stages[1],
+        )
         return Parts(low, nn.Sequential(*sum(stages[2:], []), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
     return build
 
 # %% ../../nbs/models/04_networks.ipynb #50f41eb7
 @dataclass(frozen=True)
 class Recipe:
     "How to build one kind of model, and what it accepts."
+
     build: Callable[[tuple[int, ...], str], Parts]
     smallest: int | None  # smallest height and width; None: any shape, tables too
     normalised: bool = False  # has normalisation layers, so `norm` may be chosen
 
 MODELS = {
-    "cnn8": Recipe(_cnn8, 8), "lenet": Recipe(_lenet, 16), "cnn": Recipe(_cnn, 16),
-    "resnet8": Recipe(_resnet(1, 16, 32, 64), 8, True), "resnet8w": Recipe(_resnet(1, 32, 64, 128), 8, True), "resnet32": Recipe(_resnet(5, 16, 32, 64), 8, True),
-    "resnet18": Recipe(_resnet(2, 64, 128, 256, 512), 8, True), "fedgen": Recipe(_fedgen, 8, True), "mlp": Recipe(_mlp, None),
+    "cnn8": Recipe(_cnn8, 8),
+    "lenet": Recipe(_lenet, 16),
+    "cnn": Recipe(_cnn, 16),
+    "resnet8": Recipe(_resnet(1, 16, 32, 64), 8, True),
+    "resnet8w": Recipe(_resnet(1, 32, 64, 128), 8, True),
+    "resnet32": Recipe(_resnet(5, 16, 32, 64), 8, True),
+    "resnet18": Recipe(_resnet(2, 64, 128, 256, 512), 8, True),
+    "fedgen": Recipe(_fedgen, 8, True),
+    "mlp": Recipe(_mlp, None),
 }
 
 # %% ../../nbs/models/04_networks.ipynb #3374320e
@@ -119,6 +153,7 @@ def build_model(
         top = build_head(head, _shape(nn.Sequential(*stem), (d,))[0], n_classes, stem=stem)
         dims = {"low": prod(low_shape), "high": d, "projected": out}
         return SplitModel(low, high, projector, top, in_shape, low_shape, dims)
+
     return initialised(assemble, generator)
 
 def _check_request(name, in_shape, norm):
@@ -127,9 +162,13 @@ def _check_request(name, in_shape, norm):
             raise FedgalError(f"unknown {what} {given!r}{did_you_mean(given, known)}; known: {', '.join(known)}")
     recipe = MODELS[name]
     if norm != "group" and not recipe.normalised:
-        raise FedgalError(f"norm={norm!r}, but {name} has no normalisation layers; "
-                          "leave norm at its default or use a resnet or fedgen")
+        raise FedgalError(
+            f"norm={norm!r}, but {name} has no normalisation layers; "
+            "leave norm at its default or use a resnet or fedgen"
+        )
     if (s := recipe.smallest) is not None and (len(in_shape) != 3 or min(in_shape[1:]) < s):
-        raise FedgalError(f"{name} takes images (channels, height, width) of at least {s}x{s}, not {in_shape}; "
-                          "cnn8 and the resnets take 8x8, mlp takes any shape")
+        raise FedgalError(
+            f"{name} takes images (channels, height, width) of at least {s}x{s}, not {in_shape}; "
+            "cnn8 and the resnets take 8x8, mlp takes any shape"
+        )
     return recipe

@@ -13,6 +13,7 @@ from ..core.errors import FedgalError
 # %% ../../nbs/models/03_split.ipynb #1eac89d7
 class Features(NamedTuple):
     "Raw features of one batch at every level, and the logits."
+
     low: Tensor | None  # [B, d_low], flat
     high: Tensor  # [B, d_high]
     projected: Tensor | None  # [B, d_projected]
@@ -21,6 +22,7 @@ class Features(NamedTuple):
 # %% ../../nbs/models/03_split.ipynb #281794d3
 class _FromLevel(nn.Module):
     "Passes that start at a level; expects the attributes high, projector, head, low_shape and dims."
+
     def from_low(self, low: Tensor) -> Features:
         "Features from flat low features `[B, d_low]`."
         self._check(low, "low")
@@ -33,14 +35,20 @@ class _FromLevel(nn.Module):
 
     def _check(self, z, level):
         if z.ndim != 2 or z.shape[1] != self.dims[level]:
-            raise FedgalError(f"level {level} of this model takes features [B, {self.dims[level]}], "
-                              f"not {list(z.shape)}")
+            raise FedgalError(
+                f"level {level} of this model takes features [B, {self.dims[level]}], not {list(z.shape)}"
+            )
 
 # %% ../../nbs/models/03_split.ipynb #d69bd0aa
 class SplitModel(_FromLevel):
     "Four parts in a row; `model(x)` gives `Features`, `from_low` and `from_high` enter further up."
-    def __init__(self,
-        low: nn.Module, high: nn.Module, projector: nn.Module, head: nn.Module,
+
+    def __init__(
+        self,
+        low: nn.Module,
+        high: nn.Module,
+        projector: nn.Module,
+        head: nn.Module,
         in_shape: tuple[int, ...],  # of one example
         low_shape: tuple[int, ...],  # what one flat low feature unfolds to
         dims: dict[str, int],  # widths of the levels 'low', 'high', 'projected'
@@ -51,8 +59,10 @@ class SplitModel(_FromLevel):
 
     def forward(self, x: Tensor) -> Features:
         if tuple(x.shape[1:]) != self.in_shape or not x.is_floating_point():
-            raise FedgalError(f"this model takes float batches [B, {', '.join(map(str, self.in_shape))}], "
-                              f"not {x.dtype} {list(x.shape)}; images become float with fedgal.data.to_float")
+            raise FedgalError(
+                f"this model takes float batches [B, {', '.join(map(str, self.in_shape))}], "
+                f"not {x.dtype} {list(x.shape)}; images become float with fedgal.data.to_float"
+            )
         return self.from_low(self.low(x).flatten(1))
 
     def view(self, level: str) -> "LevelView":
@@ -68,7 +78,9 @@ _ABOVE = {"low": ("high", "projector", "head"), "high": ("head",)}
 
 class LevelView(_FromLevel):
     "The part of a `SplitModel` above one level: takes flat features of that level, gives `Features`."
-    def __init__(self,
+
+    def __init__(
+        self,
         model: SplitModel,
         level: str,  # 'low' or 'high'
     ):
@@ -78,7 +90,8 @@ class LevelView(_FromLevel):
         self.level, self.low_shape, self.dims = level, model.low_shape, dict(model.dims)
         self.in_shape = (model.dims[level],)
         self.projector = None
-        for name in _ABOVE[level]: setattr(self, name, getattr(model, name))
+        for name in _ABOVE[level]:
+            setattr(self, name, getattr(model, name))
 
     def forward(self, z: Tensor) -> Features:
         return self.from_low(z) if self.level == "low" else self.from_high(z)

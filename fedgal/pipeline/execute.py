@@ -17,6 +17,7 @@ from .schema import lineage, stage_path
 # %% ../../nbs/pipeline/03_execute.ipynb #fce12c8e
 class StageFailed(FedgalError):
     "A stage stopped with an error; `notebook` is what it had executed."
+
     def __init__(self, message, stage, notebook=None, trace=""):
         super().__init__(message)
         self.stage, self.notebook, self.trace = stage, notebook, trace
@@ -24,7 +25,8 @@ class StageFailed(FedgalError):
 def _why(error) -> str:
     "One line from a papermill error: a user's mistake as it is, anything else with its type."
     name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-    if name == "DeadKernelError": return "the kernel died (out of memory, or killed)"
+    if name == "DeadKernelError":
+        return "the kernel died (out of memory, or killed)"
     line = (str(value).strip().splitlines() or [""])[0]
     return line if name in ("FedgalError", "StageFailed") else f"{name}: {line}"
 
@@ -38,40 +40,65 @@ def execute(
     import logging
     import papermill as pm
     from .kernels import kernel_manager
-    logging.getLogger("papermill").setLevel(logging.ERROR)    # it warns about parameters of earlier stages
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns about parameters of earlier stages
     folder = settings().artifacts / stage
     folder.mkdir(parents=True, exist_ok=True)
     out, failed = folder / f"{key}.running.ipynb", folder / f"{key}.failed.ipynb"
-    flat = {n: v for s in reversed(lineage(stage)) for n, v in params[s].items() if n != "params_file"} | {n: v for n, v in params[stage].items() if n != "params_file"}
+    flat = {n: v for s in reversed(lineage(stage)) for n, v in params[s].items() if n != "params_file"} | {
+        n: v for n, v in params[stage].items() if n != "params_file"
+    }
     started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="fedgal-", ignore_cleanup_errors=True) as sockets:
-            pm.execute_notebook(str(stage_path(stage)), str(out), parameters=flat, kernel_name="python3", progress_bar=False, cwd=str(root()),
-                                start_timeout=300, extra_arguments=["--IPKernelApp.log_level=50"], kernel_manager_class=kernel_manager(sockets))    # a kernel that is told to end says so as an error
+            pm.execute_notebook(
+                str(stage_path(stage)),
+                str(out),
+                parameters=flat,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=str(root()),
+                start_timeout=300,
+                extra_arguments=["--IPKernelApp.log_level=50"],
+                kernel_manager_class=kernel_manager(sockets),
+            )  # a kernel that is told to end says so as an error
     except Exception as e:
-        if out.exists(): os.replace(out, failed)
+        if out.exists():
+            os.replace(out, failed)
         trace = "\n".join(getattr(e, "traceback", None) or [str(e)])
         raise StageFailed(f"{stage}: {_why(e)}", stage, failed if failed.exists() else None, trace) from e
     if not (folder / key / MANIFEST).is_file():
         os.replace(out, failed)
-        raise StageFailed(f"{stage}: the notebook ended without finishing its stage (exit() in a cell, or the library was changed while it ran)", stage, failed)
+        raise StageFailed(
+            f"{stage}: the notebook ended without finishing its stage (exit() in a cell, or the library was changed while it ran)",
+            stage,
+            failed,
+        )
     seconds = round(time.monotonic() - started, 2)
-    os.replace(out, folder / f"{key}.ipynb"); failed.unlink(missing_ok=True)
-    save_json(folder / f"{key}.run.json", {"seconds": seconds, "started": datetime.now(UTC).isoformat(timespec="seconds")})
+    os.replace(out, folder / f"{key}.ipynb")
+    failed.unlink(missing_ok=True)
+    save_json(
+        folder / f"{key}.run.json", {"seconds": seconds, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    )
     return seconds
 
 # %% ../../nbs/pipeline/03_execute.ipynb #eb045a7f
-def ensure(stage: str, key: str, params: dict) -> tuple[str, float]:  # ("cached" | "ran", seconds of the run that made it)
+def ensure(
+    stage: str, key: str, params: dict
+) -> tuple[str, float]:  # ("cached" | "ran", seconds of the run that made it)
     "Make sure that a stage's artifact exists and is whole; two runners of the same key take turns."
     folder = settings().artifacts / stage
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.run"):
-        if not (folder / key / MANIFEST).is_file(): return "ran", execute(stage, key, params)
-        try: verify(folder / key)
+        if not (folder / key / MANIFEST).is_file():
+            return "ran", execute(stage, key, params)
+        try:
+            verify(folder / key)
         except FedgalError as e:
             raise StageFailed(f"{stage}: {e}; to compute it again: fedgal clean {stage}/{key}", stage) from None
         record = folder / f"{key}.run.json"
-        if not (record.is_file() and (folder / f"{key}.ipynb").is_file()): return "ran", execute(stage, key, params)    # made by hand: no page yet
+        if not (record.is_file() and (folder / f"{key}.ipynb").is_file()):
+            return "ran", execute(stage, key, params)  # made by hand: no page yet
         return "cached", load_json(record)["seconds"]
 
 def run_stage(stage: str, params: dict, stage_keys: dict) -> None:

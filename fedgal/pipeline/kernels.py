@@ -17,7 +17,17 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 from traitlets import default
 
 # %% ../../nbs/pipeline/06_kernels.ipynb #86358c89
-LIBRARIES = ("torch", "safetensors.torch", "pandas", "seaborn", "matplotlib.pyplot", "scipy.stats", "sklearn.datasets", "ipykernel.kernelapp", "IPython.display")
+LIBRARIES = (
+    "torch",
+    "safetensors.torch",
+    "pandas",
+    "seaborn",
+    "matplotlib.pyplot",
+    "scipy.stats",
+    "sklearn.datasets",
+    "ipykernel.kernelapp",
+    "IPython.display",
+)
 
 def can_fork() -> bool:
     "Whether kernels can be forked from a process that has the libraries in memory."
@@ -37,43 +47,66 @@ def become_kernel(
     cwd: str,
 ) -> None:
     "Turn this process into a Jupyter kernel; returns when the kernel is told to end."
+
     def end_with(runner):
         runner.join()
         os._exit(1)
+
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.setsid()
-    os.environ.clear(); os.environ.update(env)
+    os.environ.clear()
+    os.environ.update(env)
     os.chdir(cwd)
     np.random.seed()
-    sys.argv = ["ipykernel_launcher", *arguments, f"--IPKernelApp.parent_handle={os.getppid()}", "--IPKernelApp.matplotlib=inline"]
+    sys.argv = [
+        "ipykernel_launcher",
+        *arguments,
+        f"--IPKernelApp.parent_handle={os.getppid()}",
+        "--IPKernelApp.matplotlib=inline",
+    ]
     from ipykernel.kernelapp import launch_new_instance
+
     launch_new_instance()
 
 _STARTING = threading.Lock()
 
 class ForkedProcess:
     "What Jupyter asks of a process, answered by a fork."
+
     stdin = stdout = stderr = None
 
     def __init__(self, arguments: list[str], env: dict[str, str], cwd: str):
         self._process = forkserver().Process(target=become_kernel, args=(arguments, env, cwd), name="kernel")
-        with _STARTING, patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):    # else every kernel would run the script that started it
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])    # Ctrl-C is the runner's, also while the libraries load
-            try: self._process.start()
-            finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with (
+            _STARTING,
+            patch.dict(sys.modules, {"__main__": ModuleType("__main__")}),
+        ):  # else every kernel would run the script that started it
+            before = signal.pthread_sigmask(
+                signal.SIG_BLOCK, [signal.SIGINT]
+            )  # Ctrl-C is the runner's, also while the libraries load
+            try:
+                self._process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pid = self._process.pid
 
-    def poll(self) -> int | None: return self._process.exitcode    # None while it runs
+    def poll(self) -> int | None:
+        return self._process.exitcode  # None while it runs
+
     def wait(self) -> int | None:
         self._process.join()
         return self._process.exitcode
 
     def send_signal(self, signum: int) -> None:
-        if self.poll() is None: os.kill(self.pid, signum)
+        if self.poll() is None:
+            os.kill(self.pid, signum)
 
-    def terminate(self) -> None: self.send_signal(signal.SIGTERM)
-    def kill(self) -> None: self.send_signal(signal.SIGKILL)
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 # %% ../../nbs/pipeline/06_kernels.ipynb #9c4cf39e
 class ForkProvisioner(LocalProvisioner):
@@ -81,10 +114,11 @@ class ForkProvisioner(LocalProvisioner):
 
     async def launch_kernel(self, cmd: list[str], **options) -> dict:
         "Fork instead of starting `cmd`, if that is an ipykernel of this interpreter."
-        if cmd[0] != sys.executable or "ipykernel_launcher" not in cmd: return await super().launch_kernel(cmd, **options)
+        if cmd[0] != sys.executable or "ipykernel_launcher" not in cmd:
+            return await super().launch_kernel(cmd, **options)
         self.cwd = str(options.get("cwd") or os.getcwd())
-        self.process = ForkedProcess(cmd[cmd.index("ipykernel_launcher") + 1:], options["env"], self.cwd)
-        self.pid = self.pgid = self.process.pid    # the child makes itself the head of its group
+        self.process = ForkedProcess(cmd[cmd.index("ipykernel_launcher") + 1 :], options["env"], self.cwd)
+        self.pid = self.pgid = self.process.pid  # the child makes itself the head of its group
         return self.connection_info
 
 # %% ../../nbs/pipeline/06_kernels.ipynb #0010c950
@@ -92,17 +126,25 @@ def kernel_manager(
     folder: str,  # for sockets; short, a socket's path has at most about 100 characters
 ) -> type[AsyncKernelManager]:
     "A class of kernel managers for one notebook."
+
     class StageKernel(AsyncKernelManager):
         if os.name == "posix":
+
             @default("transport")
-            def _transport(self): return "ipc"
+            def _transport(self):
+                return "ipc"
+
             @default("ip")
-            def _ip(self): return f"{folder}/kernel"
+            def _ip(self):
+                return f"{folder}/kernel"
+
         @property
         def kernel_spec(self):
             spec = super().kernel_spec
-            if can_fork(): spec.metadata["kernel_provisioner"] = {"provisioner_name": FORKED.name}
+            if can_fork():
+                spec.metadata["kernel_provisioner"] = {"provisioner_name": FORKED.name}
             return spec
+
     return StageKernel
 
 FORKED = EntryPoint("fedgal-forked", "fedgal.pipeline.kernels:ForkProvisioner", KernelProvisionerFactory.GROUP_NAME)

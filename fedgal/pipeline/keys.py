@@ -17,7 +17,16 @@ from ..core.store import canonical, load_json, save_json, sha256
 from .schema import cells, inputs
 
 # %% ../../nbs/pipeline/02_keys.ipynb #c6e438a5
-_NOT_HASHED = {"fedgal", "fedgal.params", "fedgal.tune", "fedgal.pipeline", "fedgal.publish", "fedgal.report", "fedgal.cli", "fedgal._modidx"}
+_NOT_HASHED = {
+    "fedgal",
+    "fedgal.params",
+    "fedgal.tune",
+    "fedgal.pipeline",
+    "fedgal.publish",
+    "fedgal.report",
+    "fedgal.cli",
+    "fedgal._modidx",
+}
 
 def _imports(source, package):
     "Dotted fedgal modules that a piece of code names; those that its registries offer, as (name, module); all other texts in it."
@@ -25,23 +34,30 @@ def _imports(source, package):
     text = lambda node: node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
     module = lambda s: m[1] if (m := re.fullmatch(r"(fedgal(?:\.\w+)+)(?::\w+)?", s)) else None
     entries = set()
-    for node in ast.walk(ast.parse(source)):    # parents before children
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+    for node in ast.walk(ast.parse(source)):  # parents before children
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            base = (
+                importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                if node.level
+                else node.module
+            )
             found |= {base} | {f"{base}.{a.name}" for a in node.names}
         elif isinstance(node, ast.Dict):
             for k, v in zip(node.keys, node.values, strict=True):
                 if text(k) and module(text(v)):
                     offered.add((text(k), module(text(v))))
                     entries |= {id(k), id(v)}
-        elif text(node) and id(node) not in entries: (found if module(text(node)) else texts).add(module(text(node)) or text(node))
+        elif text(node) and id(node) not in entries:
+            (found if module(text(node)) else texts).add(module(text(node)) or text(node))
     return frozenset(m for m in found if m.split(".")[0] == "fedgal"), frozenset(offered), frozenset(texts)
 
-@cache    # names of attributes are asked for too, many more than the modules there are
+@cache  # names of attributes are asked for too, many more than the modules there are
 def _module(name):
     path = root() / (name.replace(".", "/") + ".py")
-    if not path.is_file(): return None
+    if not path.is_file():
+        return None
     text = path.read_text(encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest(), *_imports(text, name.rpartition(".")[0])
 
@@ -58,17 +74,24 @@ def modules(
         tried |= todo
         for name, module in ((n, m) for n in todo if (m := _module(n))):
             seen[name], imports, offers, texts = module
-            imported |= imports; offered |= offers; named |= texts
+            imported |= imports
+            offered |= offers
+            named |= texts
     return dict(sorted(seen.items()))
 
 # %% ../../nbs/pipeline/02_keys.ipynb #c833c2ee
 def _file_hash(path):
     "SHA-256, remembered by path, size and time of change so that large data files are read once; wall times in metrics do not count."
-    if path.name == "metrics.json": return hashlib.sha256(canonical({k: v for k, v in load_json(path).items() if k != "seconds"}).encode()).hexdigest()
+    if path.name == "metrics.json":
+        return hashlib.sha256(
+            canonical({k: v for k, v in load_json(path).items() if k != "seconds"}).encode()
+        ).hexdigest()
     stat, memo = path.stat(), settings().artifacts / "data" / "hashes.json"
     tag = canonical([str(path), stat.st_size, stat.st_mtime_ns])
-    try: known = load_json(memo)
-    except FedgalError: known = {}
+    try:
+        known = load_json(memo)
+    except FedgalError:
+        known = {}
     if tag not in known:
         known[tag] = sha256(path)
         save_json(memo, known)
@@ -77,9 +100,12 @@ def _file_hash(path):
 def _module_file(name):
     "Source file of a user's module: in the project root, or importable."
     here = root() / (name.replace(".", "/") + ".py")
-    if here.is_file(): return here
-    try: spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError): return None
+    if here.is_file():
+        return here
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
     return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 def _data_files(params):
@@ -88,13 +114,17 @@ def _data_files(params):
     for name, value in params.items():
         values = value if isinstance(value, list) else [value]
         for v in [v for v in values if isinstance(v, str) and v]:
-            if re.fullmatch(r"[\w.]+:\w+", v): files = [f for f in [_module_file(v.split(":")[0])] if f]
-            elif name == "dataset" and (data_root / v).is_dir(): files = sorted((data_root / v).glob("*.parquet"))
-            elif name == "experiments": files = [settings().reports / v / "metrics.json"]
+            if re.fullmatch(r"[\w.]+:\w+", v):
+                files = [f for f in [_module_file(v.split(":")[0])] if f]
+            elif name == "dataset" and (data_root / v).is_dir():
+                files = sorted((data_root / v).glob("*.parquet"))
+            elif name == "experiments":
+                files = [settings().reports / v / "metrics.json"]
             elif v.endswith((".parquet", ".json")):
                 found = next((f for f in (root() / v, data_root / v) if f.is_file()), None)
                 files = [found, found.with_name(found.name.replace("train", "test"))] if found else []
-            else: files = []
+            else:
+                files = []
             out |= {f"{name}/{v}/{p.name}": _file_hash(p) for p in files if p.is_file()}
     return out
 
@@ -106,24 +136,35 @@ def _device():
     if settings().device != "auto" or version("torch").endswith("+cpu") or not Path("/dev/nvidiactl").exists():
         return "cpu" if settings().device == "auto" else settings().device
     from fedgal.core.random import runtime
+
     return runtime().device
 
 @cache
-def _versions(): return {"python": ".".join(map(str, sys.version_info[:2]))} | {v: version(v) for v in _VERSIONS}
+def _versions():
+    return {"python": ".".join(map(str, sys.version_info[:2]))} | {v: version(v) for v in _VERSIONS}
 
 def _texts(value):
     "All texts in a value, at any depth."
-    if isinstance(value, dict): return frozenset().union(*map(_texts, value.values()))
-    if isinstance(value, (list, tuple)): return frozenset().union(*map(_texts, value))
+    if isinstance(value, dict):
+        return frozenset().union(*map(_texts, value.values()))
+    if isinstance(value, (list, tuple)):
+        return frozenset().union(*map(_texts, value))
     return frozenset({value} if isinstance(value, str) else ())
 
 def facts(stage: str, params: dict, upstream: dict) -> dict:
     "Everything that determines a stage's result; its hash is the key."
     code = [src for src, tags in cells(stage) if "parameters" not in tags]
     s, hashed = settings(), {k: v for k, v in params.items() if k != "params_file"}
-    return {"stage": stage, "code": code, "modules": modules("\n".join(code), _texts(hashed)), "params": hashed, "data": _data_files(params),
-            "versions": _versions(),
-            "machine": {"device": _device(), "threads": s.threads, "precision": s.precision, "engine": s.engine}, "inputs": upstream}
+    return {
+        "stage": stage,
+        "code": code,
+        "modules": modules("\n".join(code), _texts(hashed)),
+        "params": hashed,
+        "data": _data_files(params),
+        "versions": _versions(),
+        "machine": {"device": _device(), "threads": s.threads, "precision": s.precision, "engine": s.engine},
+        "inputs": upstream,
+    }
 
 def keys(
     stages: list[str],  # in an order in which inputs come first

@@ -21,44 +21,108 @@ PERSONAL = ("local", "fedproto", "fedmps")  # algorithms that leave a model on e
 def check_together(params: dict) -> None:
     "Raise for values that are fine one by one and impossible together."
     get = {n: v for values in params.values() for n, v in values.items()}.get
-    if get("algorithm") == "fedprox" and not get("prox_mu"): raise FedgalError("algorithm fedprox needs prox_mu > 0 (0.01 is a common start)")
-    if get("levels") is not None and get("level", get("levels")[0]) not in get("levels"): raise FedgalError(f"level {get('level')!r} is not among levels = {get('levels')}, for which statistics are collected")
-    if (joint := get("joint_arms")) is not None and (not {"none", "joint"} <= set(joint) or len(set(joint)) < len(joint)): raise FedgalError(f"joint_arms = {joint}: each once, with `none` and `joint`")
-    if get("joint_gamma") and get("joint_refresh") >= get("joint_epochs"): raise FedgalError(f"joint_refresh = {get('joint_refresh')} with joint_epochs = {get('joint_epochs')}: no bank would ever be made; set joint_refresh below joint_epochs, or joint_gamma = 0")
+    if get("algorithm") == "fedprox" and not get("prox_mu"):
+        raise FedgalError("algorithm fedprox needs prox_mu > 0 (0.01 is a common start)")
+    if get("levels") is not None and get("level", get("levels")[0]) not in get("levels"):
+        raise FedgalError(
+            f"level {get('level')!r} is not among levels = {get('levels')}, for which statistics are collected"
+        )
+    if (joint := get("joint_arms")) is not None and (
+        not {"none", "joint"} <= set(joint) or len(set(joint)) < len(joint)
+    ):
+        raise FedgalError(f"joint_arms = {joint}: each once, with `none` and `joint`")
+    if get("joint_gamma") and get("joint_refresh") >= get("joint_epochs"):
+        raise FedgalError(
+            f"joint_refresh = {get('joint_refresh')} with joint_epochs = {get('joint_epochs')}: no bank would ever be made; set joint_refresh below joint_epochs, or joint_gamma = 0"
+        )
     arms = get("arms")
-    if arms is not None and ("none" not in arms or len(set(arms)) < len(arms)): raise FedgalError(f"arms = {arms}: each once, with `none`, which gains and harms are measured against")
+    if arms is not None and ("none" not in arms or len(set(arms)) < len(arms)):
+        raise FedgalError(f"arms = {arms}: each once, with `none`, which gains and harms are measured against")
     for arm in [a for a in arms or () if a.endswith("_adjusted")]:
         base = arm.removesuffix("_adjusted")
-        if base not in arms[:arms.index(arm)] or get("finetune_sampling") != "plain": raise FedgalError(f"arm {arm} corrects arm {base} for the prior of features as they come; name it after {base}, with finetune_sampling = 'plain'")
-        if get("n_clients", 1) > 1 or get("algorithm") in PERSONAL or get("finetune_on") == "server" or get("synthetic_classes", "uniform") != "uniform": raise FedgalError(f"arm {arm} knows the prior of one client that sees its own features and the whole bank; set n_clients = 1, finetune_on = 'clients' and synthetic_classes = 'uniform', use an algorithm with a global model, or leave it out")
+        if base not in arms[: arms.index(arm)] or get("finetune_sampling") != "plain":
+            raise FedgalError(
+                f"arm {arm} corrects arm {base} for the prior of features as they come; name it after {base}, with finetune_sampling = 'plain'"
+            )
+        if (
+            get("n_clients", 1) > 1
+            or get("algorithm") in PERSONAL
+            or get("finetune_on") == "server"
+            or get("synthetic_classes", "uniform") != "uniform"
+        ):
+            raise FedgalError(
+                f"arm {arm} knows the prior of one client that sees its own features and the whole bank; set n_clients = 1, finetune_on = 'clients' and synthetic_classes = 'uniform', use an algorithm with a global model, or leave it out"
+            )
     if get("algorithm_options"):
-        from fedgal.federated.algorithm import get_algorithm    # seconds of torch that most plans do not need
+        from fedgal.federated.algorithm import get_algorithm  # seconds of torch that most plans do not need
+
         get_algorithm(get("algorithm"), **get("algorithm_options"))
     if get("generator_options"):
         from fedgal.generators.base import make_config
+
         make_config(get("generator"), **get("generator_options"))
-    if get("consistency") and not get("encoder_lr"): raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
-    if arms and get("levels") is not None and "high" not in get("levels") and (bad := [a for a in arms if a in ("fedncm", "fed3r", "lda", "ccvr")]):
+    if get("consistency") and not get("encoder_lr"):
+        raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
+    if (
+        arms
+        and get("levels") is not None
+        and "high" not in get("levels")
+        and (bad := [a for a in arms if a in ("fedncm", "fed3r", "lda", "ccvr")])
+    ):
         raise FedgalError(f"arm {bad[0]} is made from statistics of level high; put it among levels = {get('levels')}")
-    if arms and "tau_norm" in arms and get("head") in ("cosine", "wcdas"): raise FedgalError(f"arm tau_norm rescales the rows of a linear layer, and head {get('head')} ignores their length; use head linear, or leave the arm out")
-    if get("local_loss") == "ldam" and get("head") != "cosine": raise FedgalError(f"local_loss ldam needs cosines; set head to cosine, it is {get('head')}")
-    if get("mixup") and get("local_loss") == "abbl": raise FedgalError("mixup blends labels sample by sample, and local_loss abbl looks at whole batches; leave one of them out")
-    if get("algorithm") == "creff" and get("head") not in (None, "linear"): raise FedgalError(f"algorithm creff retrains a linear classifier; head = {get('head')} is none")
+    if arms and "tau_norm" in arms and get("head") in ("cosine", "wcdas"):
+        raise FedgalError(
+            f"arm tau_norm rescales the rows of a linear layer, and head {get('head')} ignores their length; use head linear, or leave the arm out"
+        )
+    if get("local_loss") == "ldam" and get("head") != "cosine":
+        raise FedgalError(f"local_loss ldam needs cosines; set head to cosine, it is {get('head')}")
+    if get("mixup") and get("local_loss") == "abbl":
+        raise FedgalError(
+            "mixup blends labels sample by sample, and local_loss abbl looks at whole batches; leave one of them out"
+        )
+    if get("algorithm") == "creff" and get("head") not in (None, "linear"):
+        raise FedgalError(f"algorithm creff retrains a linear classifier; head = {get('head')} is none")
     if get("algorithm") in PERSONAL:
-        if heads := [a for a in arms or () if a in ONE_HEAD]: raise FedgalError(f"arms {', '.join(heads)} make one classifier for all, but {get('algorithm')} leaves every client a model of its own; leave these arms out")
-        if get("norm_factor"): raise FedgalError(f"norm_factor judges the length of updates, and {get('algorithm')} sends none; leave it at 0")
-        if get("finetune_on") == "server": raise FedgalError(f"finetune_on = 'server' needs a global model, but {get('algorithm')} leaves every client a model of its own; set finetune_on to 'clients'")
-    if get("group_few") and (get("group_few") > 1) != (get("group_many") > 1): raise FedgalError("group_few and group_many are both shares (at most 1) or both numbers of samples (above 1)")
+        if heads := [a for a in arms or () if a in ONE_HEAD]:
+            raise FedgalError(
+                f"arms {', '.join(heads)} make one classifier for all, but {get('algorithm')} leaves every client a model of its own; leave these arms out"
+            )
+        if get("norm_factor"):
+            raise FedgalError(
+                f"norm_factor judges the length of updates, and {get('algorithm')} sends none; leave it at 0"
+            )
+        if get("finetune_on") == "server":
+            raise FedgalError(
+                f"finetune_on = 'server' needs a global model, but {get('algorithm')} leaves every client a model of its own; set finetune_on to 'clients'"
+            )
+    if get("group_few") and (get("group_few") > 1) != (get("group_many") > 1):
+        raise FedgalError("group_few and group_many are both shares (at most 1) or both numbers of samples (above 1)")
 
 # %% ../../nbs/pipeline/04_plan.ipynb #2d0259d5
 COMPARE = "90_compare"
 
-PROTOCOL = ("dataset", "fraction", "imbalance", "n_clients", "partition", "alpha", "min_size", "ways", "shots", "stdev", "shots_max", "val_fraction", "shuffle_classes", "split_file")
+PROTOCOL = (
+    "dataset",
+    "fraction",
+    "imbalance",
+    "n_clients",
+    "partition",
+    "alpha",
+    "min_size",
+    "ways",
+    "shots",
+    "stdev",
+    "shots_max",
+    "val_fraction",
+    "shuffle_classes",
+    "split_file",
+)
 
 # %% ../../nbs/pipeline/04_plan.ipynb #e27248ad
 @dataclass
 class Member:
     "One chain of stages with fixed parameters."
+
     name: str
     changed: dict  # what it changes, from the sweep
     params: dict  # stage -> {name: value}
@@ -67,6 +131,7 @@ class Member:
 @dataclass
 class Experiment:
     "A params file, resolved: its members and, for a sweep, its comparison."
+
     name: str
     file: Path
     overrides: dict
@@ -81,13 +146,23 @@ def check_rows(file: Path, values: dict, members: list[Member]) -> None:
     merged = [{n: v for s in m.params.values() for n, v in s.items()} for m in members]
     arms = sorted({a for p in merged for a in [*p.get("arms", ["none"]), *p.get("joint_arms", [])]})
     default = schema(COMPARE)["baseline"].default
-    if len(members) > 1 and values.get("baseline", default) not in arms: raise FedgalError(f"{file}: baseline {values.get('baseline', default)!r} is not an arm of any member; arms: {', '.join(arms)}")
+    if len(members) > 1 and values.get("baseline", default) not in arms:
+        raise FedgalError(
+            f"{file}: baseline {values.get('baseline', default)!r} is not an arm of any member; arms: {', '.join(arms)}"
+        )
     for name in [n.strip() for c in values.get("contests", []) for n in c.split(" > ")]:
         arm, *given = name.split()
-        if arm not in arms: raise FedgalError(f"{file}: contest row {name!r}: no member has the arm {arm!r}{did_you_mean(arm, arms)}; arms: {', '.join(arms)}")
+        if arm not in arms:
+            raise FedgalError(
+                f"{file}: contest row {name!r}: no member has the arm {arm!r}{did_you_mean(arm, arms)}; arms: {', '.join(arms)}"
+            )
         for n, _, v in (g.partition("=") for g in given):
             seen = {spelt(p[n]) for p in merged if n in p}
-            if spelt(v) not in seen: raise FedgalError(f"{file}: contest row {name!r}: no member has {n}={v}" + (f"; there is {', '.join(sorted(seen))}" if seen else did_you_mean(n, merged[0])))
+            if spelt(v) not in seen:
+                raise FedgalError(
+                    f"{file}: contest row {name!r}: no member has {n}={v}"
+                    + (f"; there is {', '.join(sorted(seen))}" if seen else did_you_mean(n, merged[0]))
+                )
 
 # %% ../../nbs/pipeline/04_plan.ipynb #9415453b
 def plan(
@@ -101,11 +176,15 @@ def plan(
     stages, sweep = values.pop("stages", None), values.pop("sweep", None) or {}
     if not (isinstance(stages, list) and stages and all(isinstance(s, str) for s in stages)):
         raise FedgalError(f"{file}: `stages:` must list the stages to run, for example [10_data, 20_train]")
-    if bad := [k for k in overrides if k in (*RESERVED, "params_file", "experiment")]: raise FedgalError(f"{bad[0]!r} cannot be overridden; copy {file} and edit it, or give a --name")
+    if bad := [k for k in overrides if k in (*RESERVED, "params_file", "experiment")]:
+        raise FedgalError(f"{bad[0]!r} cannot be overridden; copy {file} and edit it, or give a --name")
     for s in stages:
-        if missing := [u for u in inputs(s) if u not in stages[:stages.index(s)]]: raise FedgalError(f"{file}: stage {s} needs {missing[0]} before it")
-    if bad := [g for g in grids(sweep) if not isinstance(g, dict)]: raise FedgalError(f"{file}: sweep: expected `name: [values]` lines, or a list of such groups, not {bad[0]!r}")
-    if isinstance(sweep, dict) and (both := [n for n in sweep if n in values and n not in overrides]): raise FedgalError(f"{file}: {both[0]!r} has a fixed value and is swept")
+        if missing := [u for u in inputs(s) if u not in stages[: stages.index(s)]]:
+            raise FedgalError(f"{file}: stage {s} needs {missing[0]} before it")
+    if bad := [g for g in grids(sweep) if not isinstance(g, dict)]:
+        raise FedgalError(f"{file}: sweep: expected `name: [values]` lines, or a list of such groups, not {bad[0]!r}")
+    if isinstance(sweep, dict) and (both := [n for n in sweep if n in values and n not in overrides]):
+        raise FedgalError(f"{file}: {both[0]!r} has a fixed value and is swept")
     base = name or member_name(file.stem, overrides)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,120}", base):
         raise FedgalError(f"name {base[:60]!r}: letters, digits and _.+=- only, at most 120 of them; give a --name")
@@ -114,17 +193,30 @@ def plan(
     members = []
     for changed in grid(swept) or [{}]:
         declared = {n for s in stages for n in schema(s)}
-        full = {n: v for n, v in (values | overrides | changed).items() if n in declared or n not in ("title", "question")}    # they also name a run without a result page
-        try: params = resolve(stages, full)
-        except FedgalError as e: raise FedgalError(f"{file}: {e}") from None
+        full = {
+            n: v for n, v in (values | overrides | changed).items() if n in declared or n not in ("title", "question")
+        }  # they also name a run without a result page
+        try:
+            params = resolve(stages, full)
+        except FedgalError as e:
+            raise FedgalError(f"{file}: {e}") from None
         own = member_name(base, changed)
         for s in params:
-            if "experiment" in params[s]: params[s]["experiment"] = own
-        try: check_together(params)
-        except FedgalError as e: raise FedgalError(f"{file}: {e}") from None
+            if "experiment" in params[s]:
+                params[s]["experiment"] = own
+        try:
+            check_together(params)
+        except FedgalError as e:
+            raise FedgalError(f"{file}: {e}") from None
         members.append(Member(own, changed, params, keys(chain, params)))
-    if len({m.name for m in members}) < len(members): raise FedgalError(f"{file}: two members of the sweep get the same name; use values that differ in letters or digits")
+    if len({m.name for m in members}) < len(members):
+        raise FedgalError(
+            f"{file}: two members of the sweep get the same name; use values that differ in letters or digits"
+        )
     if swept and COMPARE in stages and (mixed := [n for g in swept for n in g if n in PROTOCOL]):
-        raise FedgalError(f"{file}: {COMPARE} cannot put different protocols into one table, and {mixed[0]!r} is part of the protocol; sweep it without {COMPARE}")
-    if COMPARE in stages: check_rows(file, values | overrides, members)
+        raise FedgalError(
+            f"{file}: {COMPARE} cannot put different protocols into one table, and {mixed[0]!r} is part of the protocol; sweep it without {COMPARE}"
+        )
+    if COMPARE in stages:
+        check_rows(file, values | overrides, members)
     return Experiment(base, file, overrides, stages, members, values | overrides, swept)

@@ -24,7 +24,9 @@ from .schema import inputs, resolve, schema
 def _stop_kernels():
     "End the kernels that this process started."
     import psutil
-    for child in psutil.Process().children(recursive=True): child.kill()
+
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
 
 def run_nodes(
     needs: dict,  # (stage, key) -> the nodes it waits for
@@ -39,39 +41,53 @@ def run_nodes(
         try:
             while len(done) < len(needs):
                 for node, deps in needs.items():
-                    if node in done or node in running.values(): continue
-                    if any(not isinstance(done.get(d, (0, 0)), tuple) for d in deps): done[node] = None
-                    elif all(d in done for d in deps) and len(running) < jobs: running[pool.submit(work, node)] = node
-                if not running: continue
+                    if node in done or node in running.values():
+                        continue
+                    if any(not isinstance(done.get(d, (0, 0)), tuple) for d in deps):
+                        done[node] = None
+                    elif all(d in done for d in deps) and len(running) < jobs:
+                        running[pool.submit(work, node)] = node
+                if not running:
+                    continue
                 finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                if tick: tick(list(running.values()))
+                if tick:
+                    tick(list(running.values()))
                 for f in finished:
                     node = running.pop(f)
                     done[node] = f.exception() or f.result()
                     status = "failed" if f.exception() else f"{f.result()[0]:<6} {f.result()[1]:7.1f} s"
                     report(f"{node[0]:<14} {status}  {node[1]}" + (f"\n  {f.exception()}" if f.exception() else ""))
         except BaseException:
-            _stop_kernels()    # else the pool would wait for the notebooks to end
+            _stop_kernels()  # else the pool would wait for the notebooks to end
             raise
     return done
 
 # %% ../../nbs/pipeline/07_run.ipynb #c09b2563
 def _git():
     "The commit of the checkout, `-dirty` if anything but published reports differs from it; an empty text outside git."
-    def ask(*command): return subprocess.run(["git", *command], cwd=root(), capture_output=True, text=True, timeout=10)
+
+    def ask(*command):
+        return subprocess.run(["git", *command], cwd=root(), capture_output=True, text=True, timeout=10)
+
     try:
         commit = ask("describe", "--always").stdout.strip()
-        return commit + "-dirty" * bool(commit and ask("diff", "--quiet", "HEAD", "--", ".", ":(exclude)reports").returncode)
-    except (OSError, subprocess.SubprocessError): return ""
+        return commit + "-dirty" * bool(
+            commit and ask("diff", "--quiet", "HEAD", "--", ".", ":(exclude)reports").returncode
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 def _live(running):
     "One line that is overwritten, with the latest progress of each running stage."
-    if not sys.stderr.isatty(): return
+    if not sys.stderr.isatty():
+        return
     parts = []
     for stage, key in running:
         path = settings().artifacts / stage / f"{key}.progress"
         parts.append(f"{stage} {path.read_text() if path.exists() else 'starting'}")
-    print("\r\x1b[2K" + " · ".join(parts)[:shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True)
+    print(
+        "\r\x1b[2K" + " · ".join(parts)[: shutil.get_terminal_size().columns - 1], end="", file=sys.stderr, flush=True
+    )
 
 def _line(text):
     print(("\r\x1b[2K" if sys.stderr.isatty() else "") + text, flush=True)
@@ -85,21 +101,27 @@ def run(
 ) -> dict:  # the run record that is also in reports/<experiment>/run.json
     "Run an experiment from start to published pages; what is already done is taken from the cache."
     exp = plan(file, overrides, name)
-    os.environ.setdefault("OMP_NUM_THREADS", str(settings().threads))    # inherited by the kernels
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings().threads))  # inherited by the kernels
     home = settings().reports / exp.name
     _refuse_other(home, exp)
     lock = FileLock(settings().artifacts / "experiments" / f"{exp.name}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
-        raise Busy(f"experiment {exp.name!r} is already running in another process; wait for it or give this one another --name") from None
+        raise Busy(
+            f"experiment {exp.name!r} is already running in another process; wait for it or give this one another --name"
+        ) from None
     with lock:
         record = _record(exp) | {"pages": _published(home)}
         try:
             save_json(home / "run.json", record)
             _run_locked(exp, record, jobs or settings().jobs or os.cpu_count() or 1)
         except BaseException as e:
-            record |= {"status": "interrupted" if isinstance(e, KeyboardInterrupt) else "failed", "error": record.get("error") or str(e)}
+            record |= {
+                "status": "interrupted" if isinstance(e, KeyboardInterrupt) else "failed",
+                "error": record.get("error") or str(e),
+            }
             save_json(home / "run.json", record)
             raise
     return record
@@ -109,20 +131,40 @@ class Busy(FedgalError):
 
 # %% ../../nbs/pipeline/07_run.ipynb #cb8ab87b
 def _record(exp):
-    return {"experiment": exp.name, "title": str(exp.values.get("title", exp.name)), "params_file": _relative(exp.file), "overrides": exp.overrides,
-            "status": "running", "started": datetime.now(UTC).isoformat(timespec="seconds"), "git": _git(), "python": platform.python_version(),
-            "question": str(exp.values.get("question", "")), "command": _command(exp), "seconds": 0.0, "stages": [],
-            "members": [{"name": m.name, "changed": m.changed, "stages": [_entry(s, k, None) for s, k in m.keys.items()]} for m in exp.members]}
+    return {
+        "experiment": exp.name,
+        "title": str(exp.values.get("title", exp.name)),
+        "params_file": _relative(exp.file),
+        "overrides": exp.overrides,
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git(),
+        "python": platform.python_version(),
+        "question": str(exp.values.get("question", "")),
+        "command": _command(exp),
+        "seconds": 0.0,
+        "stages": [],
+        "members": [
+            {"name": m.name, "changed": m.changed, "stages": [_entry(s, k, None) for s, k in m.keys.items()]}
+            for m in exp.members
+        ],
+    }
 
 def _command(exp):
     "The line that runs this experiment again."
-    given = "".join(f" -p {n} {shlex.quote(canonical(v) if not isinstance(v, str) else v)}" for n, v in exp.overrides.items())
-    return f"fedgal run {_relative(exp.file)}{given}" + ("" if exp.name == member_name(exp.file.stem, exp.overrides) else f" --name {exp.name}")
+    given = "".join(
+        f" -p {n} {shlex.quote(canonical(v) if not isinstance(v, str) else v)}" for n, v in exp.overrides.items()
+    )
+    return f"fedgal run {_relative(exp.file)}{given}" + (
+        "" if exp.name == member_name(exp.file.stem, exp.overrides) else f" --name {exp.name}"
+    )
 
 def _published(home):
     "Digest of the pages that stand there already, so that they are not drawn again."
-    try: return load_json(home / "run.json").get("pages", "")
-    except FedgalError: return ""
+    try:
+        return load_json(home / "run.json").get("pages", "")
+    except FedgalError:
+        return ""
 
 def _relative(file):
     file = Path(file).resolve()
@@ -130,19 +172,25 @@ def _relative(file):
 
 def _refuse_other(home, exp):
     "A report of another experiment under the same name is not overwritten."
-    try: old = load_json(home / "run.json")
-    except FedgalError: return
+    try:
+        old = load_json(home / "run.json")
+    except FedgalError:
+        return
     if (old.get("params_file"), old.get("overrides")) != (_relative(exp.file), exp.overrides):
-        raise FedgalError(f"{home} holds a report of {old.get('params_file')} with overrides {old.get('overrides')}; choose another --name or remove that folder")
+        raise FedgalError(
+            f"{home} holds a report of {old.get('params_file')} with overrides {old.get('overrides')}; choose another --name or remove that folder"
+        )
 
 # %% ../../nbs/pipeline/07_run.ipynb #4993f7cb
 def _run_locked(exp, record, jobs):
     "Run the members' nodes, then the comparison; keep the record up to date and publish."
     from fedgal.report.publish import publish_members, publish_pages
+
     began, needs, owner = time.monotonic(), {}, {}
     for m in exp.members:
         for s, k in m.keys.items():
-            needs.setdefault((s, k), [(u, m.keys[u]) for u in inputs(s)]); owner.setdefault((s, k), m)
+            needs.setdefault((s, k), [(u, m.keys[u]) for u in inputs(s)])
+            owner.setdefault((s, k), m)
     print(f"{exp.name}: {len(exp.members)} member{'s' * (len(exp.members) > 1)}, {len(needs)} stage runs", flush=True)
     done = run_nodes(needs, lambda n: ensure(*n, owner[n].params), jobs, _line, _live)
     for m, entry in zip(exp.members, record["members"], strict=True):
@@ -150,17 +198,22 @@ def _run_locked(exp, record, jobs):
         entry["status"] = "finished" if all(isinstance(done[(s, k)], tuple) for s, k in m.keys.items()) else "failed"
     record["stages"] = list(record["members"][0]["stages"])
     publish_members(exp, record)
-    if exp.swept and COMPARE in exp.stages: done |= _compare(exp, record)
+    if exp.swept and COMPARE in exp.stages:
+        done |= _compare(exp, record)
     failures = [(n, e) for n, e in done.items() if isinstance(e, BaseException)]
     record |= {"seconds": round(time.monotonic() - began, 1), "status": "failed" if failures else "finished"}
-    if failures: record |= {"failed_stage": failures[0][0][0], "error": str(failures[0][1])}
+    if failures:
+        record |= {"failed_stage": failures[0][0][0], "error": str(failures[0][1])}
     publish_pages(exp, record, failures)
     if failures: raise failures[0][1]
 
 def _compare(exp, record):
     "The comparison over all members, failed ones included; it needs at least one finished member."
-    if all(m["status"] == "failed" for m in record["members"]): return {}
-    folders = [f"{exp.name}/members/{m.name.removeprefix(exp.name + '--')}" for m in exp.members]    # a failed one has no metrics there
+    if all(m["status"] == "failed" for m in record["members"]):
+        return {}
+    folders = [
+        f"{exp.name}/members/{m.name.removeprefix(exp.name + '--')}" for m in exp.members
+    ]  # a failed one has no metrics there
     own = {n: v for n, v in exp.values.items() if n in schema(COMPARE)}
     params = resolve([COMPARE], own | {"experiments": folders, "experiment": exp.name})
     node = (COMPARE, keys([COMPARE], params)[COMPARE])

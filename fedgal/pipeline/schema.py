@@ -21,8 +21,9 @@ _OPS = {"≥": float.__ge__, "≤": float.__le__, ">": float.__gt__, "<": float.
 @dataclass(frozen=True)
 class Param:
     "One parameter of one stage, as its `parameters` cell declares it."
+
     name: str
-    type: str   # int, float, str, bool, dict, list[...] of them, or one of these with `| None`
+    type: str  # int, float, str, bool, dict, list[...] of them, or one of these with `| None`
     default: object
     help: str = ""
     rule: str = ""  # "a | b | *.json" or "≥ 1, < 5"; empty: anything of the type
@@ -31,31 +32,41 @@ class Param:
     def check(self, value):
         "The value in its declared type; an error names the parameter, what was given and what is expected."
         kind, optional = re.fullmatch(r"(.+?)(\s*\|\s*None)?", self.type).groups()
-        if value is None and optional: return None
+        if value is None and optional:
+            return None
         if m := re.fullmatch(r"list\[(\w+)\]", kind):
-            if not isinstance(value, list): self._refuse(value)
+            if not isinstance(value, list):
+                self._refuse(value)
             return [self._scalar(v, m[1]) for v in value]
         return self._scalar(value, kind)
 
     def _scalar(self, value, kind):
         want = _TYPES[kind]
         if want is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-            try: value = float(value)   # YAML 1.1 reads 1e-3 as text
-            except ValueError: self._refuse(value)
-        if not isinstance(value, want) or (want is not bool and isinstance(value, bool)) or value != value: self._refuse(value)
-        if not self._allowed(value): self._refuse(value)
+            try:
+                value = float(value)  # YAML 1.1 reads 1e-3 as text
+            except ValueError:
+                self._refuse(value)
+        if not isinstance(value, want) or (want is not bool and isinstance(value, bool)) or value != value:
+            self._refuse(value)
+        if not self._allowed(value):
+            self._refuse(value)
         return value
 
     def _allowed(self, value):
-        if not self.rule: return True
-        if isinstance(value, str): return any(fnmatch.fnmatchcase(value, p.strip()) for p in self.rule.split("|"))
+        if not self.rule:
+            return True
+        if isinstance(value, str):
+            return any(fnmatch.fnmatchcase(value, p.strip()) for p in self.rule.split("|"))
         tests = re.findall(r"([≥≤><])\s*([-+.\de]+)", self.rule)
         return all(_OPS[op](float(value), float(bound)) for op, bound in tests)
 
     def _refuse(self, value):
         known = [p.strip() for p in self.rule.split("|")] if "|" in self.rule else []
         expected = self.type + (f" [{self.rule}]" if self.rule else "")
-        raise FedgalError(f"parameter {self.name} = {value!r}: expected {expected}{did_you_mean(value, known) if known else ''}; it is {self.help or 'undocumented'}")
+        raise FedgalError(
+            f"parameter {self.name} = {value!r}: expected {expected}{did_you_mean(value, known) if known else ''}; it is {self.help or 'undocumented'}"
+        )
 
 # %% ../../nbs/pipeline/01_schema.ipynb #a17df4f3
 def read_cell(
@@ -63,13 +74,23 @@ def read_cell(
     stage: str = "",
 ) -> dict:  # name -> Param
     "Parse an annotated `parameters` cell: literals only, one per line."
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    comments = {
+        t.start[0]: t.string.lstrip("# ")
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
     out = {}
     for node in ast.parse(source).body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
-            raise FedgalError(f"{stage or 'parameters cell'}, line {node.lineno}: only lines like `rounds: int = 3  # help [≥ 1]` are allowed here")
-        try: default = ast.literal_eval(node.value)
-        except ValueError: raise FedgalError(f"{stage}, line {node.lineno}: the default of {node.target.id} must be a literal") from None
+            raise FedgalError(
+                f"{stage or 'parameters cell'}, line {node.lineno}: only lines like `rounds: int = 3  # help [≥ 1]` are allowed here"
+            )
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            raise FedgalError(
+                f"{stage}, line {node.lineno}: the default of {node.target.id} must be a literal"
+            ) from None
         help_, rule = re.fullmatch(r"(.*?)\s*(?:\[([^\]]*)\])?", comments.get(node.lineno, "")).groups()
         out[node.target.id] = Param(node.target.id, ast.unparse(node.annotation), default, help_, rule or "", stage)
     return out
@@ -106,16 +127,21 @@ def inputs(stage: str) -> list[str]:
 def lineage(stage: str) -> list[str]:
     "A stage and everything it rests on, in the order of their running."
     order = []
+
     def visit(s):
-        for up in inputs(s): visit(up)
-        if s not in order: order.append(s)
+        for up in inputs(s):
+            visit(up)
+        if s not in order:
+            order.append(s)
+
     visit(stage)
     return order
 
 # %% ../../nbs/pipeline/01_schema.ipynb #68923919
 RESERVED = ("stages", "sweep")
 
-class _Strict(yaml.SafeLoader): pass
+class _Strict(yaml.SafeLoader):
+    pass
 
 def _no_duplicates(loader, node, deep=False):
     keys = [k.value for k, _ in node.value]
@@ -127,16 +153,24 @@ _Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _no_dupl
 def load_params(path: Path) -> dict:
     "Read an experiment file; errors name the file and the line."
     path = Path(path)
-    try: values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
     except FileNotFoundError:
         known = [p.stem for p in sorted((root() / "params").glob("*.yaml"))]
-        raise FedgalError(f"{path}: no such params file{did_you_mean(path.stem, known)}; in params/: {', '.join(known)}") from None
+        raise FedgalError(
+            f"{path}: no such params file{did_you_mean(path.stem, known)}; in params/: {', '.join(known)}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
-        raise FedgalError(f"{path}: not YAML{f', line {mark.line + 1}' if mark else ''} ({getattr(e, 'problem', None) or 'unreadable'})") from None
-    except FedgalError as e: raise FedgalError(f"{path}: {e}") from None
-    if not isinstance(values, dict): raise FedgalError(f"{path}: expected `name: value` lines, found {type(values).__name__}")
-    if bad := [k for k in values if not isinstance(k, str)]: raise FedgalError(f"{path}: parameter names are text, not {bad[0]!r}")
+        raise FedgalError(
+            f"{path}: not YAML{f', line {mark.line + 1}' if mark else ''} ({getattr(e, 'problem', None) or 'unreadable'})"
+        ) from None
+    except FedgalError as e:
+        raise FedgalError(f"{path}: {e}") from None
+    if not isinstance(values, dict):
+        raise FedgalError(f"{path}: expected `name: value` lines, found {type(values).__name__}")
+    if bad := [k for k in values if not isinstance(k, str)]:
+        raise FedgalError(f"{path}: parameter names are text, not {bad[0]!r}")
     return values
 
 # %% ../../nbs/pipeline/01_schema.ipynb #bf018d7a
@@ -155,7 +189,10 @@ def resolve(
 
 def _unknown(name, known):
     for p in sorted((root() / "nbs" / "stages").glob("*.ipynb")):
-        if name in (s := schema(p.stem)): return f"parameter {name!r} belongs to stage {s[name].stage}, which is not among the stages of this experiment"
+        if name in (s := schema(p.stem)):
+            return (
+                f"parameter {name!r} belongs to stage {s[name].stage}, which is not among the stages of this experiment"
+            )
     close = did_you_mean(name, known)
     owner = ", ".join(f"{n} of {known[n].stage}" for n in known if repr(n) in close)
     return f"unknown parameter {name!r}{close}" + (f": {owner}" if owner else "; `fedgal params` lists all")
@@ -169,9 +206,12 @@ def grid(
     sweep: dict | list,  # name -> list of values, or several such mappings whose combinations are joined
 ) -> list[dict]:  # one dict of overrides per member, each once
     "All combinations, the last name fastest."
-    if isinstance(sweep, list): return list({repr(sorted(c.items(), key=lambda i: i[0])): c for one in sweep for c in grid(one)}.values())
+    if isinstance(sweep, list):
+        return list({repr(sorted(c.items(), key=lambda i: i[0])): c for one in sweep for c in grid(one)}.values())
     if not isinstance(sweep, dict): raise FedgalError(f"sweep: expected `name: [values]` lines, not {sweep!r}")
     for name, options in sweep.items():
-        if not isinstance(options, list) or not options: raise FedgalError(f"sweep of {name}: expected a list of values, not {options!r}")
-        if len({repr(o) for o in options}) < len(options): raise FedgalError(f"sweep of {name}: a value is given twice in {options}")
+        if not isinstance(options, list) or not options:
+            raise FedgalError(f"sweep of {name}: expected a list of values, not {options!r}")
+        if len({repr(o) for o in options}) < len(options):
+            raise FedgalError(f"sweep of {name}: a value is given twice in {options}")
     return [dict(zip(sweep, combo, strict=True)) for combo in itertools.product(*sweep.values())]

@@ -21,7 +21,9 @@ def injected(history: list[str]) -> dict:
     "The values that papermill injected, from the kernel's input history."
     for source in reversed(history):
         if source.startswith("# Parameters"):
-            return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(source).body if isinstance(n, ast.Assign)}
+            return {
+                n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(source).body if isinstance(n, ast.Assign)
+            }
     return {}
 
 def gather(
@@ -31,14 +33,17 @@ def gather(
     "Parameters from the params file, the `parameters` cell and papermill's injection, in rising order of strength."
     chain, own = lineage(stage), schema(stage)
     given = injected(namespace.get("In", []))
-    edited = {n: namespace[n] for n, p in own.items() if n in namespace and n not in given and namespace[n] != p.default}
+    edited = {
+        n: namespace[n] for n, p in own.items() if n in namespace and n not in given and namespace[n] != p.default
+    }
     base = given.get("params_file", edited.get("params_file", ""))
     values = load_params(root() / "params" / f"{base}.yaml") if base else {}
-    for swept, options in next(iter(grids(values.pop("sweep", None))), {}).items(): values.setdefault(swept, options[0])
+    for swept, options in next(iter(grids(values.pop("sweep", None))), {}).items():
+        values.setdefault(swept, options[0])
     merged = {n: v for n, v in (values | given | edited).items() if n not in RESERVED}
     later = [s for s in (p.stem for p in sorted((root() / "nbs" / "stages").glob("*.ipynb"))) if s not in chain]
     params = resolve(chain + later, merged)
-    check_together({s: params[s] for s in chain})    # what later stages are given is not known here
+    check_together({s: params[s] for s in chain})  # what later stages are given is not known here
     return params
 
 # %% ../../nbs/pipeline/05_stage.ipynb #235ccdae
@@ -49,24 +54,35 @@ def _lock(path):
     "Hold a file lock until this process ends or the stage finishes; wait, with a line, for another holder."
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _locks.setdefault(str(path), FileLock(path))
-    if lock.is_locked: return lock
-    try: lock.acquire(timeout=3)
+    if lock.is_locked:
+        return lock
+    try:
+        lock.acquire(timeout=3)
     except Timeout:
-        print(f"another process holds this stage with the same parameters ({path.name}), perhaps an open notebook; waiting for it", flush=True)
-        try: lock.acquire(timeout=LOCK_MINUTES * 60)
-        except Timeout: raise FedgalError(f"{path} was held by another process for {LOCK_MINUTES} minutes; close the notebook or run that has it, then try again") from None
+        print(
+            f"another process holds this stage with the same parameters ({path.name}), perhaps an open notebook; waiting for it",
+            flush=True,
+        )
+        try:
+            lock.acquire(timeout=LOCK_MINUTES * 60)
+        except Timeout:
+            raise FedgalError(
+                f"{path} was held by another process for {LOCK_MINUTES} minutes; close the notebook or run that has it, then try again"
+            ) from None
     return lock
 
 # %% ../../nbs/pipeline/05_stage.ipynb #2dfef5cc
 class StageInputs:
     "The first half of a stage: checked `params`, the `key`, a lock, a clean `work` folder, `input(stage)` to load."
 
-    def __init__(self,
+    def __init__(
+        self,
         name: str,  # the notebook's name, for example "20_train"
         namespace: dict,  # globals(): its parameters are checked and written back in their declared type
         inputs: list[str] = (),  # the stages whose artifacts it loads
     ):
         from fedgal.core.random import prepare
+
         all_params = gather(name, namespace)
         self.name, self.params, self.started = name, all_params[name], time.monotonic()
         namespace.update(self.params)
@@ -76,7 +92,9 @@ class StageInputs:
         self.work = self.folder.with_name(self.key + ".partial")
         self._held = _lock(self.folder.with_name(self.key + ".lock"))
         self.work.mkdir(parents=True, exist_ok=True)
-        for left in [p for p in self.work.iterdir() if p.name != "checkpoint"]:    # of a run that was killed while writing
+        for left in [
+            p for p in self.work.iterdir() if p.name != "checkpoint"
+        ]:  # of a run that was killed while writing
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         os.environ["FEDGAL_PROGRESS"] = str(self.folder.with_name(self.key + ".progress"))
 
@@ -86,6 +104,7 @@ class StageInputs:
         if not (folder / MANIFEST).is_file():
             print(f"{stage} has no result for these parameters yet; running it first", flush=True)
             from fedgal.pipeline.execute import run_stage
+
             run_stage(stage, self._all, self.keys)
         verify(folder)
         return folder
@@ -113,11 +132,22 @@ class Stage(StageInputs):
         shutil.rmtree(self.checkpoint, ignore_errors=True)
         upstream = {u: self.keys[u] for u in inputs(self.name)}
         what = facts(self.name, self.params, upstream)
-        try: before = verify(self.folder)["files"]
-        except FedgalError: before = None
+        try:
+            before = verify(self.folder)["files"]
+        except FedgalError:
+            before = None
         made = self.folder if before is None else self.work.with_suffix(".again")
-        commit(self.work, made, params={n: v for n, v in self.params.items() if n != "params_file"}, inputs=upstream, versions=what["versions"], machine=what["machine"], **extra)
-        if before is not None: self._compare(before, made)
+        commit(
+            self.work,
+            made,
+            params={n: v for n, v in self.params.items() if n != "params_file"},
+            inputs=upstream,
+            versions=what["versions"],
+            machine=what["machine"],
+            **extra,
+        )
+        if before is not None:
+            self._compare(before, made)
         self._held.release()
         return {"stage": self.name, "key": self.key, "files": sorted(load_json(self.folder / MANIFEST)["files"])}
 
@@ -125,8 +155,12 @@ class Stage(StageInputs):
         again = load_json(made / MANIFEST)["files"]
         if again != before:
             differ = sorted(n for n in again.keys() | before.keys() if again.get(n) != before.get(n))
-            warnings.warn(f"{self.name}: this run gave other bytes than the stored result of the same key in {', '.join(differ)}; the stored one is kept", stacklevel=3)
-        else: print("repeated: identical to the stored result, byte for byte")
+            warnings.warn(
+                f"{self.name}: this run gave other bytes than the stored result of the same key in {', '.join(differ)}; the stored one is kept",
+                stacklevel=3,
+            )
+        else:
+            print("repeated: identical to the stored result, byte for byte")
         shutil.rmtree(made)
 
     def _repr_html_(self):

@@ -29,9 +29,24 @@ def work_of(file: Path) -> tuple:  # model and clients
     p = plan(file).members[0].params
     d, t = p["10_data"], p["20_train"]
     data = load_dataset(d["dataset"], d["seed"])
-    chosen = ("fraction", "imbalance", "n_clients", "partition", "alpha", "ways", "shots", "stdev", "val_fraction", "min_size", "shuffle_classes", "seed")
+    chosen = (
+        "fraction",
+        "imbalance",
+        "n_clients",
+        "partition",
+        "alpha",
+        "ways",
+        "shots",
+        "stdev",
+        "val_fraction",
+        "min_size",
+        "shuffle_classes",
+        "seed",
+    )
     split = make_split(data, split_file=d["split_file"] or None, **{k: d[k] for k in chosen})
-    model = build_model(t["model"], data.in_shape, data.n_classes, head=t["head"], norm=t["norm"], generator=stream(t["seed"], "init"))
+    model = build_model(
+        t["model"], data.in_shape, data.n_classes, head=t["head"], norm=t["norm"], generator=stream(t["seed"], "init")
+    )
     local = LocalConfig(t["local_epochs"], t["batch_size"], t["lr"], t["momentum"], t["weight_decay"], t["prox_mu"])
     x = to_float(data.x_train)
     return model, [MultiStepClient(k, x[i], data.y_train[i], local) for k, i in enumerate(split.train) if len(i)]
@@ -46,7 +61,7 @@ def tune(
     engines = [e for e in ("serial", "batched") if resolve_engine(e, model, clients)[0] == e]
     candidates = [(e, t) for e in engines for t in sorted({1, os.cpu_count() or 1})]
     seconds = {c: [] for c in candidates}
-    for _ in progress(range(repeats + 1), "repetition"):    # the first one warms up
+    for _ in progress(range(repeats + 1), "repetition"):  # the first one warms up
         for engine, threads in candidates:
             torch.set_num_threads(threads)
             start = time.perf_counter()

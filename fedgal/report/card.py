@@ -32,8 +32,16 @@ def run_parameters(
     for name in {**declared, **values}:
         default, meaning = (declared[name].default, declared[name].help) if name in declared else (None, "")
         value = values.get(name, default)
-        rows.append({"name": name, "value": value, "default": default, "help": meaning, "declared": name in declared,
-                     "changed": name not in declared or value != default})
+        rows.append(
+            {
+                "name": name,
+                "value": value,
+                "default": default,
+                "help": meaning,
+                "declared": name in declared,
+                "changed": name not in declared or value != default,
+            }
+        )
     return sorted(rows, key=lambda r: not r["changed"])
 
 # %% ../../nbs/report/04_card.ipynb #baea9732
@@ -52,7 +60,7 @@ def as_bytes(n: float | None) -> str:
     if not isinstance(n, (int, float)) or not math.isfinite(n):
         return "–"
     power = min(len(f"{abs(n):.0f}") - 1, 12) // 3
-    return f"{n / 1000 ** power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return f"{n / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 # %% ../../nbs/report/04_card.ipynb #93fa0c68
 def as_percent(stat: dict | None) -> str:
@@ -86,10 +94,13 @@ def card_facts(
     card: dict,  # facts from the runner: experiment, seed, seconds, versions, …
 ) -> list[tuple[str, str]]:  # (label, text); what is empty is left out
     "The facts of a run card in words."
+
     def text(k, v):
         if isinstance(v, dict):
             return ", ".join(f"{a} {b}" for a, b in v.items())
         return as_duration(v) if k in _SECONDS else as_value(v)
+
     def label(k):
         return "Duration" if k == "seconds" else k.replace("_", " ").capitalize()
+
     return [(label(k), text(k, v)) for k, v in card.items() if v not in (None, "", {}, [])]

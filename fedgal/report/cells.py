@@ -10,7 +10,12 @@ import base64, colorsys, html, re
 from markupsafe import Markup, escape
 from nbconvert.filters.ansi import ansi2html, strip_ansi
 from nbconvert.filters.markdown_mistune import (
-    InvalidNotebook, IPythonRenderer, MarkdownWithMath, MathBlockParser, MathInlineParser)
+    InvalidNotebook,
+    IPythonRenderer,
+    MarkdownWithMath,
+    MathBlockParser,
+    MathInlineParser,
+)
 from ..core.errors import FedgalError
 from .mathml import mathml
 from .style import HUES
@@ -18,8 +23,10 @@ from .sanitise import clean_html
 
 # %% ../../nbs/report/03_cells.ipynb #14994b83
 class _Blocks(MathBlockParser):
-    MULTILINE_MATH = (r"^ {0,3}(?:(?s:\$\$.+?(?<!\\)\$\$)"
-                      r"|(?s:\\begin\{(?P<math_env_name>[a-z]*\*?)\}.*?\\end\{(?P=math_env_name)\}))")
+    MULTILINE_MATH = (
+        r"^ {0,3}(?:(?s:\$\$.+?(?<!\\)\$\$)"
+        r"|(?s:\\begin\{(?P<math_env_name>[a-z]*\*?)\}.*?\\end\{(?P=math_env_name)\}))"
+    )
     SPECIFICATION = {**MathBlockParser.SPECIFICATION, "multiline_math": MULTILINE_MATH}
 
 class _Inlines(MathInlineParser):
@@ -28,6 +35,7 @@ class _Inlines(MathInlineParser):
 
 class _Renderer(IPythonRenderer):
     "Formulas as marked code, headings without anchors: both are finished later."
+
     def block_math(self, body):
         return f'<code class="tex display">{escape(body)}</code>'
 
@@ -53,14 +61,17 @@ def markdown(
         clean = clean_html(parser.render(source), where)
     except InvalidNotebook as e:
         raise FedgalError(f"{where}: {e}") from e
+
     def formula(m):
         return mathml(html.unescape(m[2]), bool(m[1]))
+
     return Markup(re.sub(r'<code class="tex( display)?">(.*?)</code>', formula, clean, flags=re.S))
 
 # %% ../../nbs/report/03_cells.ipynb #9ac99666
 def ansi(text: str) -> Markup:
     "Terminal text as HTML: named colours as classes that both themes define."
-    text = re.sub(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)", "", text)   # titles and links
+    text = re.sub(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)", "", text)  # titles and links
+
     def span(m):
         names = m[1].split() if m[1] else []
         if rgb := re.search(r"(?<!-)color: rgb\((\d+),(\d+),(\d+)\)", m[2] or ""):
@@ -68,6 +79,7 @@ def ansi(text: str) -> Markup:
             if s > 0.2:
                 names.append(f"ansi-{HUES[round(h * 6) % 6]}-fg")
         return f'<span class="{" ".join(names)}">'
+
     marked = re.sub(r'<span(?: class="([^"]*)")?(?: style="([^"]*)")?>', span, ansi2html(text))
     return Markup(re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", marked))
 

@@ -39,16 +39,25 @@ def _prepare(cell, number, failed):
         return {"body": markdown(cell.source, where, cell.get("attachments"))}
     cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip("\n")
     hidden = "hide-input" in _tags(cell) or not cell.source
-    return {"lines": 0 if hidden else cell.source.count("\n") + 1, "id": "failed" if cell is failed else "",
-            "outputs": [shown for out in cell.outputs if (shown := output_html(out, where))],
-            "pending": cell.metadata.get("papermill", {}).get("status") == "pending"}
+    return {
+        "lines": 0 if hidden else cell.source.count("\n") + 1,
+        "id": "failed" if cell is failed else "",
+        "outputs": [shown for out in cell.outputs if (shown := output_html(out, where))],
+        "pending": cell.metadata.get("papermill", {}).get("status") == "pending",
+    }
 
 # %% ../../nbs/report/06_exporter.ipynb #7dfdfc3d
 class ReportExporter(HTMLExporter):
     "An executed notebook as one self-contained page: nbconvert with fedgal's template."
+
     def __init__(self, **kw):
-        super().__init__(template_name="base", template_file="report.html.jinja", extra_loaders=[page_loader()],
-                         preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"], **kw)
+        super().__init__(
+            template_name="base",
+            template_file="report.html.jinja",
+            extra_loaders=[page_loader()],
+            preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],
+            **kw,
+        )
 
     def _create_environment(self):
         return set_up(super()._create_environment())

@@ -16,9 +16,12 @@ from .templates import fill, write_page
 from ..core.store import load_json
 
 # %% ../../nbs/report/07_index.ipynb #96cbfa33
-ARMS = {    # a choice out of `fedgal.finetune.ARMS`, in the order of the columns
-    "none": "the trained model", "refit": "the same steps on real features only", "gaussian": "exact class moments",
-    "generator": "the one under test"}
+ARMS = {  # a choice out of `fedgal.finetune.ARMS`, in the order of the columns
+    "none": "the trained model",
+    "refit": "the same steps on real features only",
+    "gaussian": "exact class moments",
+    "generator": "the one under test",
+}
 TESTED = "generator"
 GROUPS = ("many", "medium", "few")
 STATES = ("finished", "failed", "running", "interrupted")
@@ -49,17 +52,22 @@ def _read_run(folder):
     rows = _load(folder, "comparison.json").get("rows", [])
     if not isinstance(run, dict) or run.get("status") not in STATES:
         raise FedgalError(f"run.json: status must be one of {', '.join(STATES)}")
-    arms = {a: [r for r in rows if r.get("arm") == a] or [v for k, v in metrics.get("arms", {}).items() if k == a]
-            for a in ARMS}
+    arms = {
+        a: [r for r in rows if r.get("arm") == a] or [v for k, v in metrics.get("arms", {}).items() if k == a]
+        for a in ARMS
+    }
     traffic = metrics.get("bytes")
     changed = "".join(f", {k} = {v}" for k, v in (run.get("overrides") or {}).items())
-    return {"title": (run.get("title") or folder.name) + changed, "reason": run.get("error"),
-            **{k: run.get(k) for k in ("question", "params_file", "status", "failed_stage")},
-            "seconds": compute_seconds(run),
-            "n_seeds": max((int(r["n_seeds"]) for r in rows), default=len(metrics.get("seeds", []))),
-            "bytes": traffic["up"] + traffic["down"] if traffic else None,
-            "arms": {a: _over(settings, "balanced_accuracy") for a, settings in arms.items()},
-            "groups": {g: _over(arms[TESTED], g) for g in GROUPS}}
+    return {
+        "title": (run.get("title") or folder.name) + changed,
+        "reason": run.get("error"),
+        **{k: run.get(k) for k in ("question", "params_file", "status", "failed_stage")},
+        "seconds": compute_seconds(run),
+        "n_seeds": max((int(r["n_seeds"]) for r in rows), default=len(metrics.get("seeds", []))),
+        "bytes": traffic["up"] + traffic["down"] if traffic else None,
+        "arms": {a: _over(settings, "balanced_accuracy") for a, settings in arms.items()},
+        "groups": {g: _over(arms[TESTED], g) for g in GROUPS},
+    }
 
 # %% ../../nbs/report/07_index.ipynb #a12d42d8
 def collect(
@@ -94,12 +102,25 @@ def index_page(
     "The list of all experiments, sorted by name."
     rows = sorted(experiments, key=lambda r: r["name"])
     explained = "; ".join(f"{arm}: {what}" for arm, what in ARMS.items()) + "."
-    return write_page(fill("index.html.jinja", title=title, summary=_summary(rows), rows=rows, arms=ARMS,
-                           explained=explained, tested=TESTED, groups=GROUPS, width="wide"))
+    return write_page(
+        fill(
+            "index.html.jinja",
+            title=title,
+            summary=_summary(rows),
+            rows=rows,
+            arms=ARMS,
+            explained=explained,
+            tested=TESTED,
+            groups=GROUPS,
+            width="wide",
+        )
+    )
 
 # %% ../../nbs/report/07_index.ipynb #512a3170
-_ADVICE = ("Mend the cause and run the same command again. Stages that ran or were cached are kept; "
-           "the run goes on at the first one that is missing.")
+_ADVICE = (
+    "Mend the cause and run the same command again. Stages that ran or were cached are kept; "
+    "the run goes on at the first one that is missing."
+)
 _VERBS = {"failed": "Stopped", "interrupted": "Interrupted", "running": "Running"}
 
 def _where(run, verb):
@@ -125,8 +146,17 @@ def failure_page(
     stages = [(s["stage"], s["href"], False) for s in run.get("stages") or [] if s.get("href")]
     facts = {k: run.get(k) for k in ("experiment", "params_file", "started", "seconds", "versions")}
     card = fill("card.html.jinja", facts=card_facts(facts | {"git": (run.get("git") or "")[:12]}), parameters=[])
-    return write_page(fill(
-        "stopped.html.jinja", title=f"{run.get('title') or run.get('experiment')} · {verb.lower()}", run=run,
-        headline=_where(run, verb), traceback=fold("Traceback", preformatted(traceback)) if traceback else "",
-        resume=_resume(run), advice=_ADVICE, card=card, nav=list(nav) or [("Overview", "index.html", True), *stages],
-        width="narrow"))
+    return write_page(
+        fill(
+            "stopped.html.jinja",
+            title=f"{run.get('title') or run.get('experiment')} · {verb.lower()}",
+            run=run,
+            headline=_where(run, verb),
+            traceback=fold("Traceback", preformatted(traceback)) if traceback else "",
+            resume=_resume(run),
+            advice=_ADVICE,
+            card=card,
+            nav=list(nav) or [("Overview", "index.html", True), *stages],
+            width="narrow",
+        )
+    )

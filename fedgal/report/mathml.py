@@ -15,20 +15,39 @@ _ARITY = {"mfrac": 2, "msub": 2, "msup": 2, "munder": 2, "mover": 2, "mroot": 2,
 _ROWS = {"math", "mrow", "mtd", "mstyle", "msqrt", "mpadded", "mphantom", "menclose"}
 _MATH = {*_ARITY, *_ROWS, "mi", "mo", "mn", "mtext", "mspace", "mtable", "mtr"}
 _MATH_ATTRS = {
-    "display", "stretchy", "fence", "form", "accent", "width", "columnalign", "columnspacing", "rowspacing", "notation",
-    "linethickness", "minsize", "maxsize", "displaystyle", "scriptlevel", "lspace", "rspace", "movablelimits"}
+    "display",
+    "stretchy",
+    "fence",
+    "form",
+    "accent",
+    "width",
+    "columnalign",
+    "columnspacing",
+    "rowspacing",
+    "notation",
+    "linethickness",
+    "minsize",
+    "maxsize",
+    "displaystyle",
+    "scriptlevel",
+    "lspace",
+    "rspace",
+    "movablelimits",
+}
 
 def _letters(text, variant):
     "Letters of a mathematical alphabet (bold, double-struck, script): MathML Core has only the plain one."
     style = variant.replace("-", " ").replace("double struck", "double-struck").replace("sans serif", "sans-serif")
+
     def one(ch):
         name = re.sub(r"LATIN |GREEK |LETTER ", "", unicodedata.name(ch, ""))
-        for prefix in ("MATHEMATICAL ", ""):    # ℝ and a few others lie outside of the block
+        for prefix in ("MATHEMATICAL ", ""):  # ℝ and a few others lie outside of the block
             try:
                 return unicodedata.lookup(f"{prefix}{style} {name}".upper())
             except KeyError:
                 continue
         return ch
+
     return "".join(map(one, text))
 
 # %% ../../nbs/report/00_mathml.ipynb #aa479c49
@@ -86,14 +105,20 @@ def _math_node(e, display):
     return f"<{tag}{attributes}>{body}</{tag}>", role
 
 # %% ../../nbs/report/00_mathml.ipynb #beb01a87
-_TEX = [(re.compile(a), b) for a, b in (    # what latex2mathml does not know, in words that it does
-    (r"\\[bB]igg?[lrm]?(?=\\)", ""),
-    (r"\\(begin|end)\{(?:aligned|align|gathered|gather|eqnarray)\*?\}", r"\\\1{align*}"),
-    (r"\\arg\s*\\(max|min)\b", r"\\arg\1"),
-    (r"\\operatorname\*?\{\s*arg(?:\\[,; ]|\s|~)*(max|min)\s*\}", r"\\arg\1"),
-    (r"\\arg(?![a-z])", r"\\operatorname{arg}"), (r"\\operatorname\*", r"\\operatorname"),
-    (r"\\l[Vv]ert(?![a-z])", r"\\left\\|"), (r"\\r[Vv]ert(?![a-z])", r"\\right\\|"),
-    (r"\\(?:nonumber|notag)\b|\\label\{[^}]*\}", ""))]
+_TEX = [
+    (re.compile(a), b)
+    for a, b in (  # what latex2mathml does not know, in words that it does
+        (r"\\[bB]igg?[lrm]?(?=\\)", ""),
+        (r"\\(begin|end)\{(?:aligned|align|gathered|gather|eqnarray)\*?\}", r"\\\1{align*}"),
+        (r"\\arg\s*\\(max|min)\b", r"\\arg\1"),
+        (r"\\operatorname\*?\{\s*arg(?:\\[,; ]|\s|~)*(max|min)\s*\}", r"\\arg\1"),
+        (r"\\arg(?![a-z])", r"\\operatorname{arg}"),
+        (r"\\operatorname\*", r"\\operatorname"),
+        (r"\\l[Vv]ert(?![a-z])", r"\\left\\|"),
+        (r"\\r[Vv]ert(?![a-z])", r"\\right\\|"),
+        (r"\\(?:nonumber|notag)\b|\\label\{[^}]*\}", ""),
+    )
+]
 
 def mathml(
     tex: str,  # LaTeX without its dollars
@@ -106,6 +131,6 @@ def mathml(
     try:
         tree = latex2mathml.converter.convert_to_element(source, display="block" if display else "inline")
         formula, _ = _math_node(tree, display)
-    except Exception:    # the parser raises many types
+    except Exception:  # the parser raises many types
         return f'<code class="tex">{escape(tex.strip())}</code>'
     return f'<span class="formula" tabindex="0">{formula}</span>' if display else formula

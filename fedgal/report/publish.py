@@ -35,7 +35,7 @@ def publish_members(
         left = [settings().artifacts / stage / key / "metrics.json" for stage, key in member.keys.items()]
         left = [file for file in left if file.is_file()]
         if entry["status"] != "finished" and exp.swept:
-            target.unlink(missing_ok=True)    # the comparison counts it as failed
+            target.unlink(missing_ok=True)  # the comparison counts it as failed
         elif entry["status"] == "finished" and left:
             seconds = {s["stage"]: s["seconds"] for s in entry["stages"]}
             save_json(target, load_json(left[-1]) | {"experiment": member.name, "seconds": seconds})
@@ -46,6 +46,7 @@ _READY = ("ran", "cached")
 @dataclass(frozen=True)
 class PagePlan:
     "What publishing writes and removes in the folder of an experiment."
+
     hrefs: dict  # stage -> its page, for every stage that ran
     drawn: tuple  # stages whose pages are drawn
     failure: str  # where the page of the failure goes, or ""
@@ -91,11 +92,17 @@ def _card(exp, record, entry):
     name = exp.name
     if len(exp.members) > 1 and entry["stage"] != "90_compare":
         name = f"{exp.name}, shown for {exp.members[0].name.removeprefix(exp.name + '--')}"
-    card = {"experiment": name, "params_file": record["params_file"],
-            "overrides": ", ".join(f"{k} = {v}" for k, v in exp.overrides.items()), "duration": entry["seconds"],
-            "whole_experiment": compute_seconds(record), "key": entry["key"],
-            "versions": manifest.get("versions", {}), "fingerprint": manifest.get("fingerprint", ""),
-            "git": record["git"]}
+    card = {
+        "experiment": name,
+        "params_file": record["params_file"],
+        "overrides": ", ".join(f"{k} = {v}" for k, v in exp.overrides.items()),
+        "duration": entry["seconds"],
+        "whole_experiment": compute_seconds(record),
+        "key": entry["key"],
+        "versions": manifest.get("versions", {}),
+        "fingerprint": manifest.get("fingerprint", ""),
+        "git": record["git"],
+    }
     return {k: v for k, v in card.items() if v}
 
 # %% ../../nbs/report/08_publish.ipynb #e5c1739d
@@ -106,6 +113,7 @@ def _notebook(entry):
 def _draw(exp, record, entry, ready, home):
     "Render the page of one stage."
     from fedgal.report.exporter import render
+
     front = entry["href"] == "index.html"
     finished = any(e["href"] == "index.html" for e in ready)
     nav = [("All experiments", "../index.html", False)]
@@ -135,6 +143,7 @@ def publish_pages(
 ) -> None:
     "Render the stages that ran, the front page, `run.json` and the index over all experiments."
     from fedgal.report.index import collect, failure_page, index_page
+
     home = settings().reports / exp.name
     ready = [e for e in record["stages"] if e["status"] in _READY]
     _require_notebooks(exp, ready)
@@ -158,8 +167,11 @@ def publish_pages(
 
 def _require_notebooks(exp, ready):
     lost = [e["stage"] for e in ready if not _notebook(e).is_file()]
-    if lost: raise FedgalError(f"{exp.name}: the executed notebook of {lost[0]} is not among the artifacts; "
-                               "run the experiment again to make its pages")
+    if lost:
+        raise FedgalError(
+            f"{exp.name}: the executed notebook of {lost[0]} is not among the artifacts; "
+            "run the experiment again to make its pages"
+        )
 
 def _copy_comparison(record, home):
     "The numbers of a comparison lie beside its page."

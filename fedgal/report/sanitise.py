@@ -16,20 +16,31 @@ from ..core.errors import FedgalError
 _KEEP = set(
     "a abbr b blockquote br caption cite code col colgroup dd del details dfn div dl dt em figcaption figure h1 h2 h3 "
     "h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small span strong sub summary sup table tbody td tfoot th "
-    "thead time tr u ul var wbr".split())
+    "thead time tr u ul var wbr".split()
+)
 _DROP = set(
     "script style iframe frame frameset object embed applet svg template noscript head title meta link base form "
-    "button select textarea audio video source track canvas map noembed noframes xmp plaintext dialog portal".split())
-_ATTRS = {"*": {"class", "id", "title", "lang", "dir", "style"}, "a": {"href"}, "ol": {"start", "type"},
-          "img": {"src", "alt", "width", "height"}, "td": {"colspan", "rowspan", "headers"}, "col": {"span"},
-          "th": {"colspan", "rowspan", "scope", "headers"}, "colgroup": {"span"}, "details": {"open"},
-          "input": {"type", "checked"}}
+    "button select textarea audio video source track canvas map noembed noframes xmp plaintext dialog portal".split()
+)
+_ATTRS = {
+    "*": {"class", "id", "title", "lang", "dir", "style"},
+    "a": {"href"},
+    "ol": {"start", "type"},
+    "img": {"src", "alt", "width", "height"},
+    "td": {"colspan", "rowspan", "headers"},
+    "col": {"span"},
+    "th": {"colspan", "rowspan", "scope", "headers"},
+    "colgroup": {"span"},
+    "details": {"open"},
+    "input": {"type", "checked"},
+}
 _COUNTS = {"colspan", "rowspan", "span", "width", "height", "start"}
 _IMAGE = re.compile(r"data:image/(?:png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]+")
 _LINK = re.compile(r"(?:https?:|mailto:|#|\.{0,2}/|[^:/?#]+(?:[/?#]|$))", re.I)
 _STYLE = re.compile(
     r"(?:background(?:-color|-image)?|color|text-(?:align|decoration)|font-(?:weight|style|family|size)|white-space|"
-    r"vertical-align|opacity|(?:min-|max-)?(?:width|height)|padding(?:-\w+)?|border(?:-[\w-]+)?|list-style(?:-type)?)")
+    r"vertical-align|opacity|(?:min-|max-)?(?:width|height)|padding(?:-\w+)?|border(?:-[\w-]+)?|list-style(?:-type)?)"
+)
 
 # %% ../../nbs/report/02_sanitise.ipynb #fa0ede71
 def safe_link(
@@ -45,9 +56,12 @@ def safe_style(
     "The declarations of a style that only colour, align or size."
     pairs = [(k.strip(), v.strip()) for k, _, v in (d.partition(":") for d in text.split(";"))]
     return "; ".join(
-        f"{k}: {v}" for k, v in pairs
-        if _STYLE.fullmatch(k.lower()) and re.fullmatch(r"[-\w\s.,%#()!]+", v)
-        and not re.search(r"url|image\(|expression|attr", v, re.I))
+        f"{k}: {v}"
+        for k, v in pairs
+        if _STYLE.fullmatch(k.lower())
+        and re.fullmatch(r"[-\w\s.,%#()!]+", v)
+        and not re.search(r"url|image\(|expression|attr", v, re.I)
+    )
 
 def _attribute(tag, name, value):
     "The value of an allowed attribute, or None where it is not harmless."
@@ -62,8 +76,13 @@ def _attribute(tag, name, value):
     return value
 
 _SANITISER = nh3.Cleaner(
-    tags=_KEEP | {"input"}, clean_content_tags=_DROP, attributes=_ATTRS, attribute_filter=_attribute, link_rel=None,
-    url_schemes={"http", "https", "mailto", "data"})
+    tags=_KEEP | {"input"},
+    clean_content_tags=_DROP,
+    attributes=_ATTRS,
+    attribute_filter=_attribute,
+    link_rel=None,
+    url_schemes={"http", "https", "mailto", "data"},
+)
 
 # %% ../../nbs/report/02_sanitise.ipynb #70be9c12
 def _scoped_rules(text, ids):
@@ -80,7 +99,8 @@ def _scoped_rules(text, ids):
 
 # %% ../../nbs/report/02_sanitise.ipynb #b8a4fb47
 _NUMBER = re.compile(
-    r"[-+−±<]?\s*[\d.,\u2009]+(?:e[-+]?\d+)?(?:\s*(?:%|±|\(|/).*)?|nan|none|null|[-–—]|[+−-]?inf|", re.I)
+    r"[-+−±<]?\s*[\d.,\u2009]+(?:e[-+]?\d+)?(?:\s*(?:%|±|\(|/).*)?|nan|none|null|[-–—]|[+−-]?inf|", re.I
+)
 
 def _numeric(cells):
     "True for a column that holds numbers and nothing else."
@@ -92,12 +112,12 @@ def _tidy_table(table, soup):
     table.attrs.pop("style", None)
     rows = [r.find_all(["td", "th"], recursive=False) for r in table.find_all("tr")]
     body = [any(c.name == "td" for c in r) for r in rows]
-    for i in range(1, max(map(len, rows), default=0) + 1):     # from the right: heads may span on the left
+    for i in range(1, max(map(len, rows), default=0) + 1):  # from the right: heads may span on the left
         column = [(r[-i], b) for r, b in zip(rows, body, strict=True) if len(r) >= i]
         if not _numeric([c for c, b in column if b and c.name == "td"]):
             continue
         for c, b in column:
-            if (c.name == "td" if b else not c.get("colspan")):
+            if c.name == "td" if b else not c.get("colspan"):
                 c["class"] = [*c.get("class", []), "num"]
     box = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": "Table"}
     table.wrap(soup.new_tag("div", attrs=box))
@@ -111,8 +131,10 @@ def _tidy_image(tag, where):
         tag.attrs = {"class": "note"}
         tag.string = f"[picture not embedded: {alt or 'no description'}]"
     elif not alt:
-        raise FedgalError(f"{where}: a picture has no text alternative; write ![what it shows](...), "
-                          "or show(fig, alt=...) for a figure")
+        raise FedgalError(
+            f"{where}: a picture has no text alternative; write ![what it shows](...), "
+            "or show(fig, alt=...) for a figure"
+        )
 
 def _tidy_input(tag):
     "A box of a check list as a character; no other field has a use on paper."

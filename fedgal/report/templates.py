@@ -20,8 +20,10 @@ from ..core.store import write_bytes
 # %% ../../nbs/report/05_templates.ipynb #9b8e9643
 def page_loader() -> FunctionLoader:
     "Where jinja finds the templates: among the files of the package."
+
     def source(name):
         return asset(name) if name.endswith(".html.jinja") else None
+
     return FunctionLoader(source)
 
 # %% ../../nbs/report/05_templates.ipynb #e8b07a39

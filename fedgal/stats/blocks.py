@@ -21,7 +21,9 @@ def class_blocks(
     order, count = torch.argsort(y, stable=True), torch.bincount(y, minlength=n_classes)
     blocks = (count + block - 1) // block
     owner = torch.repeat_interleave(torch.arange(n_classes, device=y.device), blocks)
-    nth = torch.arange(len(owner), device=y.device) - (blocks.cumsum(0) - blocks)[owner]    # block number within its class
+    nth = (
+        torch.arange(len(owner), device=y.device) - (blocks.cumsum(0) - blocks)[owner]
+    )  # block number within its class
     position = nth[:, None] * block + torch.arange(block, device=y.device)
     sample = order[((count.cumsum(0) - count)[owner][:, None] + position).clamp(max=len(y) - 1)]
     return torch.where(position < count[owner][:, None], sample, -1), owner
@@ -41,11 +43,12 @@ def class_sums(
     rows, owner = class_blocks(y, n_classes)
     step = max(1, memory // (8 * max(d * d, rows.shape[1] * max(d, rff.n_features if rff else 0))))
     for i in range(0, len(owner), step):
-        r, c = rows[i:i + step], owner[i:i + step]
+        r, c = rows[i : i + step], owner[i : i + step]
         x = z[r.clamp(min=0)].double() * (r >= 0)[..., None]  # [b, block, d], padding is zero
         total.index_add_(0, c, x.sum(1))
         second.index_add_(0, c, x.mT @ x)
-        if rff is not None: fourier.index_add_(0, c, (rff.phi(x) * (r >= 0)[..., None]).sum(1))
+        if rff is not None:
+            fourier.index_add_(0, c, (rff.phi(x) * (r >= 0)[..., None]).sum(1))
     return torch.bincount(y, minlength=n_classes).double(), total, (second + second.mT) / 2, fourier
 
 # %% ../../nbs/stats/02_blocks.ipynb #315f0d9c
@@ -56,12 +59,12 @@ def class_matmul(
     memory: int = 2**26,  # bytes that one chunk may take
 ) -> Tensor:  # [N, b], row i is matrix[y_i] @ x_i
     "Multiply every row with the matrix of its class."
-    block = max(1, min(128, int(torch.bincount(y).max()) if len(y) else 1))    # no padding for small classes
+    block = max(1, min(128, int(torch.bincount(y).max()) if len(y) else 1))  # no padding for small classes
     rows, owner = class_blocks(y, len(matrix), block)
     step = max(1, memory // (8 * matrix.shape[1] * max(matrix.shape[2], block)))
     out = x.new_zeros(len(x), matrix.shape[1])
     for i in range(0, len(owner), step):
-        r = rows[i:i + step]
-        made = x[r.clamp(min=0)] @ matrix[owner[i:i + step]].mT  # [b, block, b]
+        r = rows[i : i + step]
+        made = x[r.clamp(min=0)] @ matrix[owner[i : i + step]].mT  # [b, block, b]
         out[r[r >= 0]] = made[r >= 0]
     return out

@@ -21,6 +21,7 @@ __all__ = ['ClassStatistics', 'combine', 'save_statistics', 'load_statistics']
 @dataclass(frozen=True, eq=False)
 class ClassStatistics:
     "Additive sums of features per class; everything else is a view."
+
     space: Space
     count: Tensor  # [C]
     sum: Tensor  # [C, d]
@@ -29,21 +30,33 @@ class ClassStatistics:
     rff: RFF | None = None
 
     @classmethod
-    def from_features(cls, z: Tensor, y: Tensor, n_classes: int, space: Space, rff: RFF | None = None) -> ClassStatistics:
+    def from_features(
+        cls, z: Tensor, y: Tensor, n_classes: int, space: Space, rff: RFF | None = None
+    ) -> ClassStatistics:
         "Sums of features [N, d] with labels [N]; features that contradict their `Space` are refused."
         check_features(z, y, n_classes, space)
-        if rff is not None and rff.dim_in != space.dim: raise FedgalError(f"RFF for {rff.dim_in} dimensions, features in {space}")
+        if rff is not None and rff.dim_in != space.dim:
+            raise FedgalError(f"RFF for {rff.dim_in} dimensions, features in {space}")
         count, total, second, fourier = class_sums(z.detach(), y, n_classes, rff)
         return cls(space, count, total, second, fourier, rff)
 
-    def __add__(self, other: ClassStatistics) -> ClassStatistics: return combine(self, other, 1)
-    def __sub__(self, other: ClassStatistics) -> ClassStatistics: return combine(self, other, -1)
-    __radd__ = lambda self, other: self if isinstance(other, int) and other == 0 else NotImplemented    # so that sum() works
+    def __add__(self, other: ClassStatistics) -> ClassStatistics:
+        return combine(self, other, 1)
+
+    def __sub__(self, other: ClassStatistics) -> ClassStatistics:
+        return combine(self, other, -1)
+
+    __radd__ = lambda self, other: (
+        self if isinstance(other, int) and other == 0 else NotImplemented
+    )  # so that sum() works
 
     @property
-    def n_classes(self) -> int: return len(self.count)
+    def n_classes(self) -> int:
+        return len(self.count)
+
     @property
-    def present(self) -> Tensor: return self.count > 0  # [C] bool
+    def present(self) -> Tensor:
+        return self.count > 0  # [C] bool
 
     @property
     def n_bytes(self) -> int:
@@ -51,34 +64,64 @@ class ClassStatistics:
         d = self.space.dim
         return 8 * int(self.present.sum()) * (1 + d + d * (d + 1) // 2 + (self.rff.n_features if self.rff else 0))
 
-    def mean(self) -> Tensor: return self.sum / torch.where(self.present, self.count, torch.nan)[:, None]  # [C, d], NaN if absent
-    def fourier_mean(self) -> Tensor: return self.fourier / torch.where(self.present, self.count, torch.nan)[:, None]
-    def prototypes(self) -> Tensor: return self.mean().float()
-    def covariance(self, shrink: str | float = "ratio", unbiased: bool = True) -> Tensor: return class_covariance(self, shrink, unbiased)
-    def radius(self, kind: str = "observed", **kw) -> Tensor: return class_radius(self, kind, **kw)
-    def disclosures(self) -> list[str]: return disclosures(self)
-    def save(self, path: Path) -> None: save_statistics(self, path)
+    def mean(self) -> Tensor:
+        return self.sum / torch.where(self.present, self.count, torch.nan)[:, None]  # [C, d], NaN if absent
+
+    def fourier_mean(self) -> Tensor:
+        return self.fourier / torch.where(self.present, self.count, torch.nan)[:, None]
+
+    def prototypes(self) -> Tensor:
+        return self.mean().float()
+
+    def covariance(self, shrink: str | float = "ratio", unbiased: bool = True) -> Tensor:
+        return class_covariance(self, shrink, unbiased)
+
+    def radius(self, kind: str = "observed", **kw) -> Tensor:
+        return class_radius(self, kind, **kw)
+
+    def disclosures(self) -> list[str]:
+        return disclosures(self)
+
+    def save(self, path: Path) -> None:
+        save_statistics(self, path)
+
     @classmethod
-    def load(cls, path: Path) -> ClassStatistics: return load_statistics(path)
+    def load(cls, path: Path) -> ClassStatistics:
+        return load_statistics(path)
 
 # %% ../../nbs/stats/05_class_statistics.ipynb #4f29fa09
 def combine(a: ClassStatistics, b: ClassStatistics, sign: int) -> ClassStatistics:
     "a + sign * b, after checking that both describe the same thing."
-    if not isinstance(b, ClassStatistics): raise FedgalError(f"statistics can be combined with statistics, not with {type(b).__name__}")
+    if not isinstance(b, ClassStatistics):
+        raise FedgalError(f"statistics can be combined with statistics, not with {type(b).__name__}")
     a.space.check(b.space)
-    if a.n_classes != b.n_classes: raise FedgalError(f"statistics of {a.n_classes} and of {b.n_classes} classes cannot be combined")
-    if a.rff or b.rff: (a.rff or b.rff).check(b.rff if a.rff else a.rff)
+    if a.n_classes != b.n_classes:
+        raise FedgalError(f"statistics of {a.n_classes} and of {b.n_classes} classes cannot be combined")
+    if a.rff or b.rff:
+        (a.rff or b.rff).check(b.rff if a.rff else a.rff)
     count = a.count + sign * b.count
-    if (count < -1e-6).any(): raise FedgalError(f"unlearning more samples than are there, classes {torch.nonzero(count < 0)[:, 0].tolist()}: was this message part of the sum?")
-    keep = lambda s, o: torch.where((count > 0).view(-1, *[1] * (s.ndim - 1)), s + sign * o, torch.zeros_like(s))    # an emptied class leaves no rounding residue
-    return replace(a, count=count.clamp(min=0), sum=keep(a.sum, b.sum), second=keep(a.second, b.second),
-                   fourier=None if a.fourier is None else keep(a.fourier, b.fourier))
+    if (count < -1e-6).any():
+        raise FedgalError(
+            f"unlearning more samples than are there, classes {torch.nonzero(count < 0)[:, 0].tolist()}: was this message part of the sum?"
+        )
+    keep = lambda s, o: torch.where(
+        (count > 0).view(-1, *[1] * (s.ndim - 1)), s + sign * o, torch.zeros_like(s)
+    )  # an emptied class leaves no rounding residue
+    return replace(
+        a,
+        count=count.clamp(min=0),
+        sum=keep(a.sum, b.sum),
+        second=keep(a.second, b.second),
+        fourier=None if a.fourier is None else keep(a.fourier, b.fourier),
+    )
 
 # %% ../../nbs/stats/05_class_statistics.ipynb #bc5cfc82
 def save_statistics(s: ClassStatistics, path: Path) -> None:
     "Write to one safetensors file, with space and RFF in its header."
     i, j = torch.triu_indices(s.space.dim, s.space.dim)
-    tensors = {"count": s.count, "sum": s.sum, "second": s.second[:, i, j]} | ({} if s.fourier is None else {"fourier": s.fourier})
+    tensors = {"count": s.count, "sum": s.sum, "second": s.second[:, i, j]} | (
+        {} if s.fourier is None else {"fourier": s.fourier}
+    )
     save_tensors(path, tensors, {"space": s.space.to_dict(), "rff": asdict(s.rff) if s.rff else None})
 
 def load_statistics(path: Path) -> ClassStatistics:
@@ -87,5 +130,8 @@ def load_statistics(path: Path) -> ClassStatistics:
     space = Space.from_dict(meta["space"])
     i, j = torch.triu_indices(space.dim, space.dim)
     second = torch.zeros(len(t["count"]), space.dim, space.dim, dtype=torch.float64)
-    second[:, i, j] = t["second"]; second[:, j, i] = t["second"]
-    return ClassStatistics(space, t["count"], t["sum"], second, t.get("fourier"), RFF(**meta["rff"]) if meta["rff"] else None)
+    second[:, i, j] = t["second"]
+    second[:, j, i] = t["second"]
+    return ClassStatistics(
+        space, t["count"], t["sum"], second, t.get("fourier"), RFF(**meta["rff"]) if meta["rff"] else None
+    )

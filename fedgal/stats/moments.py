@@ -23,13 +23,19 @@ def shrink_covariance(
 ) -> tuple[Tensor, Tensor]:  # shrunk covariances [C, d, d] and rho [C]
     "Pull each class covariance towards the pooled one; a class with fewer than two samples gets the pooled one."
     d = covariance.shape[-1]
-    if method == "ratio": rho = d / (d + count)
+    if method == "ratio":
+        rho = d / (d + count)
     elif method == "oas":
         noise = (target.square().sum() + target.trace() ** 2) / (count - 1).clamp(min=1)
         rho = (noise / (covariance - target).square().sum((1, 2)).clamp(min=1e-300)).clamp(max=1)
-    elif method == "none": return covariance, torch.zeros_like(count)
-    elif isinstance(method, int | float) and 0 <= method <= 1: rho = torch.full_like(count, float(method))
-    else: raise FedgalError(f"shrink = {method!r}: one of {', '.join(SHRINK)} or a number in [0, 1]{did_you_mean(method, SHRINK)}")
+    elif method == "none":
+        return covariance, torch.zeros_like(count)
+    elif isinstance(method, int | float) and 0 <= method <= 1:
+        rho = torch.full_like(count, float(method))
+    else:
+        raise FedgalError(
+            f"shrink = {method!r}: one of {', '.join(SHRINK)} or a number in [0, 1]{did_you_mean(method, SHRINK)}"
+        )
     rho = torch.where(count < 2, torch.ones_like(rho), rho)
     return torch.lerp(covariance, target.expand_as(covariance), rho[:, None, None]), rho
 
@@ -50,9 +56,12 @@ def covariance_factor(
         return (v * w.clamp(min=0).sqrt()[..., None, :]) @ v.mT
     if kind != "cholesky": raise FedgalError(f"factor kind {kind!r}: 'cholesky' or 'sqrt'")
     var = s.diagonal(dim1=-2, dim2=-1)
-    ridge = 1e-9 * var.mean(-1).clamp(min=1e-300)[:, None, None] * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    ridge = (
+        1e-9 * var.mean(-1).clamp(min=1e-300)[:, None, None] * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    )
     factor, info = torch.linalg.cholesky_ex(s + ridge)
-    if (bad := info > 0).any(): factor[bad] = torch.linalg.cholesky(clip_eigenvalues(s[bad]) + 10 * ridge[bad])
+    if (bad := info > 0).any():
+        factor[bad] = torch.linalg.cholesky(clip_eigenvalues(s[bad]) + 10 * ridge[bad])
     return factor * (var > 0)[..., None]
 
 # %% ../../nbs/stats/04_moments.ipynb #205e0346
@@ -64,7 +73,8 @@ def scatter(s) -> Tensor:
 def pooled_within(s) -> Tensor:
     "Unbiased pooled within-class covariance [d, d]."
     freedom = (s.count - 1).clamp(min=0).sum()
-    if freedom <= 0: raise FedgalError("no class has two samples, so no covariance can be estimated; merge more clients first")
+    if freedom <= 0:
+        raise FedgalError("no class has two samples, so no covariance can be estimated; merge more clients first")
     return scatter(s).sum(0) / freedom
 
 def class_covariance(
@@ -99,9 +109,11 @@ def head_classes(
 ) -> Tensor:  # [C] bool
     "Which classes are rich enough to teach the others their radius."
     known = count[count > 1].sort(descending=True).values
-    if not len(known): raise FedgalError("no class has two samples, so there is no head class to take a prior radius from")
+    if not len(known):
+        raise FedgalError("no class has two samples, so there is no head class to take a prior radius from")
     head = count >= (known[(len(known) - 1) // 2] if tau is None else max(tau, 2))
-    if not head.any(): raise FedgalError(f"tau = {tau}: no class has so many samples; the largest has {int(count.max())}")
+    if not head.any():
+        raise FedgalError(f"tau = {tau}: no class has so many samples; the largest has {int(count.max())}")
     return head
 
 def class_radius(
@@ -112,13 +124,16 @@ def class_radius(
     tau: float | None = None,  # see `head_classes`
 ) -> Tensor:  # [C]
     "Root mean square distance of a class from its mean: observed, the head classes' prior, or a blend."
-    if kind not in RADII: raise FedgalError(f"radius kind {kind!r}: one of {', '.join(RADII)}{did_you_mean(kind, RADII)}")
+    if kind not in RADII:
+        raise FedgalError(f"radius kind {kind!r}: one of {', '.join(RADII)}{did_you_mean(kind, RADII)}")
     squared = scatter(s).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0) / (s.count - 1)
     observed = torch.where(s.count > 1, squared, torch.nan).sqrt()
-    if kind == "observed": return observed
+    if kind == "observed":
+        return observed
     head = head_classes(s.count, tau)
     prior = observed[head].mean()
-    if kind == "prior": return prior.expand(s.n_classes).clone()
+    if kind == "prior":
+        return prior.expand(s.n_classes).clone()
     weight = s.count / (s.count + kappa) if lam is None else torch.where(head, 1.0, lam).to(s.count)
     return torch.where(s.count > 1, weight * observed.nan_to_num() + (1 - weight) * prior, prior)
 
@@ -127,8 +142,11 @@ def disclosures(s) -> list[str]:
     "What the receiver of this message learns beyond averages, one line per kind of leak."
     pick = lambda mask: ", ".join(map(str, torch.nonzero(mask)[:, 0].tolist()))
     n, d = s.count.round(), s.space.dim
-    notes = [(n == 1, "n = 1: the mean is the sample"), (n == 2, "n = 2: mean and second moment give both samples"),
-             ((n > 2) & (n <= d), f"2 < n <= {d}: the covariance gives the subspace spanned by the samples")]
+    notes = [
+        (n == 1, "n = 1: the mean is the sample"),
+        (n == 2, "n = 2: mean and second moment give both samples"),
+        ((n > 2) & (n <= d), f"2 < n <= {d}: the covariance gives the subspace spanned by the samples"),
+    ]
     present = f"label counts of {int(s.present.sum())} classes"
     return [present, *(f"{text} (class {pick(mask)})" for mask, text in notes if mask.any())]
 

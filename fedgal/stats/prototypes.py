@@ -21,8 +21,9 @@ def class_prototypes(
 ) -> tuple[Tensor, Tensor]:  # means [C, d], 0 for an absent class; counts [C] int64
     "Mean feature and number of samples of every class, without gradient."
     z = F.normalize(z.detach(), dim=1) if normalise else z.detach()
-    member = y[:, None] == torch.arange(n_classes, device=y.device)    # [N, C]
-    if mask is not None: member = member & mask.bool()[:, None]
+    member = y[:, None] == torch.arange(n_classes, device=y.device)  # [N, C]
+    if mask is not None:
+        member = member & mask.bool()[:, None]
     counts = member.sum(0)
     return member.to(z).T @ z / counts.clamp(min=1)[:, None], counts
 
@@ -39,7 +40,9 @@ def average_prototypes(
 ) -> tuple[Tensor, Tensor]:  # prototypes [C, d], 0 where unknown; known [C] bool
     "Unweighted mean of the prototypes over the clients that own a class (FedProto, FedMPS)."
     if len(shapes := {(tuple(m.shape), tuple(n.shape)) for m, n in messages}) != 1:
-        raise FedgalError(f"prototypes of all clients need one shape, means [C, d] and counts [C], not {sorted(shapes) or 'an empty list'}")
+        raise FedgalError(
+            f"prototypes of all clients need one shape, means [C, d] and counts [C], not {sorted(shapes) or 'an empty list'}"
+        )
     means, known = _owners_mean(torch.stack([m for m, _ in messages]), torch.stack([n > 0 for _, n in messages]))
     return F.normalize(means, dim=1) if renormalise else means, known
 

@@ -19,7 +19,8 @@ def measured_radius(
     y: Tensor,  # [N] int64
     n_classes: int,
     kind: str = "rms",  # "rms" or "mean" distance
-    about: Tensor | None = None,  # [C, d] given centres; None: the mean of the same samples, corrected by sqrt(n / (n - 1))
+    about: Tensor
+    | None = None,  # [C, d] given centres; None: the mean of the same samples, corrected by sqrt(n / (n - 1))
 ) -> Tensor:  # [C]; NaN where there are too few samples or the centre is unknown
     "Radius of every class in a set of latents."
     one_of("radius kind", kind, RADIUS_KINDS)

@@ -18,6 +18,7 @@ __all__ = ['Space', 'RFF', 'check_features']
 @dataclass(frozen=True)
 class Space:
     "Where features live: whose encoder, which level, and how they were treated."
+
     encoder: str  # "global", or "client 3" where an algorithm averages no encoder
     level: str  # "low", "high" or "projected"
     normalised: bool  # scaled to unit length
@@ -27,20 +28,25 @@ class Space:
     def check(self, other: Space) -> None:
         "Raise unless `other` is the same space."
         if self != other:
-            raise FedgalError(f"features of two spaces cannot be mixed: {self} and {other}; compute both with the same encoder, level and treatment")
+            raise FedgalError(
+                f"features of two spaces cannot be mixed: {self} and {other}; compute both with the same encoder, level and treatment"
+            )
 
     def __str__(self):
         return f"[{self.encoder}, {self.level}, {'normalised' if self.normalised else 'raw'}, {'>= 0' if self.nonnegative else 'signed'}, {self.dim}-d]"
 
-    def to_dict(self) -> dict: return asdict(self)
+    def to_dict(self) -> dict:
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, d: dict) -> Space: return cls(**d)
+    def from_dict(cls, d: dict) -> Space:
+        return cls(**d)
 
 # %% ../../nbs/stats/01_space.ipynb #677f8ee6
 @dataclass(frozen=True)
 class RFF:
     "Random Fourier features of the kernel exp(-gamma |x - y|^2): `phi(z)` [B, n_features], each row of length one."
+
     dim_in: int
     n_features: int = 512  # D, even
     gamma: float = 0.01
@@ -48,19 +54,26 @@ class RFF:
     kind: str = "orthogonal"  # or "iid"
 
     def __post_init__(self):
-        if self.n_features % 2 or self.n_features < 2: raise FedgalError(f"n_features = {self.n_features}: an even number is needed (cosines and sines)")
+        if self.n_features % 2 or self.n_features < 2:
+            raise FedgalError(f"n_features = {self.n_features}: an even number is needed (cosines and sines)")
         if not self.gamma > 0: raise FedgalError(f"gamma = {self.gamma}: must be positive")
-        if self.kind not in ("orthogonal", "iid"): raise FedgalError(f"RFF kind {self.kind!r}: 'orthogonal' or 'iid'{did_you_mean(self.kind, ['orthogonal', 'iid'])}")
+        if self.kind not in ("orthogonal", "iid"):
+            raise FedgalError(
+                f"RFF kind {self.kind!r}: 'orthogonal' or 'iid'{did_you_mean(self.kind, ['orthogonal', 'iid'])}"
+            )
         object.__setattr__(self, "_weight", self._draw())
 
     def _draw(self) -> Tensor:  # W [D/2, d]
         rows, d, g = self.n_features // 2, self.dim_in, stream(self.seed, "rff")
         scale = math.sqrt(2 * self.gamma)
-        if self.kind == "iid": return scale * torch.randn(rows, d, generator=g, dtype=torch.float64)
+        if self.kind == "iid":
+            return scale * torch.randn(rows, d, generator=g, dtype=torch.float64)
         blocks = -(-rows // d)
         q, r = torch.linalg.qr(torch.randn(blocks, d, d, generator=g, dtype=torch.float64))
-        q = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None]    # makes the rotation uniform (Haar)
-        length = torch.randn(blocks, d, d, generator=g, dtype=torch.float64).norm(dim=2)    # chi with d degrees of freedom
+        q = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None]  # makes the rotation uniform (Haar)
+        length = torch.randn(blocks, d, d, generator=g, dtype=torch.float64).norm(
+            dim=2
+        )  # chi with d degrees of freedom
         return (scale * length[..., None] * q).reshape(blocks * d, d)[:rows]
 
     def phi(self, z: Tensor) -> Tensor:
@@ -70,7 +83,10 @@ class RFF:
 
     def check(self, other: RFF | None) -> None:
         "Raise unless `other` has the same seed, bandwidth and size."
-        if self != other: raise FedgalError(f"random Fourier features differ: {self} and {other}; all clients need the server's seed, gamma and size")
+        if self != other:
+            raise FedgalError(
+                f"random Fourier features differ: {self} and {other}; all clients need the server's seed, gamma and size"
+            )
 
 # %% ../../nbs/stats/01_space.ipynb #8063ac0e
 def check_features(
@@ -81,12 +97,22 @@ def check_features(
     real: bool = True,  # real features must also keep the promises of their space; generated ones may fall short
 ) -> None:
     "Raise if features do not fit their labels or contradict their `Space`."
-    if z.ndim != 2 or z.shape[1] != space.dim: raise FedgalError(f"features of shape {tuple(z.shape)} do not belong to {space}; flatten to [N, {space.dim}]")
+    if z.ndim != 2 or z.shape[1] != space.dim:
+        raise FedgalError(f"features of shape {tuple(z.shape)} do not belong to {space}; flatten to [N, {space.dim}]")
     if len(z) != len(y): raise FedgalError(f"{len(z)} features but {len(y)} labels")
-    if not len(z): return
-    if y.min() < 0 or y.max() >= n_classes: raise FedgalError(f"labels from {int(y.min())} to {int(y.max())}, but n_classes = {n_classes}")
-    if not torch.isfinite(z).all(): raise FedgalError(f"{int((~torch.isfinite(z)).any(1).sum())} features are NaN or infinite")
-    if not real: return
-    if space.nonnegative and z.min() < 0: raise FedgalError(f"negative feature {float(z.min()):.3g} in {space}, which promises none; was the ReLU skipped?")
+    if not len(z):
+        return
+    if y.min() < 0 or y.max() >= n_classes:
+        raise FedgalError(f"labels from {int(y.min())} to {int(y.max())}, but n_classes = {n_classes}")
+    if not torch.isfinite(z).all():
+        raise FedgalError(f"{int((~torch.isfinite(z)).any(1).sum())} features are NaN or infinite")
+    if not real:
+        return
+    if space.nonnegative and z.min() < 0:
+        raise FedgalError(
+            f"negative feature {float(z.min()):.3g} in {space}, which promises none; was the ReLU skipped?"
+        )
     if space.normalised and (z.norm(dim=1) - 1).abs().max() > 1e-3:
-        raise FedgalError(f"feature of length {float(z.norm(dim=1)[(z.norm(dim=1) - 1).abs().argmax()]):.3g} in {space}, which promises unit length; normalise first")
+        raise FedgalError(
+            f"feature of length {float(z.norm(dim=1)[(z.norm(dim=1) - 1).abs().argmax()]):.3g} in {space}, which promises unit length; normalise first"
+        )

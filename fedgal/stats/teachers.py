@@ -18,6 +18,7 @@ __all__ = ['TeacherMap', 'check_validation', 'select_teachers', 'teacher_table']
 @dataclass(frozen=True, eq=False)
 class TeacherMap:
     "Per class: fit teachers, reserves and judges (client ids, best first), never overlapping."
+
     fit: dict[int, list[int]]
     reserve: dict[int, list[int]]
     judges: dict[int, list[int]]
@@ -26,43 +27,60 @@ class TeacherMap:
     n_train: Tensor  # [K, C]
 
     @property
-    def n_classes(self) -> int: return self.score.shape[1]
+    def n_classes(self) -> int:
+        return self.score.shape[1]
+
     @property
-    def judgeable(self) -> Tensor: return torch.tensor([bool(self.judges[c]) for c in range(self.n_classes)])  # [C]
+    def judgeable(self) -> Tensor:
+        return torch.tensor([bool(self.judges[c]) for c in range(self.n_classes)])  # [C]
+
     @property
-    def teachers(self) -> list[int]: return sorted({k for ids in self.fit.values() for k in ids})  # all clients that teach any class
+    def teachers(self) -> list[int]:
+        return sorted({k for ids in self.fit.values() for k in ids})  # all clients that teach any class
 
     def weights(self, role: str = "fit") -> Tensor:  # [K, C]
         "Equal weights of the clients with a role, summing to one per class (zero if there is none)."
         w, chosen = torch.zeros_like(self.score, dtype=torch.float32), getattr(self, role)
         pairs = [(k, c) for c, ids in chosen.items() for k in ids]
-        if pairs: w[tuple(torch.tensor(pairs).T)] = 1.0
+        if pairs:
+            w[tuple(torch.tensor(pairs).T)] = 1.0
         return w / w.sum(0).clamp(min=1)
 
-    def table(self) -> pd.DataFrame: return teacher_table(self)
+    def table(self) -> pd.DataFrame:
+        return teacher_table(self)
 
     def to_dict(self) -> dict:
         "JSON values for `fedgal.store`; NaN becomes null."
-        numbers = {n: [[None if v != v else v for v in row] for row in getattr(self, n).tolist()] for n in ("accuracy", "score", "n_train")}
+        numbers = {
+            n: [[None if v != v else v for v in row] for row in getattr(self, n).tolist()]
+            for n in ("accuracy", "score", "n_train")
+        }
         return {r: {str(c): ids for c, ids in getattr(self, r).items()} for r in ("fit", "reserve", "judges")} | numbers
 
     @classmethod
     def from_dict(cls, d: dict) -> TeacherMap:
-        numbers = {n: torch.tensor([[torch.nan if v is None else v for v in row] for row in d[n]], dtype=torch.float64) for n in ("accuracy", "score", "n_train")}
+        numbers = {
+            n: torch.tensor([[torch.nan if v is None else v for v in row] for row in d[n]], dtype=torch.float64)
+            for n in ("accuracy", "score", "n_train")
+        }
         return cls(*({int(c): ids for c, ids in d[r].items()} for r in ("fit", "reserve", "judges")), **numbers)
 
 # %% ../../nbs/stats/07_teachers.ipynb #ed1ba5ec
 def check_validation(accuracy: Tensor, loss: Tensor, n_val: Tensor, n_train: Tensor) -> None:
     "Raise unless the scores can come from these validation counts."
     if not accuracy.shape == loss.shape == n_val.shape == n_train.shape or accuracy.ndim != 2:
-        raise FedgalError(f"accuracy, loss, n_val, n_train must all be [clients, classes]; got {[tuple(t.shape) for t in (accuracy, loss, n_val, n_train)]}")
+        raise FedgalError(
+            f"accuracy, loss, n_val, n_train must all be [clients, classes]; got {[tuple(t.shape) for t in (accuracy, loss, n_val, n_train)]}"
+        )
     seen = n_val > 0
     hits = accuracy.double() * n_val
     off = seen & ~((hits - hits.round()).abs() < 1e-3)
     if off.any() or (seen & ((accuracy < 0) | (accuracy > 1) | loss.isnan())).any():
         k, c = torch.nonzero(off if off.any() else seen & ((accuracy < 0) | (accuracy > 1) | loss.isnan()))[0].tolist()
-        raise FedgalError(f"client {k}, class {c}: accuracy {float(accuracy[k, c]):.4f} and loss {float(loss[k, c]):.4f} cannot come from {int(n_val[k, c])} "
-                          "validation samples; teachers are chosen on validation data, not on the data they trained on")
+        raise FedgalError(
+            f"client {k}, class {c}: accuracy {float(accuracy[k, c]):.4f} and loss {float(loss[k, c]):.4f} cannot come from {int(n_val[k, c])} "
+            "validation samples; teachers are chosen on validation data, not on the data they trained on"
+        )
 
 # %% ../../nbs/stats/07_teachers.ipynb #6b0869a1
 def select_teachers(
@@ -80,12 +98,17 @@ def select_teachers(
 ) -> TeacherMap:
     "Divide the eligible owners of every class into fit teachers, reserves and judges."
     check_validation(accuracy, loss, n_val, n_train)
-    if top_k < 1 or n_reserve < 0 or not 0 <= judge_fraction < 1: raise FedgalError(f"top_k = {top_k} >= 1, n_reserve = {n_reserve} >= 0 and judge_fraction = {judge_fraction} in [0, 1) are needed")
+    if top_k < 1 or n_reserve < 0 or not 0 <= judge_fraction < 1:
+        raise FedgalError(
+            f"top_k = {top_k} >= 1, n_reserve = {n_reserve} >= 0 and judge_fraction = {judge_fraction} in [0, 1) are needed"
+        )
     eligible = (n_train >= max(n_min, 1)) & (n_val > 0)
     accuracy = torch.where(n_val > 0, accuracy.double(), torch.nan)
     score = torch.where(n_val > 0, accuracy - lam * loss.double(), torch.nan)
     n = eligible.sum(0)
-    n_judges = (judge_fraction * n).round().clamp(min=1).minimum(n - 1).clamp(min=0) if judge_fraction else torch.zeros_like(n)
+    n_judges = (
+        (judge_fraction * n).round().clamp(min=1).minimum(n - 1).clamp(min=0) if judge_fraction else torch.zeros_like(n)
+    )
     rank = _ranks(torch.where(eligible, score, -torch.inf))  # [K, C], 0 = best
     teach = eligible & (rank < (n - n_judges).clamp(max=top_k))
     draw = torch.rand(score.shape, generator=stream(seed, "judges"), dtype=torch.float64)
@@ -106,6 +129,15 @@ def _by_class(mask, rank):
 def teacher_table(m: TeacherMap) -> pd.DataFrame:
     "One row a class: who teaches, who waits, who judges, with validation accuracies."
     names = lambda ids, c: ", ".join(f"{k} ({float(m.accuracy[k, c]):.2f})" for k in ids) or "–"
-    rows = [{"class": c, "owners": int((m.n_train[:, c] > 0).sum()), "fit teachers (accuracy)": names(m.fit[c], c), "reserves": names(m.reserve[c], c),
-             "judges": names(m.judges[c], c), "judgeable": "yes" if m.judges[c] else "no"} for c in range(m.n_classes)]
+    rows = [
+        {
+            "class": c,
+            "owners": int((m.n_train[:, c] > 0).sum()),
+            "fit teachers (accuracy)": names(m.fit[c], c),
+            "reserves": names(m.reserve[c], c),
+            "judges": names(m.judges[c], c),
+            "judgeable": "yes" if m.judges[c] else "no",
+        }
+        for c in range(m.n_classes)
+    ]
     return pd.DataFrame(rows).set_index("class")

@@ -32,8 +32,13 @@ def run_serial(
 
 def payload_of(payload: ServerPayload, own: Tensors | None) -> ServerPayload:
     "The payload as one client starts from it: with its own tensors where it has them."
-    if not own: return payload
-    return replace(payload, parameters={n: own.get(n, t) for n, t in payload.parameters.items()}, buffers={n: own.get(n, t) for n, t in payload.buffers.items()})
+    if not own:
+        return payload
+    return replace(
+        payload,
+        parameters={n: own.get(n, t) for n, t in payload.parameters.items()},
+        buffers={n: own.get(n, t) for n, t in payload.buffers.items()},
+    )
 
 # %% ../../../nbs/federated/engines/01_base.ipynb #f349a1bd
 ENGINES = {"serial": run_serial, "batched": run_batched}
@@ -51,12 +56,18 @@ def resolve_engine(
     clients: list,  # the clients of one round
 ) -> tuple[str, str]:  # engine, reason
     "Settle the engine of a run by a fixed rule; raises `FedgalError` for an unknown name."
-    if name not in ("auto", *ENGINES): raise FedgalError(f"engine {name!r}{did_you_mean(name, ENGINES)}; known: auto, {', '.join(ENGINES)}")
-    if name == "serial": return name, "asked for"
-    if why := obstacle(model, clients): return "serial", why
-    if name == "batched": return name, "asked for"
-    if len(clients) < AUTO_CLIENTS: return "serial", f"{len(clients)} clients a round, fewer than {AUTO_CLIENTS}"
-    if (size := step_bytes(model, clients[0])) > AUTO_STEP: return "serial", f"a step of {size / 2**20:.1f} MiB, more than {AUTO_STEP // 2**20}"
+    if name not in ("auto", *ENGINES):
+        raise FedgalError(f"engine {name!r}{did_you_mean(name, ENGINES)}; known: auto, {', '.join(ENGINES)}")
+    if name == "serial":
+        return name, "asked for"
+    if why := obstacle(model, clients):
+        return "serial", why
+    if name == "batched":
+        return name, "asked for"
+    if len(clients) < AUTO_CLIENTS:
+        return "serial", f"{len(clients)} clients a round, fewer than {AUTO_CLIENTS}"
+    if (size := step_bytes(model, clients[0])) > AUTO_STEP:
+        return "serial", f"a step of {size / 2**20:.1f} MiB, more than {AUTO_STEP // 2**20}"
     return "batched", f"{len(clients)} clients a round, a step of {size / 2**20:.2f} MiB"
 
 # %% ../../../nbs/federated/engines/01_base.ipynb #65a973ea
@@ -71,5 +82,6 @@ def run_clients(
     corrections: dict[int, Tensors] | None = None,  # client -> what is added to its gradients
 ) -> list[ClientUpdate]:  # in the order of `clients`
     "Run the clients of one round on an engine."
-    if engine not in ENGINES: raise FedgalError(f"engine {engine!r}{did_you_mean(engine, ENGINES)}; known: {', '.join(ENGINES)}")
+    if engine not in ENGINES:
+        raise FedgalError(f"engine {engine!r}{did_you_mean(engine, ENGINES)}; known: {', '.join(ENGINES)}")
     return ENGINES[engine](model, clients, payload, seed, loss, own, corrections)

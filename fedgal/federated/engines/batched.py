@@ -33,7 +33,8 @@ def pad_batches(
 BUDGET = 64 * 2**20  # bytes that one chunk of clients may take; more is not faster
 _KEPT = 4  # copies of the trained parameters: weights, momentum, gradient, temporary
 
-def _probe_input(model, client): return to_float(client.x[:2].to(next(model.parameters()).device))
+def _probe_input(model, client):
+    return to_float(client.x[:2].to(next(model.parameters()).device))
 
 def reached(
     model: nn.Module,  # loaded and in train mode
@@ -43,7 +44,8 @@ def reached(
     "The trainable parameters that the loss depends on."
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     x = _probe_input(model, client)
-    with torch.enable_grad(): value = per_example(loss, model(x), client.y[:2].to(x.device), context=context_of(loss, client)).mean()
+    with torch.enable_grad():
+        value = per_example(loss, model(x), client.y[:2].to(x.device), context=context_of(loss, client)).mean()
     grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     return [n for n, g in zip(weights, grads, strict=True) if g is not None]
 
@@ -53,11 +55,14 @@ def example_bytes(
 ) -> int:
     "Bytes that autograd keeps for the backward pass of one example."
     own, seen, x = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, _probe_input(model, client)
+
     def note(t):
-        if t.untyped_storage().data_ptr() not in own: seen[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+        if t.untyped_storage().data_ptr() not in own:
+            seen[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
         return t
+
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out = model(x)    # held while counting: a freed tensor's address may return
+        out = model(x)  # held while counting: a freed tensor's address may return
     del out
     return sum(seen.values()) // len(x)
 
@@ -78,48 +83,69 @@ def blend_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:  # blended inputs [k, B, ...], second targets [k, B], shares [k]
     "Mixup of stacked batches."
     order = torch.arange(x.shape[1]).repeat(len(x), 1)
-    for row, (o, _) in zip(order, drawn, strict=True): row[:len(o)] = o
+    for row, (o, _) in zip(order, drawn, strict=True):
+        row[: len(o)] = o
     at, lam = (torch.arange(len(x))[:, None], order), torch.stack([share for _, share in drawn]).to(x.device)
     return blend(x, x[at], lam), y[at], lam
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #c0373c92
 def _stack(tensors):
     "[k, ...]; without a copy if all are the same tensor."
-    return tensors[0].expand(len(tensors), *tensors[0].shape) if all(t is tensors[0] for t in tensors) else torch.stack(tensors)
+    return (
+        tensors[0].expand(len(tensors), *tensors[0].shape)
+        if all(t is tensors[0] for t in tensors)
+        else torch.stack(tensors)
+    )
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #b5a4069d
 class Chunk:
     "Stacked state of several clients; `work` is sorted by decreasing number of batches."
+
     def __init__(self, model, used, work, payload, seed, loss, own=None, corrections=None):
         self.work, self.config, self.device = work, work[0][0].config, next(model.parameters()).device
         self.rate, self.undecayed = self.config.rate(payload.round), undecayed_names(model)
         fixed = {**{n: p for n, p in payload.parameters.items() if n not in used}, **payload.buffers}
-        self.start = {n: _stack([(own or {}).get(c.id, {}).get(n, payload.parameters[n]) for c, _ in work]) for n in used}
+        self.start = {
+            n: _stack([(own or {}).get(c.id, {}).get(n, payload.parameters[n]) for c, _ in work]) for n in used
+        }
         self.w = {n: p.clone() for n, p in self.start.items()}
         self.correction = {n: torch.stack([corrections[c.id][n] for c, _ in work]) for n in used} if corrections else {}
         self.velocity = {n: torch.zeros_like(p) for n, p in self.w.items()} if self.config.momentum else {}
-        self.first = torch.tensor([0] + [len(c.x) for c, _ in work[:-1]]).cumsum(0)    # row of each client's first example in x
+        self.first = torch.tensor([0] + [len(c.x) for c, _ in work[:-1]]).cumsum(
+            0
+        )  # row of each client's first example in x
         self.x, self.y = torch.cat([c.x for c, _ in work]), torch.cat([c.y for c, _ in work])
         self.rng = [stream(seed, "augment", payload.round, c.id) for c, _ in work]
         known = [context_of(loss, c) for c, _ in work]
         self.context = torch.stack(known) if known[0] is not None else torch.zeros(len(work), 0)
+
         def objective(w, x, y, mask, context, other=None, lam=None):
-            values = mixed_loss(loss, functional_call(model, {**fixed, **w}, (x,)), y, other, lam, mask, context if known[0] is not None else None)
+            values = mixed_loss(
+                loss,
+                functional_call(model, {**fixed, **w}, (x,)),
+                y,
+                other,
+                lam,
+                mask,
+                context if known[0] is not None else None,
+            )
             return torch.where(mask, values, 0).sum() / mask.sum()
+
         self.gradients = vmap(grad_and_value(objective))
 
     def batch(self, step):
         "Inputs [k, B, ...], targets [k, B, ...], mask [k, B] of the clients that still have a batch; with mixup also second targets and shares [k]."
         active = [(c, b[step], rng) for (c, b), rng in zip(self.work, self.rng, strict=True) if len(b) > step]
         index, mask = pad_batches([b for _, b, _ in active])
-        index = index + self.first[:len(active), None]
+        index = index + self.first[: len(active), None]
         x = self.x[index]
         for row, (c, b, rng) in zip(x, active, strict=True):
             if c.augment:
-                row[:len(b)] = c.augment(c.x[b], rng)
-                row[len(b):] = row[:1]
+                row[: len(b)] = c.augment(c.x[b], rng)
+                row[len(b) :] = row[:1]
         x, y, mask = to_float(x.to(self.device)), self.y[index].to(self.device), mask.to(self.device)
-        if not self.config.mixup: return x, y, mask, ()
+        if not self.config.mixup:
+            return x, y, mask, ()
         x, *mixed = blend_rows(x, y, [draw_mixup(len(b), self.config.mixup, rng) for _, b, rng in active])
         return x, y, mask, mixed
 
@@ -128,10 +154,14 @@ class Chunk:
         c, k = self.config, len(next(iter(grads.values())))
         for n, g in grads.items():
             w = self.w[n][:k]
-            if c.prox_mu: g = g + c.prox_mu * (w - self.start[n][:k])
-            if self.correction: g = g + self.correction[n][:k]
-            if c.weight_decay and n not in self.undecayed: g = g.add(w, alpha=c.weight_decay)
-            if c.momentum: g = self.velocity[n][:k].mul_(c.momentum).add_(g)
+            if c.prox_mu:
+                g = g + c.prox_mu * (w - self.start[n][:k])
+            if self.correction:
+                g = g + self.correction[n][:k]
+            if c.weight_decay and n not in self.undecayed:
+                g = g.add(w, alpha=c.weight_decay)
+            if c.momentum:
+                g = self.velocity[n][:k].mul_(c.momentum).add_(g)
             w.sub_(g, alpha=self.rate)
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #43fff092
@@ -141,24 +171,46 @@ def _run_chunk(chunk, payload):
     total, seen, broken = torch.zeros(k, dtype=torch.float64), torch.zeros(k), torch.full((k,), -1)
     for step in range(len(chunk.work[0][1])):
         x, y, mask, mixed = chunk.batch(step)
-        grads, values = chunk.gradients({n: w[:len(x)] for n, w in chunk.w.items()}, x, y, mask, chunk.context[:len(x)], *mixed)
+        grads, values = chunk.gradients(
+            {n: w[: len(x)] for n, w in chunk.w.items()}, x, y, mask, chunk.context[: len(x)], *mixed
+        )
         chunk.descend(grads)
         values, count = values.cpu(), mask.sum(1).cpu()
-        total[:len(x)] += values * count
-        seen[:len(x)] += count
-        bad = ~values.isfinite() & (broken[:len(x)] < 0)
-        broken[:len(x)][bad] = step
+        total[: len(x)] += values * count
+        seen[: len(x)] += count
+        bad = ~values.isfinite() & (broken[: len(x)] < 0)
+        broken[: len(x)][bad] = step
     delta = {n: w.sub_(chunk.start[n]) for n, w in chunk.w.items()}
     rest = {n: torch.zeros_like(p) for n, p in payload.parameters.items() if n not in delta}
     for i, (client, _) in enumerate(chunk.work):
-        if broken[i] >= 0: yield client.failed(f"loss not finite at step {broken[i]}")
-        else: yield client.update({n: delta[n][i] if n in delta else rest[n] for n in payload.parameters},
-                                  payload.buffers, (total[i] / seen[i]).item())
+        if broken[i] >= 0:
+            yield client.failed(f"loss not finite at step {broken[i]}")
+        else:
+            yield client.update(
+                {n: delta[n][i] if n in delta else rest[n] for n in payload.parameters},
+                payload.buffers,
+                (total[i] / seen[i]).item(),
+            )
 
 def _alike(client):
     "Clients can share a chunk if their optimiser and the shape of an example agree."
     c = client.config
-    return str((c.lr, c.lr_decay, c.schedule, c.rounds, c.momentum, c.weight_decay, c.prox_mu, c.mixup, client.x.shape[1:], client.x.dtype, client.y.shape[1:], client.y.dtype))
+    return str(
+        (
+            c.lr,
+            c.lr_decay,
+            c.schedule,
+            c.rounds,
+            c.momentum,
+            c.weight_decay,
+            c.prox_mu,
+            c.mixup,
+            client.x.shape[1:],
+            client.x.dtype,
+            client.y.shape[1:],
+            client.y.dtype,
+        )
+    )
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #b5b24d92
 def obstacle(
@@ -167,10 +219,14 @@ def obstacle(
 ) -> str:  # "" if `batched` can run them
     "Why the batched engine cannot run these clients."
     for name, m in model.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): return f"BatchNorm in {name} updates buffers"
-        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0: return f"dropout in {name} draws random numbers"
-    if other := [c for c in clients if type(c) is not MultiStepClient]: return f"{type(other[0]).__name__} has its own way to train"
-    if any(c.config.precision != "fp32" for c in clients): return "bfloat16 autocast pays for large models only"
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            return f"BatchNorm in {name} updates buffers"
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0:
+            return f"dropout in {name} draws random numbers"
+    if other := [c for c in clients if type(c) is not MultiStepClient]:
+        return f"{type(other[0]).__name__} has its own way to train"
+    if any(c.config.precision != "fp32" for c in clients):
+        return "bfloat16 autocast pays for large models only"
     return ""
 
 def run_batched(
@@ -184,15 +240,22 @@ def run_batched(
     budget: int = BUDGET,  # bytes of a chunk
 ) -> list[ClientUpdate]:  # in the order of `clients`
     "Run many clients at once through `torch.func`."
-    if why := obstacle(model, clients): raise FedgalError(f"engine 'batched' cannot run {type(model).__name__}: {why}; use engine 'serial'")
+    if why := obstacle(model, clients):
+        raise FedgalError(f"engine 'batched' cannot run {type(model).__name__}: {why}; use engine 'serial'")
     used, example = reached(load_payload(model, payload).train(), clients[0], loss), example_bytes(model, clients[0])
     size = n_bytes({n: payload.parameters[n] for n in used})
-    work = sorted(((c, c.batches(seed, payload.round)) for c in clients), key=lambda cb: (_alike(cb[0]), -len(cb[1]), cb[0].id))
+    work = sorted(
+        ((c, c.batches(seed, payload.round)) for c in clients), key=lambda cb: (_alike(cb[0]), -len(cb[1]), cb[0].id)
+    )
     done = {}
     while work:
         widest = max(len(b[0]) for _, b in work)
         fits = chunk_size(size, example, widest, budget)
         chunk = [cb for cb in work[:fits] if _alike(cb[0]) == _alike(work[0][0])]
-        work = work[len(chunk):]
-        with torch.no_grad(): done |= {u.client: u for u in _run_chunk(Chunk(model, used, chunk, payload, seed, loss, own, corrections), payload)}
+        work = work[len(chunk) :]
+        with torch.no_grad():
+            done |= {
+                u.client: u
+                for u in _run_chunk(Chunk(model, used, chunk, payload, seed, loss, own, corrections), payload)
+            }
     return [done[c.id] for c in clients]

@@ -24,14 +24,18 @@ __all__ = ['ZeroLinear', 'ClassEmbedding', 'modulate', 'Block', 'sinusoid', 'Den
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #663a9b0d
 class ZeroLinear(nn.Linear):
     "A linear layer that starts at zero."
+
     @torch.no_grad()
     def init_from(self, generator: torch.Generator):
-        for p in self.parameters(): p.zero_()
+        for p in self.parameters():
+            p.zero_()
 
 class ClassEmbedding(nn.Embedding):
     "One vector per class, standard normal at first."
+
     @torch.no_grad()
-    def init_from(self, generator: torch.Generator): self.weight.normal_(generator=generator)
+    def init_from(self, generator: torch.Generator):
+        self.weight.normal_(generator=generator)
 
 def modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     "Layer normalisation without weights of its own, then scale and shift."
@@ -39,9 +43,14 @@ def modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 class Block(nn.Module):
     "Residual block, modulated and gated by a condition; the identity at first."
+
     def __init__(self, width: int):
         super().__init__()
-        self.modulation, self.inner, self.outer = ZeroLinear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, width)
+        self.modulation, self.inner, self.outer = (
+            ZeroLinear(width, 3 * width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:  # [B, width] each
         scale, shift, gate = self.modulation(c).chunk(3, -1)
@@ -56,7 +65,9 @@ def sinusoid(t: Tensor, width: int) -> Tensor:  # [B, width]
 
 class Denoiser(nn.Module):
     "Predicts the target from a noisy latent, its step and its class; build it with `initialised`."
-    def __init__(self,
+
+    def __init__(
+        self,
         dim: int,  # d, size of a latent
         n_classes: int,  # C; label C is the null class
         width: int = 256,  # even
@@ -73,7 +84,8 @@ class Denoiser(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # [B, d], int64 [B], int64 [B] -> [B, d]
         c, h = F.silu(self.time(sinusoid(t, self.width)) + self.label(y)), self.enter(z)
-        for block in self.blocks: h = block(h, c)
+        for block in self.blocks:
+            h = block(h, c)
         return self.leave(modulate(h, *self.modulation(c).chunk(2, -1)))
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #22d59993
@@ -93,6 +105,7 @@ def draw_rows(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
 @dataclass(frozen=True)
 class DenoiserConfig:
     "Options of the network and of its training."
+
     width: int = 256
     blocks: int = 3
     target: str = "v"
@@ -107,20 +120,31 @@ class DenoiserConfig:
     ema: float = 0.999  # decay of the weight average that is returned
 
     def __post_init__(self):
-        for name, ok, allowed in (("steps", self.steps >= 1, "at least 1"), ("batch_size", self.batch_size >= 1, "at least 1"), ("lr", self.lr > 0, "above 0"),
-                                  ("drop", 0 <= self.drop < 1, "in [0, 1)"), ("ema", 0 <= self.ema < 1, "in [0, 1)")):
+        for name, ok, allowed in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("lr", self.lr > 0, "above 0"),
+            ("drop", 0 <= self.drop < 1, "in [0, 1)"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+        ):
             if not ok: raise FedgalError(f"{name} = {getattr(self, name)}: must be {allowed}")
 
 class Trained(NamedTuple):
     "What `train_denoiser` returns."
+
     model: Denoiser  # with averaged weights
     history: list[dict]  # about twenty rows
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #e616382d
 def _row(step, names, losses):
     mean = torch.stack(losses).mean(0)
-    if not mean.isfinite().all(): raise FedgalError(f"the denoiser's loss is not finite after {step} steps: use a smaller lr, and latents of about unit variance")
-    return {"step": step, "loss": float(mean.sum())} | (dict(zip(names, mean.tolist(), strict=True)) if len(names) > 1 else {})
+    if not mean.isfinite().all():
+        raise FedgalError(
+            f"the denoiser's loss is not finite after {step} steps: use a smaller lr, and latents of about unit variance"
+        )
+    return {"step": step, "loss": float(mean.sum())} | (
+        dict(zip(names, mean.tolist(), strict=True)) if len(names) > 1 else {}
+    )
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #140612ca
 def train_denoiser(
@@ -136,24 +160,38 @@ def train_denoiser(
     "Train a denoiser on latents; raises FedgalError if there are none, or the loss is no longer finite."
     c, rng, device = config, stream(seed, "denoiser batches"), x.device
     check_target(c.target, schedule)
-    if not len(x) or len(x) != len(y): raise FedgalError(f"{len(x)} latents and {len(y)} labels: as many of both are needed, and at least one")
-    model = initialised(lambda: Denoiser(x.shape[1], n_classes, c.width, c.blocks), stream(seed, "denoiser weights")).to(device)
+    if not len(x) or len(x) != len(y):
+        raise FedgalError(f"{len(x)} latents and {len(y)} labels: as many of both are needed, and at least one")
+    model = initialised(
+        lambda: Denoiser(x.shape[1], n_classes, c.width, c.blocks), stream(seed, "denoiser weights")
+    ).to(device)
     params, average = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
     optimiser = torch.optim.AdamW(params, lr=c.lr, weight_decay=c.weight_decay)
     rows, history, losses = row_weights(y, n_classes, c.power), [], []
     for i in range(c.steps):
         at = draw_rows(rows, c.batch_size, rng)
-        t, noise = stratified_t(c.batch_size, schedule.T, rng).to(device), torch.randn(c.batch_size, x.shape[1], generator=rng).to(device)
+        t, noise = (
+            stratified_t(c.batch_size, schedule.T, rng).to(device),
+            torch.randn(c.batch_size, x.shape[1], generator=rng).to(device),
+        )
         told = (torch.rand(c.batch_size, generator=rng) >= c.drop).to(device)
         loss, x0 = denoising_loss(model, x[at], y[at].where(told, model.null), t, noise, schedule, c.target, c.gamma)
         terms = {"denoising": loss.mean()}
-        if extra: terms |= {k: (weights or {}).get(k, 1.0) * v for k, v in extra(x0[told], y[at][told], t[told]).items()}
+        if extra:
+            terms |= {k: (weights or {}).get(k, 1.0) * v for k, v in extra(x0[told], y[at][told], t[told]).items()}
         log = (i + 1) * 20 // c.steps > i * 20 // c.steps
-        norms = {f"gradient of {k}": float(v) for k, v in gradient_norms(terms, params).items()} if log and extra else {}
+        norms = (
+            {f"gradient of {k}": float(v) for k, v in gradient_norms(terms, params).items()} if log and extra else {}
+        )
         optimiser.param_groups[0]["lr"] = c.lr * (0.5 + 0.5 * math.cos(math.pi * i / c.steps) if c.cosine else 1.0)
-        optimiser.zero_grad(); sum(terms.values()).backward(); optimiser.step()
+        optimiser.zero_grad()
+        sum(terms.values()).backward()
+        optimiser.step()
         torch._foreach_lerp_(average, [p.detach() for p in params], 1 - min(c.ema, (1 + i) / (10 + i)))
         losses.append(torch.stack([v.detach() for v in terms.values()]))
-        if log: history.append(_row(i + 1, list(terms), losses) | norms); losses = []
-    with torch.no_grad(): torch._foreach_copy_(params, average)
+        if log:
+            history.append(_row(i + 1, list(terms), losses) | norms)
+            losses = []
+    with torch.no_grad():
+        torch._foreach_copy_(params, average)
     return Trained(model.requires_grad_(False), history)

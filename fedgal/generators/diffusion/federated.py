@@ -22,6 +22,7 @@ __all__ = ['SEVERAL', 'Averaged', 'average_rows', 'train_federated', 'draw', 'cl
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #56fbb82f
 class Averaged(NamedTuple):
     "What `train_federated` returns."
+
     model: Denoiser  # running mean of the global weights
     history: list[dict]  # about twenty rows
     bytes: int  # of one model, as sent each way, each round, for each client
@@ -37,7 +38,9 @@ def average_rows(
     out = {n: torch.einsum("k,k...->...", w.to(v), v.detach()) for n, v in stacked.items()}
     if class_rows:
         n, C = share.sum(0), share.shape[1]
-        rows = torch.einsum("kc,kce->ce", (share / n.clamp(min=1e-30)).to(w.dtype), stacked["label.weight"].detach()[:, :C].to(w.dtype))
+        rows = torch.einsum(
+            "kc,kce->ce", (share / n.clamp(min=1e-30)).to(w.dtype), stacked["label.weight"].detach()[:, :C].to(w.dtype)
+        )
         out["label.weight"][:C] = torch.where(n[:, None] > 0, rows.to(out["label.weight"]), last["label.weight"][:C])
     return out
 
@@ -59,47 +62,84 @@ def train_federated(
     if not parts: raise FedgalError("no client has a latent of a class with two samples: nothing to learn a shape from")
     d, count = parts[0][1].shape[1], sum(torch.bincount(y, minlength=n_classes) for _, _, y in parts).double()
     rows = [count[y].pow(c.power - 1) for _, _, y in parts]
-    share = torch.stack([torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, w) for (_, _, y), w in zip(parts, rows, strict=True)])
+    share = torch.stack(
+        [
+            torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, w)
+            for (_, _, y), w in zip(parts, rows, strict=True)
+        ]
+    )
     model = initialised(lambda: Denoiser(d, n_classes, c.width, c.blocks), stream(seed, "denoiser weights"))
     world = {n: p.detach() for n, p in model.named_parameters()}
-    mean, history, local = {n: p.clone() for n, p in world.items()}, [], -(-c.steps // rounds)    # whole rounds
+    mean, history, local = {n: p.clone() for n, p in world.items()}, [], -(-c.steps // rounds)  # whole rounds
     loss = client_loss(model, schedule, c, extra)
     for r in range(rounds):
         stacked = {n: p.expand(len(parts), *p.shape).clone().requires_grad_() for n, p in world.items()}
-        optimiser = torch.optim.AdamW(stacked.values(), lr=c.lr * (0.5 + 0.5 * math.cos(math.pi * r / rounds) if c.cosine else 1.0), weight_decay=c.weight_decay)
+        optimiser = torch.optim.AdamW(
+            stacked.values(),
+            lr=c.lr * (0.5 + 0.5 * math.cos(math.pi * r / rounds) if c.cosine else 1.0),
+            weight_decay=c.weight_decay,
+        )
         rngs = [stream(seed, "denoiser batches", r, k) for k, _, _ in parts]
         seen, norms, log = [], {}, extra and (r + 1) * 20 // rounds > r * 20 // rounds
         for _ in range(local):
-            terms = vmap(loss)(stacked, *map(torch.stack, zip(*(draw(x, y, w, c, schedule, g, views) for (_, x, y), w, g in zip(parts, rows, rngs, strict=True)), strict=True)))
-            if log and not seen: norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
-            optimiser.zero_grad(); sum(v.sum() for v in terms.values()).backward(); optimiser.step()
+            terms = vmap(loss)(
+                stacked,
+                *map(
+                    torch.stack,
+                    zip(
+                        *(
+                            draw(x, y, w, c, schedule, g, views)
+                            for (_, x, y), w, g in zip(parts, rows, rngs, strict=True)
+                        ),
+                        strict=True,
+                    ),
+                ),
+            )
+            if log and not seen:
+                norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
+            optimiser.zero_grad()
+            sum(v.sum() for v in terms.values()).backward()
+            optimiser.step()
             seen.append({k: v.detach().mean() for k, v in terms.items()})
         world = average_rows(stacked, world, share, class_rows)
         keep = min(c.ema**local, (1 + r) / (10 + r))
         mean = {n: torch.lerp(p, mean[n], keep) for n, p in world.items()}
-        if (r + 1) * 20 // rounds > r * 20 // rounds: history.append(summary(r + 1, seen) | {f"gradient of {k}": float(v) for k, v in norms.items()})
+        if (r + 1) * 20 // rounds > r * 20 // rounds:
+            history.append(summary(r + 1, seen) | {f"gradient of {k}": float(v) for k, v in norms.items()})
     model.load_state_dict(mean)
     return Averaged(model.requires_grad_(False), history, n_bytes(world))
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #d5d9a2e2
-SEVERAL = 5    # samples of a class that a client needs before its batch says anything of mean and radius
+SEVERAL = 5  # samples of a class that a client needs before its batch says anything of mean and radius
 
-def draw(x: Tensor, y: Tensor, weights: Tensor, c: DenoiserConfig, schedule: Schedule, g: torch.Generator, views: int = 1) -> tuple[Tensor, ...]:
+def draw(
+    x: Tensor, y: Tensor, weights: Tensor, c: DenoiserConfig, schedule: Schedule, g: torch.Generator, views: int = 1
+) -> tuple[Tensor, ...]:
     "One client's batch: residuals [B, d], labels, steps, noise, which samples are told their class, and of which classes the client has several samples."
     i = draw_rows(weights, c.batch_size, g)
-    several = torch.bincount(y)[y[i]] >= SEVERAL * views    # ten views of one image are one sample
-    return x[i], y[i], stratified_t(c.batch_size, schedule.T, g), torch.randn(c.batch_size, x.shape[1], generator=g), torch.rand(c.batch_size, generator=g) >= c.drop, several
+    several = torch.bincount(y)[y[i]] >= SEVERAL * views  # ten views of one image are one sample
+    return (
+        x[i],
+        y[i],
+        stratified_t(c.batch_size, schedule.T, g),
+        torch.randn(c.batch_size, x.shape[1], generator=g),
+        torch.rand(c.batch_size, generator=g) >= c.drop,
+        several,
+    )
 
 def client_loss(model: Denoiser, schedule: Schedule, c: DenoiserConfig, extra=None):
     "The terms of one client's loss as a function of its weights and batch."
+
     def loss(weights, x, y, t, noise, told, several):
         call = lambda z, t, y: functional_call(model, weights, (z, t, y))
         each, x0 = denoising_loss(call, x, torch.where(told, y, model.null), t, noise, schedule, c.target, c.gamma)
         return {"denoising": each.mean()} | (extra(x0, y, t, told & several) if extra else {})
+
     return loss
 
 def summary(round: int, seen: list[dict]) -> dict:
     "A row of the history."
     row = {k: float(torch.stack([s[k] for s in seen]).mean()) for k in seen[0]}
-    if not all(map(math.isfinite, row.values())): raise FedgalError(f"the denoiser's loss is not finite in round {round}: use a smaller lr")
+    if not all(map(math.isfinite, row.values())):
+        raise FedgalError(f"the denoiser's loss is not finite in round {round}: use a smaller lr")
     return {"round": round, "loss": sum(row.values())} | (row if len(row) > 1 else {})

@@ -19,6 +19,7 @@ __all__ = ['FRAMES', 'Frame', 'in_coordinates', 'make_frame']
 # %% ../../../nbs/generators/diffusion/04_frame.ipynb #fc7520ca
 class Frame(NamedTuple):
     "Coordinates u = white (z - centre), and in them the residual x = (u - shift_y) / inner_y that a network learns."
+
     centre: Tensor  # [d]
     white: Tensor  # [d, d]
     colour: Tensor  # [d, d], back
@@ -31,11 +32,17 @@ class Frame(NamedTuple):
     variance: Tensor  # [C] of real residuals per dimension
 
     @property
-    def anchors(self) -> Anchors: return Anchors(self.prototypes, self.target, self.unit)
+    def anchors(self) -> Anchors:
+        return Anchors(self.prototypes, self.target, self.unit)
 
-    def encode(self, z: Tensor, y: Tensor) -> Tensor: return ((z - self.centre) @ self.white.T - self.shift[y]) / self.inner[y][..., None]
-    def place(self, x: Tensor, y: Tensor) -> Tensor: return self.shift[y] + self.outer[y][..., None] * x  # [..., d] in u
-    def leave(self, u: Tensor) -> Tensor: return self.centre + u @ self.colour.T
+    def encode(self, z: Tensor, y: Tensor) -> Tensor:
+        return ((z - self.centre) @ self.white.T - self.shift[y]) / self.inner[y][..., None]
+
+    def place(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.shift[y] + self.outer[y][..., None] * x  # [..., d] in u
+
+    def leave(self, u: Tensor) -> Tensor:
+        return self.centre + u @ self.colour.T
 
 # %% ../../../nbs/generators/diffusion/04_frame.ipynb #bdd93ce0
 FRAMES = ("all", "class")
@@ -45,7 +52,9 @@ def in_coordinates(s: ClassStatistics, centre: Tensor, white: Tensor) -> ClassSt
     total = s.sum - s.count[:, None] * centre
     cross = s.sum[:, :, None] * centre
     second = s.second - cross - cross.mT + s.count[:, None, None] * centre[:, None] * centre
-    return ClassStatistics(replace(s.space, nonnegative=False, normalised=False), s.count, total @ white.T, white @ second @ white.T)
+    return ClassStatistics(
+        replace(s.space, nonnegative=False, normalised=False), s.count, total @ white.T, white @ second @ white.T
+    )
 
 def make_frame(
     s: ClassStatistics,
@@ -61,9 +70,29 @@ def make_frame(
     u = in_coordinates(s, centre, white)
     observed, n = u.radius("observed"), s.count
     target = u.radius("calibrated", kappa=kappa, lam=lam) * (1 + widen / n.clamp(min=1)).sqrt()
-    size = white.any(1).sum().double().sqrt()    # radius of unit variance in all live directions
+    size = white.any(1).sum().double().sqrt()  # radius of unit variance in all live directions
     biased = observed * ((n - 1).clamp(min=0) / n.clamp(min=1)).sqrt() / size
     one = torch.ones_like(n)
-    shift, inner, outer = (u.mean().nan_to_num(), torch.where(biased > 0, biased, one), target / size) if kind == "class" else (torch.zeros_like(u.sum), one, one)
+    shift, inner, outer = (
+        (u.mean().nan_to_num(), torch.where(biased > 0, biased, one), target / size)
+        if kind == "class"
+        else (torch.zeros_like(u.sum), one, one)
+    )
     variance = one if kind == "class" else (observed / size).square()
-    return Frame(*(v.float().contiguous() for v in (centre, white, colour, shift, inner, outer, u.mean(), target, observed.square().nanmean(), variance)))
+    return Frame(
+        *(
+            v.float().contiguous()
+            for v in (
+                centre,
+                white,
+                colour,
+                shift,
+                inner,
+                outer,
+                u.mean(),
+                target,
+                observed.square().nanmean(),
+                variance,
+            )
+        )
+    )

@@ -29,14 +29,16 @@ def clean_estimate(
 ) -> Tensor:  # [N, d]
     "The latents that a model sees behind `z`, guided and clipped."
     null = getattr(model, "null", None) if null is None else null
-    if guidance and null is None: raise FedgalError(f"guidance = {guidance}: needs a null class, but the model has none and null is None")
+    if guidance and null is None:
+        raise FedgalError(f"guidance = {guidance}: needs a null class, but the model has none and null is None")
     out = []
     for z_b, y in zip(z.split(batch), labels.split(batch), strict=True):
         at = torch.full_like(y, t)
         if guidance:
             free, told = model(z_b.repeat(2, 1), at.repeat(2), torch.cat([torch.full_like(y, null), y])).chunk(2)
             prediction = free + (1 + guidance) * (told - free)
-        else: prediction = model(z_b, at, y)
+        else:
+            prediction = model(z_b, at, y)
         out.append(recover(prediction, z_b, at, schedule, target)[0].clamp(-clip, clip))
     return torch.cat(out)
 
@@ -58,7 +60,8 @@ def ddim(
 ) -> Tensor:  # [N, d]
     "Sample latents of the given classes."
     check_target(target, schedule)
-    if order not in (1, 2) or (order == 2 and eta): raise FedgalError(f"order = {order} with eta = {eta}: allowed are order 1, and order 2 with eta = 0")
+    if order not in (1, 2) or (order == 2 and eta):
+        raise FedgalError(f"order = {order} with eta = {eta}: allowed are order 1, and order 2 with eta = 0")
     draw = lambda: torch.randn(len(labels), dim, generator=generator, device=generator.device).to(labels.device)
     grid = schedule.timesteps(steps).tolist()
     with torch.inference_mode():
@@ -72,11 +75,15 @@ def ddim(
             before = clean, now
             eps, sigma = (z - a_t * x) / s_t, eta * s / s_t * math.sqrt(1 - (a_t / a) ** 2)
             z = a * x + math.sqrt(max(s * s - sigma * sigma, 0)) * eps
-            if sigma: z = z + sigma * draw()
-    return z.clone()    # outside: a tensor that can be trained on
+            if sigma:
+                z = z + sigma * draw()
+    return z.clone()  # outside: a tensor that can be trained on
 
-def _factors(schedule, t): return (1.0, 0.0) if t is None else (schedule.signal[t].item(), schedule.noise[t].item())
-def _half_log_snr(a, s): return math.log(a / s) if a > 0 else -math.inf
+def _factors(schedule, t):
+    return (1.0, 0.0) if t is None else (schedule.signal[t].item(), schedule.noise[t].item())
+
+def _half_log_snr(a, s):
+    return math.log(a / s) if a > 0 else -math.inf
 
 # %% ../../../nbs/generators/diffusion/02_samplers.ipynb #4ef623aa
 def dpm_solver(
@@ -96,11 +103,21 @@ def dpm_solver(
     "Sample latents as `ddim` does, with `diffusers`' DPMSolverMultistepScheduler (second order, trailing steps)."
     check_target(target, schedule)
     if eta: raise FedgalError(f"eta = {eta}: dpm_solver adds no noise on the way; use eta = 0, or ddim")
-    solver = require("diffusers", "diffusers").DPMSolverMultistepScheduler(schedule.T, beta_schedule="squaredcos_cap_v2", rescale_betas_zero_snr=schedule.zero_terminal,
-        prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero")
+    solver = require("diffusers", "diffusers").DPMSolverMultistepScheduler(
+        schedule.T,
+        beta_schedule="squaredcos_cap_v2",
+        rescale_betas_zero_snr=schedule.zero_terminal,
+        prediction_type="sample",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
     solver.set_timesteps(steps, device=labels.device)
     with torch.inference_mode():
         z = torch.randn(len(labels), dim, generator=generator, device=generator.device).to(labels.device)
         for t in solver.timesteps:
-            z = solver.step(clean_estimate(model, z, int(t), labels, schedule, target, guidance, clip, null, batch), t, z).prev_sample
+            z = solver.step(
+                clean_estimate(model, z, int(t), labels, schedule, target, guidance, clip, null, batch), t, z
+            ).prev_sample
     return z.clone()

@@ -30,6 +30,7 @@ def cosine_schedule(
 
 class Tables(NamedTuple):
     "Values of a schedule for each of its T steps, float32 [T]."
+
     alpha_bar: Tensor
     signal: Tensor  # sqrt(alpha_bar), factor of the latent
     noise: Tensor  # sqrt(1 - alpha_bar), factor of the noise
@@ -38,6 +39,7 @@ class Tables(NamedTuple):
 @dataclass(frozen=True)
 class Schedule:
     "Cosine noise schedule over `T` steps."
+
     T: int = 1000
     zero_terminal: bool = True  # the last step is pure noise
 
@@ -46,9 +48,10 @@ class Schedule:
 
     @cached_property
     def tables(self) -> Tables:
-        with torch.inference_mode(False):    # else a table first used while sampling could not be trained with
+        with torch.inference_mode(False):  # else a table first used while sampling could not be trained with
             signal = cosine_schedule(self.T).sqrt()
-            if self.zero_terminal: signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+            if self.zero_terminal:
+                signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
             bar = signal * signal
             return Tables(*(v.float() for v in (bar, signal, (1 - bar).sqrt(), bar / (1 - bar))))
 
@@ -59,7 +62,8 @@ class Schedule:
 
     def timesteps(self, steps: int) -> Tensor:  # int64 [steps], descending from T - 1
         "A trailing sub-grid for sampling."
-        if not 1 <= steps <= self.T: raise FedgalError(f"{steps} sampling steps: allowed are 1 to {self.T}, the steps of the schedule")
+        if not 1 <= steps <= self.T:
+            raise FedgalError(f"{steps} sampling steps: allowed are 1 to {self.T}, the steps of the schedule")
         return (self.T - torch.arange(steps, dtype=torch.float64) * (self.T / steps)).round().long() - 1
 
 # %% ../../../nbs/generators/diffusion/01_schedule.ipynb #b87971fe
@@ -67,9 +71,12 @@ TARGETS = ("v", "eps", "x0")
 
 def check_target(target: str, schedule: Schedule) -> None:
     "Raise FedgalError for an unknown target, or one that the schedule's last step leaves undetermined."
-    if target not in TARGETS: raise FedgalError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
+    if target not in TARGETS:
+        raise FedgalError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
     if target == "eps" and schedule.zero_terminal:
-        raise FedgalError("target 'eps' says nothing about x0 at a last step of pure noise; use target 'v' or 'x0', or Schedule(zero_terminal=False)")
+        raise FedgalError(
+            "target 'eps' says nothing about x0 at a last step of pure noise; use target 'v' or 'x0', or Schedule(zero_terminal=False)"
+        )
 
 def factors(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:  # [B, 1] each
     "Factors of signal and noise at the steps `t` [B]."
@@ -97,8 +104,10 @@ def recover(
     "The latent and the noise that a prediction stands for."
     check_target(target, schedule)
     a, s = factors(schedule, t)
-    if target == "v": return a * z_t - s * prediction, s * z_t + a * prediction
-    if target == "x0": return prediction, (z_t - a * prediction) / s
+    if target == "v":
+        return a * z_t - s * prediction, s * z_t + a * prediction
+    if target == "x0":
+        return prediction, (z_t - a * prediction) / s
     return (z_t - s * prediction) / a, prediction
 
 # %% ../../../nbs/generators/diffusion/01_schedule.ipynb #b134f267
@@ -128,7 +137,8 @@ def denoising_loss(
     z = add_noise(x, noise, t, schedule)
     prediction = model(z, t, y)
     loss = (prediction - target_of(x, noise, t, schedule, target)).square().mean(-1)
-    if gamma is not None: loss = min_snr_weight(t, schedule, target, gamma) * loss
+    if gamma is not None:
+        loss = min_snr_weight(t, schedule, target, gamma) * loss
     return loss, recover(prediction, z, t, schedule, target)[0]
 
 def stratified_t(B: int, T: int, generator: torch.Generator) -> Tensor:  # int64 [B]

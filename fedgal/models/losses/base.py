@@ -20,7 +20,8 @@ def weighted_mean(
     weight: Tensor | None = None,  # [B] or None; 0 leaves a sample out
 ) -> Tensor:  # scalar
     "Weighted mean over samples; 0 if all weights are 0."
-    if weight is None: return values.mean()
+    if weight is None:
+        return values.mean()
     weight = weight.to(values.dtype)
     return (values * weight).sum() / weight.sum().clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -32,8 +33,9 @@ def class_log_prior(
     "Log class prior with a floor for missing classes; raises FedgalError if there is no sample at all."
     n = counts.double()
     if floor <= 0 or (n < 0).any() or not (n > 0).any(-1).all():
-        raise FedgalError("a class prior needs counts >= 0 with one above 0 in each row, "
-                          f"and a floor above 0 (floor={floor})")
+        raise FedgalError(
+            f"a class prior needs counts >= 0 with one above 0 in each row, and a floor above 0 (floor={floor})"
+        )
     smallest = n.masked_fill(n == 0, torch.inf).amin(-1, keepdim=True)
     pi = torch.where(n > 0, n, floor * smallest)
     return (pi / pi.sum(-1, keepdim=True)).log().float()
@@ -69,10 +71,15 @@ def class_weights(
     one_of("class weights", kind, WEIGHTINGS)
     n = counts.double()
     if not n.sum() > 0: raise FedgalError("class weights need counts >= 0 with one above 0")
-    q = {"uniform": torch.ones_like(n), "inverse": 1 / n, "sqrt": n.rsqrt(),
-         "effective": (1 - b) / -torch.expm1(n * math.log(b)), "complement": n.max() - n}[kind]
+    q = {
+        "uniform": torch.ones_like(n),
+        "inverse": 1 / n,
+        "sqrt": n.rsqrt(),
+        "effective": (1 - b) / -torch.expm1(n * math.log(b)),
+        "complement": n.max() - n,
+    }[kind]
     q = torch.where(n > 0, q, 0)
-    return q / q.sum() if q.sum() > 0 else class_weights(counts)    # nothing to fill up: all classes equal
+    return q / q.sum() if q.sum() > 0 else class_weights(counts)  # nothing to fill up: all classes equal
 
 # %% ../../../nbs/models/losses/02_base.ipynb #25bfc769
 def mixed_prior(
@@ -92,6 +99,8 @@ def balancing_weights(
     pi = counts.double() / counts.sum()
     least = float(len(pi) * pi.max() - 1)
     if gamma <= 0 or gamma < least - 1e-9:
-        raise FedgalError(f"gamma = {gamma:g}: generated features balance these classes from gamma = {least:.2f} on; "
-                          "raise it, or add log(mixed_prior) to the logits")
+        raise FedgalError(
+            f"gamma = {gamma:g}: generated features balance these classes from gamma = {least:.2f} on; "
+            "raise it, or add log(mixed_prior) to the logits"
+        )
     return (((1 + gamma) / len(pi) - pi) / gamma).clamp(min=0)

@@ -43,7 +43,7 @@ def _contrast(s, y, keep, log_weight=0.0):
     other = ~torch.eye(len(y), dtype=torch.bool, device=y.device) & keep
     positive = other & (y[:, None] == y)
     n = positive.sum(1)
-    log_sum = (s + log_weight).masked_fill(~other, -torch.inf).logsumexp(1)    # -inf for an empty row, never read
+    log_sum = (s + log_weight).masked_fill(~other, -torch.inf).logsumexp(1)  # -inf for an empty row, never read
     return torch.where(keep & (n > 0), log_sum - torch.where(positive, s, 0).sum(1) / n.clamp(min=1), 0)
 
 # %% ../../../nbs/models/losses/04_contrastive.ipynb #e47779f7
@@ -60,7 +60,7 @@ def supervised_contrastive(
     "Supervised contrast of features with each other and with the global prototypes (FedMPS)."
     u, keep = _unit(z, mask)
     p = F.normalize(prototypes, dim=1) if renormalise else prototypes
-    anchors = torch.cat([u, stand_in(u, y, p, known)])    # [2B, d]
+    anchors = torch.cat([u, stand_in(u, y, p, known)])  # [2B, d]
     value = _contrast(anchors @ anchors.T / temperature, y.repeat(2), keep.repeat(2))
     return torch.where(known.any(), temperature / base * value.view(2, -1).mean(0), 0)
 
@@ -75,7 +75,7 @@ def soft_label_loss(
     "Divergence of a sample's prediction from the soft label of its class, at temperature T, not multiplied by T^2 (FedMPS)."
     own = known[y]
     log_q = (soft_logits[y].detach().to(logits).masked_fill(~own[:, None], 0) / temperature).log_softmax(1)
-    divergence = (log_q.exp() * (log_q - (logits / temperature).log_softmax(1))).sum(1)    # F.kl_div is slow under vmap
+    divergence = (log_q.exp() * (log_q - (logits / temperature).log_softmax(1))).sum(1)  # F.kl_div is slow under vmap
     return torch.where(own, divergence, 0)
 
 # %% ../../../nbs/models/losses/04_contrastive.ipynb #55fc35a4
@@ -94,7 +94,8 @@ def adjusted_contrastive(
         raise FedgalError(f"unknown form {form!r}{did_you_mean(form, SCL_FORMS)}; known: {', '.join(SCL_FORMS)}")
     u, keep = _unit(z, mask)
     weight = log_counts[y].to(z).expand(len(y), -1)
-    if form == "code": weight = weight.masked_fill(y[:, None] == y, 0)
+    if form == "code":
+        weight = weight.masked_fill(y[:, None] == y, 0)
     return _contrast(u @ u.T / temperature, y, keep, weight)
 
 # %% ../../../nbs/models/losses/04_contrastive.ipynb #186fb7e5
@@ -105,5 +106,7 @@ def cosine_weight(
 ) -> float:
     "Weight of a loss term that falls from `start` to 0 over the rounds, by half a cosine."
     if not 0 <= round <= rounds or rounds < 1:
-        raise FedgalError(f"cosine_weight: round {round} of {rounds}; needed is 0 <= round <= rounds with at least one round")
+        raise FedgalError(
+            f"cosine_weight: round {round} of {rounds}; needed is 0 <= round <= rounds with at least one round"
+        )
     return start * (1 + math.cos(math.pi * round / rounds)) / 2

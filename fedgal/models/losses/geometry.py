@@ -39,6 +39,7 @@ RADIUS_MODES = ("mean", "rms", "sample")
 
 class Anchors(NamedTuple):
     "Where classes lie and how wide they should be; tensors only, so that it maps over clients."
+
     prototypes: Tensor  # [C, d], NaN for a class without samples
     target: Tensor  # [C] wanted radius of the kind that the mode compares, NaN where none is known
     unit: Tensor  # scalar, mean squared radius
@@ -51,7 +52,11 @@ def _deviations(x0, y, prototypes, weight):
     "Estimate minus own prototype [B, d], weight [B], weighted membership [B, C]; zero for a sample that does not count."
     known = prototypes.isfinite().all(1)
     w = torch.where(known[y], weight.to(x0), 0)
-    return torch.where(w[:, None] > 0, x0 - prototypes.detach().to(x0)[y], 0), w, members(y, len(prototypes)) * w[:, None]
+    return (
+        torch.where(w[:, None] > 0, x0 - prototypes.detach().to(x0)[y], 0),
+        w,
+        members(y, len(prototypes)) * w[:, None],
+    )
 
 def _mean(values, counted):
     "Mean of the values that count; 0 if none does."
@@ -75,7 +80,8 @@ def prototype_loss(
     "Squared distance of class means from their prototypes, in squared radii."
     one_of("prototype form", form, PROTOTYPE_FORMS)
     delta, w, member = _deviations(x0, y, prototypes, weight)
-    if form == "sample": return _mean(w * delta.square().sum(1), w > 0) / unit
+    if form == "sample":
+        return _mean(w * delta.square().sum(1), w > 0) / unit
     counted, pairs = (member > 0).sum(0) > 1, member.sum(0).square()
     square = (member.T @ delta).square().sum(1)
     if form == "unbiased":
@@ -97,11 +103,20 @@ def radius_loss(
     "Squared difference between radius and target at the sample's noise level, in squared radii."
     one_of("radius mode", mode, RADIUS_MODES)
     delta, w, member = _deviations(x0, y, torch.where(target.isfinite()[:, None], prototypes, torch.nan), weight)
-    target, factor, square = target.detach().to(x0).nan_to_num(), torch.where(w > 0, factor.to(x0), 0), delta.square().sum(1)
-    if mode == "sample": return _mean(w * (_root(square) - target[y] * factor).square(), w > 0) / unit
+    target, factor, square = (
+        target.detach().to(x0).nan_to_num(),
+        torch.where(w > 0, factor.to(x0), 0),
+        delta.square().sum(1),
+    )
+    if mode == "sample":
+        return _mean(w * (_root(square) - target[y] * factor).square(), w > 0) / unit
     counted = member.sum(0) > 0
     average = lambda v: member.T @ v / torch.where(counted, member.sum(0), 1)
-    made, wanted = (average(_root(square)), average(factor)) if mode == "mean" else (_root(average(square)), _root(average(factor.square())))
+    made, wanted = (
+        (average(_root(square)), average(factor))
+        if mode == "mean"
+        else (_root(average(square)), _root(average(factor.square())))
+    )
     return _mean((made - target * wanted).square(), counted) / unit
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #1c92f5b5
@@ -119,7 +134,7 @@ def margin_loss(
     centre = mu.sum(0) / known.sum().clamp(min=1)
     w = torch.where(known[y], weight.to(x0), 0)
     mu, x = mu - centre, torch.where(w[:, None] > 0, x0 - centre, 0)
-    score = mu.square().sum(1) - 2 * x @ mu.T    # [B, C], squared distance less |x|^2
+    score = mu.square().sum(1) - 2 * x @ mu.T  # [B, C], squared distance less |x|^2
     rival = score.masked_fill(members(y, len(prototypes)) | ~known, torch.inf).amin(1)
     return _mean(w * F.relu(margin + (score.gather(1, y[:, None])[:, 0] - rival) / unit), w > 0)
 
@@ -127,6 +142,7 @@ def margin_loss(
 @dataclass(frozen=True)
 class Geometry:
     "Strengths and forms of the three geometry losses."
+
     prototype: float = 0.1  # eta_p
     radius: float = 0.1  # eta_r
     margin: float = 0.05  # eta_m
@@ -137,7 +153,8 @@ class Geometry:
 
     def __post_init__(self):
         for name in ("prototype", "radius", "margin", "width"):
-            if not getattr(self, name) >= 0: raise FedgalError(f"geometry: {name} = {getattr(self, name)}: must be >= 0")
+            if not getattr(self, name) >= 0:
+                raise FedgalError(f"geometry: {name} = {getattr(self, name)}: must be >= 0")
         one_of("prototype form", self.form, PROTOTYPE_FORMS)
         one_of("radius mode", self.mode, RADIUS_MODES)
         one_of("timestep weight", self.at, WEIGHT_KINDS)
@@ -150,14 +167,21 @@ def gald_loss(
     anchors: Anchors,
     geometry: Geometry = Geometry(),
     mask: Tensor | None = None,  # [B]; 0 or False: padding
-    variance: Tensor | float | None = None,  # [C] or a number: of a class per dimension in the coordinates that noise is added to; None: target^2 / d
+    variance: Tensor
+    | float
+    | None = None,  # [C] or a number: of a class per dimension in the coordinates that noise is added to; None: target^2 / d
 ) -> dict[str, Tensor]:  # scalars "prototype", "radius", "margin", times their strength
     "The geometry losses of GALD-DC; their sum is added to the diffusion loss."
     mu, target, unit = anchors
     w = timestep_weight(alpha_bar, geometry.at)
-    if mask is not None: w = torch.where(mask.bool(), w, 0)
-    own = target.square() / x0.shape[1] if variance is None else torch.as_tensor(variance).to(target).expand(len(target))
+    if mask is not None:
+        w = torch.where(mask.bool(), w, 0)
+    own = (
+        target.square() / x0.shape[1] if variance is None else torch.as_tensor(variance).to(target).expand(len(target))
+    )
     factor = radius_factor(alpha_bar, own[y])
-    return {"prototype": geometry.prototype * prototype_loss(x0, y, mu, w, unit, geometry.form),
-            "radius": geometry.radius * radius_loss(x0, y, mu, target, w, factor, unit, geometry.mode),
-            "margin": geometry.margin * margin_loss(x0, y, mu, w, unit, geometry.width)}
+    return {
+        "prototype": geometry.prototype * prototype_loss(x0, y, mu, w, unit, geometry.form),
+        "radius": geometry.radius * radius_loss(x0, y, mu, target, w, factor, unit, geometry.mode),
+        "margin": geometry.margin * margin_loss(x0, y, mu, w, unit, geometry.width),
+    }

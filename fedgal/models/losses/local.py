@@ -21,6 +21,7 @@ __all__ = ['LOCAL_LOSSES', 'OwnPrior', 'ABBL', 'LDAM', 'local_loss']
 @dataclass(frozen=True)
 class OwnPrior:
     "Cross-entropy with the client's own log prior added to the logits."
+
     n_classes: int
     strength: float = 1.0  # gamma
     floor: float = 1.0  # beta_pi: a class without samples counts as this share of the smallest class present
@@ -39,22 +40,27 @@ class OwnPrior:
 @dataclass(frozen=True)
 class ABBL(OwnPrior):
     "Adjusted cross-entropy and adjusted supervised contrastive loss on projected features."
+
     strength: float = 0.1
     start: float = 0.1  # w at the first round; the authors use 1 for CIFAR-100
     rounds: int = 1  # after which w is 0
     weight: float = 0.1  # w now, see `at`
     batchwise = True
 
-    def at(self, round: int) -> ABBL: return replace(self, weight=self.start * cosine_weight(round, self.rounds))
+    def at(self, round: int) -> ABBL:
+        return replace(self, weight=self.start * cosine_weight(round, self.rounds))
 
     def __call__(self, out, y: Tensor, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         log_counts = counts.to(out.logits.device).clamp(min=1).log()
-        return super().__call__(out, y, mask, counts) + self.weight * adjusted_contrastive(out.projected, y, log_counts, mask=mask)
+        return super().__call__(out, y, mask, counts) + self.weight * adjusted_contrastive(
+            out.projected, y, log_counts, mask=mask
+        )
 
 # %% ../../../nbs/models/losses/06_local.ipynb #48782621
 @dataclass(frozen=True)
 class LDAM:
     "Margins that grow with the rarity of a class, and weights for the last rounds."
+
     n_classes: int
     rounds: int = 1
     largest: float = 0.5  # margin of the rarest class, between cosines
@@ -62,14 +68,16 @@ class LDAM:
     beta: float = 0.9999  # of the effective number of samples
     reweight: bool = False  # whether the weights are on now, see `at`
 
-    def at(self, round: int) -> LDAM: return replace(self, reweight=5 * round >= 4 * self.rounds)
+    def at(self, round: int) -> LDAM:
+        return replace(self, reweight=5 * round >= 4 * self.rounds)
 
     context = OwnPrior.context
 
     def prepare(self, model: nn.Module) -> None:
         "Fix the scale of the model's cosine head; raises `FedgalError` for another head."
         head = model.head[-1] if isinstance(model.head, nn.Sequential) else model.head
-        if not isinstance(head, CosineHead): raise FedgalError("local loss ldam sets margins between cosines; set head = cosine")
+        if not isinstance(head, CosineHead):
+            raise FedgalError("local loss ldam sets margins between cosines; set head = cosine")
         nn.init.constant_(head.scale, self.scale)
         head.scale.requires_grad_(False)
 
@@ -83,7 +91,7 @@ class LDAM:
 
     def __call__(self, out, y: Tensor, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         counts = counts.to(out.logits.device)
-        own = torch.arange(self.n_classes, device=y.device) == y[:, None]    # [B, C]
+        own = torch.arange(self.n_classes, device=y.device) == y[:, None]  # [B, C]
         values = cross_entropy(out.logits - self.scale * self.margins(counts) * own, y)
         return values * self.weights(counts)[y] if self.reweight else values
 
@@ -96,5 +104,11 @@ def local_loss(
     rounds: int,  # of the federation
 ) -> Callable:
     "A loss by its name."
-    if name not in LOCAL_LOSSES: raise FedgalError(f"local loss {name!r}{did_you_mean(name, LOCAL_LOSSES)}; known: {', '.join(LOCAL_LOSSES)}")
-    return {"ce": task_loss, "balanced": OwnPrior(n_classes), "abbl": ABBL(n_classes, rounds=rounds), "ldam": LDAM(n_classes, rounds)}[name]
+    if name not in LOCAL_LOSSES:
+        raise FedgalError(f"local loss {name!r}{did_you_mean(name, LOCAL_LOSSES)}; known: {', '.join(LOCAL_LOSSES)}")
+    return {
+        "ce": task_loss,
+        "balanced": OwnPrior(n_classes),
+        "abbl": ABBL(n_classes, rounds=rounds),
+        "ldam": LDAM(n_classes, rounds),
+    }[name]

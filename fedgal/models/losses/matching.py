@@ -20,12 +20,13 @@ FORMS = ("each", "ensemble")
 
 def _shares(logits, y, judges):
     if logits.ndim != 3 or judges.shape != (logits.shape[0], logits.shape[2]):
-        raise FedgalError("teacher losses take logits [T, B, C] and judges [T, C], "
-                          f"not {list(logits.shape)} and {list(judges.shape)}")
-    w = judges.to(logits)[:, y]    # [T, B]
+        raise FedgalError(
+            f"teacher losses take logits [T, B, C] and judges [T, C], not {list(logits.shape)} and {list(judges.shape)}"
+        )
+    w = judges.to(logits)[:, y]  # [T, B]
     total = w.sum(0)
     judged = total > 0
-    return torch.where(judged, w / total, 1 / len(w)), judged    # any finite share will do where judged is False
+    return torch.where(judged, w / total, 1 / len(w)), judged  # any finite share will do where judged is False
 
 def teacher_cross_entropy(
     logits: Tensor,  # [T, B, C] of each teacher
@@ -38,7 +39,7 @@ def teacher_cross_entropy(
     if form not in FORMS:
         raise FedgalError(f"unknown form {form!r}{did_you_mean(form, FORMS)}; known: {', '.join(FORMS)}")
     share, judged = _shares(logits, y, judges)
-    log_p = -cross_entropy(logits.flatten(0, 1), y.repeat(len(logits))).view(share.shape)    # [T, B]
+    log_p = -cross_entropy(logits.flatten(0, 1), y.repeat(len(logits))).view(share.shape)  # [T, B]
     loss = -(share * log_p).sum(0) if form == "each" else -(share.log() + log_p).logsumexp(0)
     return weighted_mean(loss, judged if weight is None else judged * weight)
 
@@ -52,8 +53,8 @@ def consistency_loss(
     "Mean divergence of the chosen teachers from their average; classes without a teacher are left out."
     share, judged = _shares(logits, y, judges)
     log_p = logits.log_softmax(-1)
-    log_mean = (share.log()[..., None] + log_p).logsumexp(0)    # [B, C]
-    divergence = (log_p.exp() * (log_p - log_mean)).sum(-1)    # [T, B]
+    log_mean = (share.log()[..., None] + log_p).logsumexp(0)  # [B, C]
+    divergence = (log_p.exp() * (log_p - log_mean)).sum(-1)  # [T, B]
     return weighted_mean((share * divergence).sum(0), judged if weight is None else judged * weight)
 
 # %% ../../../nbs/models/losses/03_matching.ipynb #cb46e79d
@@ -82,8 +83,9 @@ def class_mean_gap(
     return _gap((member.T @ u).square().sum(1), member.T @ u.square().sum(1), member.sum(0), debias)
 
 def _members(y, target, mask, v):
-    member, u = F.one_hot(y, len(target)).to(v), v - target.to(v)[y]    # [B, C], [B, D]
-    if mask is None: return member, u
+    member, u = F.one_hot(y, len(target)).to(v), v - target.to(v)[y]  # [B, C], [B, D]
+    if mask is None:
+        return member, u
     left_out = ~mask.bool()[:, None]
     return member.masked_fill(left_out, 0), u.masked_fill(left_out, 0)
 
@@ -105,16 +107,18 @@ def class_covariance_gap(
     member, r = _members(y, mean, mask, z)
     n = member.sum(0)
     target = torch.where((n > 0)[:, None, None], covariance.to(z), torch.zeros((), dtype=z.dtype, device=z.device))
-    rows = member.T[..., None] * r    # [C, B, d]
-    moment = rows.transpose(1, 2) @ rows    # [C, d, d]; a 0/1 mask is its own square
+    rows = member.T[..., None] * r  # [C, B, d]
+    moment = rows.transpose(1, 2) @ rows  # [C, d, d]; a 0/1 mask is its own square
     sum_squared = (moment - n[:, None, None] * target).square().sum((1, 2))
-    squares = (member.T @ r.square().sum(1).square() - 2 * (moment * target).sum((1, 2))
-               + n * target.square().sum((1, 2)))
+    squares = (
+        member.T @ r.square().sum(1).square() - 2 * (moment * target).sum((1, 2)) + n * target.square().sum((1, 2))
+    )
     return _gap(sum_squared, squares, n, debias)
 
 # %% ../../../nbs/models/losses/03_matching.ipynb #a65b1c6d
 class StatisticsTerms(NamedTuple):
     "The three parts of `statistics_loss`, to be weighted by the caller."
+
     mean: Tensor
     covariance: Tensor
     rff: Tensor

@@ -31,9 +31,17 @@ def per_example(
     context: Tensor | None = None,  # what `loss.context` said of the client, for example its class counts
 ) -> Tensor:  # [B]
     "Call a loss and insist on one value per example."
-    values = loss(out, y, mask, context) if context is not None else loss(out, y, mask) if getattr(loss, "batchwise", False) else loss(out, y)
+    values = (
+        loss(out, y, mask, context)
+        if context is not None
+        else loss(out, y, mask)
+        if getattr(loss, "batchwise", False)
+        else loss(out, y)
+    )
     if values.shape != y.shape[:1]:
-        raise FedgalError(f"a local loss must return one value per example, shape {tuple(y.shape[:1])}, not {tuple(values.shape)}; use reduction='none'")
+        raise FedgalError(
+            f"a local loss must return one value per example, shape {tuple(y.shape[:1])}, not {tuple(values.shape)}; use reduction='none'"
+        )
     return values
 
 def plus(
@@ -41,9 +49,13 @@ def plus(
     extra: Callable,  # (output, targets, mask) -> [B]
 ) -> Callable:
     "The sum of a local loss and a further term, in which samples of a batch may see each other."
-    def both(out, y, mask=None, context=None): return per_example(base, out, y, mask, context) + extra(out, y, mask)
+
+    def both(out, y, mask=None, context=None):
+        return per_example(base, out, y, mask, context) + extra(out, y, mask)
+
     both.batchwise = True
-    if hasattr(base, "context"): both.context = base.context
+    if hasattr(base, "context"):
+        both.context = base.context
     return both
 
 # %% ../../../nbs/models/losses/01_protocol.ipynb #f6d8c3ef
@@ -66,8 +78,11 @@ def mixed_loss(
     context: Tensor | None = None,
 ) -> Tensor:  # [B]
     "A loss of examples with one label or with two; raises `FedgalError` for a loss in which samples see each other."
-    if other is None: return per_example(loss, out, y, mask, context)
+    if other is None:
+        return per_example(loss, out, y, mask, context)
     if getattr(loss, "batchwise", False):
-        raise FedgalError(f"mixup gives every example two labels, and {getattr(loss, '__qualname__', type(loss).__name__)} compares the examples of a batch by their label; "
-                          "set mixup to 0, or take a local loss and an algorithm without such a term")
+        raise FedgalError(
+            f"mixup gives every example two labels, and {getattr(loss, '__qualname__', type(loss).__name__)} compares the examples of a batch by their label; "
+            "set mixup to 0, or take a local loss and an algorithm without such a term"
+        )
     return blend(*(per_example(loss, out, t, mask, context) for t in (y, other)), lam)
