@@ -1095,6 +1095,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fedgal/report/plots/features.py'),
                                               'fedgal.report.plots.features._fidelity_panel': ( 'report/plots/features.html#_fidelity_panel',
                                                                                                 'fedgal/report/plots/features.py'),
+                                              'fedgal.report.plots.features._keys': ( 'report/plots/features.html#_keys',
+                                                                                      'fedgal/report/plots/features.py'),
                                               'fedgal.report.plots.features._nearest_own': ( 'report/plots/features.html#_nearest_own',
                                                                                              'fedgal/report/plots/features.py'),
                                               'fedgal.report.plots.features._radius_title': ( 'report/plots/features.html#_radius_title',

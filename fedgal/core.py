@@ -123,7 +123,7 @@ def _beat(text):
 # %% ../nbs/00_core.ipynb #f9ed7163
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F6B7A", "#000000"]
 _LOOK = {
-    "figure.figsize": (6.4, 3.6), "figure.dpi": 100, "figure.constrained_layout.use": True, "font.family": "DejaVu Sans",
+    "font.family": "DejaVu Sans", "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True,
     "font.size": 10.5, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
     "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['per_class', 'gain_heatmap']
 
-# %% ../../../nbs/report/plots/07_classes.ipynb #53eec95e
+# %% ../../../nbs/report/plots/07_classes.ipynb #d7219913
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +15,7 @@ from .style import (
     GAIN, LOSS, MUTED, finite_mean, legend_below, new_figure, percent, percent_axis, points, to_array)
 from matplotlib.figure import Figure
 
-# %% ../../../nbs/report/plots/07_classes.ipynb #a38866ca
+# %% ../../../nbs/report/plots/07_classes.ipynb #73d16e99
 def _rarest(counts, bounds):  # name of the rarest group that has classes, and these classes
     groups = {g: c for g, c in class_groups(counts, bounds).items() if c}
     name = list(groups)[-1]
@@ -31,7 +31,7 @@ def _dumbbells(ax, a, b, labels):  # recall before (a) and after (b), in the ord
                                (LOSS, LOSS, f"{labels[1]}, worse")):
         ax.plot([], [], "o", color=color, mec=edge, label=label)
 
-# %% ../../../nbs/report/plots/07_classes.ipynb #5a2d4263
+# %% ../../../nbs/report/plots/07_classes.ipynb #e66b9bb8
 def per_class(
     before,  # [C] recall
     after,  # [C] recall
@@ -50,8 +50,8 @@ def per_class(
     _dumbbells(ax, a[order], b[order], labels)
     names, few = class_names(classes, len(n)), len(n) <= 20
     class_axis(ax.xaxis, [f"{names[c]}\n{n[c]:.0f}" if few else names[c] for c in order])
-    ax.set(xlabel=f"class, most frequent first{' (training samples below)' * few}", ylabel="recall on the balanced test set",
-           ylim=(-0.04, 1.04))
+    ax.set(xlabel=f"class, most frequent first{' (training samples below)' * few}",
+           ylabel="recall on the balanced test set", ylim=(-0.04, 1.04))
     percent_axis(ax.yaxis)
     ax.grid(False, axis="x")
     legend_below(fig, ax, 3)
@@ -59,7 +59,7 @@ def per_class(
     return fig, (f"Recall per class of {labels[0]} and {labels[1]}: {means}, {who} {points(gain)}, "
                  f"{worse} of {len(n)} classes worse.")
 
-# %% ../../../nbs/report/plots/07_classes.ipynb #48831911
+# %% ../../../nbs/report/plots/07_classes.ipynb #7371d210
 def gain_heatmap(
     gain,  # [K, C] paired gain in recall (`fedgal.metrics.gains`)
     client_counts,  # [K, C] training samples
@@ -77,8 +77,8 @@ def gain_heatmap(
     fig, ax = new_figure(f"{lead}; {percent(harm)} of all cells get worse", min(6.5, 1.7 + 0.3 * K))
     top = 100 * max(0.01, np.abs(np.nan_to_num(g)).max())
     marks = np.where(missing, "o", np.where(rare, "r", ""))[:, order]
-    heat_map(ax, 100 * g[:, order], [class_names(classes, C)[c] for c in order], marks, cmap="RdBu", center=0, vmin=-top,
-             vmax=top, cbar_kws=dict(label="gain in recall (points)", pad=0.02))
+    heat_map(ax, 100 * g[:, order], [class_names(classes, C)[c] for c in order], marks, cmap="RdBu", center=0,
+             vmin=-top, vmax=top, cbar_kws=dict(label="gain in recall (points)", pad=0.02))
     if len(ax.texts):
         ax.set_xlabel(f"class, most frequent first (o: client has none, r: at most {rare_at})")
     kinds = (("missing", missing), ("rare", rare), ("other", n > rare_at))

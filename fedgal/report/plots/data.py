@@ -18,7 +18,7 @@ from .style import GROUP_COLORS, MUTED, legend_below, new_figure, percent, ratio
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
-# %% ../../../nbs/report/plots/02_data.ipynb #8eaf89d4
+# %% ../../../nbs/report/plots/02_data.ipynb #11165962
 def _tiles(x, y, order, per_class):  # one canvas, a column per class, one white pixel between the images
     h, w = x.shape[2:]
     canvas = np.full((per_class * (h + 1), len(order) * (w + 1), 3), 255, np.uint8)
@@ -128,7 +128,8 @@ def teacher_map(
     judged, taught = int((role == 3).any(0).sum()), int((role == 4).any(0).sum())
     title = f"{taught} of {C} classes have teachers, {judged} have judges held out"
     fig, ax = new_figure(title, min(6.5, 1.9 + 0.3 * K))
-    heat_map(ax, role[:, order], [class_names(classes, C)[c] for c in order], np.array(["", "", *"RJF"])[role[:, order]],
+    role, letters = role[:, order], np.array(["", "", *"RJF"])
+    heat_map(ax, role, [class_names(classes, C)[c] for c in order], letters[role],
              cmap=ListedColormap(list(_ROLES.values())), vmin=0, vmax=4, cbar=False)
     for name, color in reversed(_ROLES.items()):
         ax.scatter([], [], marker="s", s=90, c=color, ec=MUTED, lw=0.6, label=name)

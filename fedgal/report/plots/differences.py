@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['robust_range', 'forest']
 
-# %% ../../../nbs/report/plots/06_differences.ipynb #5100490e
+# %% ../../../nbs/report/plots/06_differences.ipynb #1933c1db
 import textwrap
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from .axes import as_rows, beside
 from .style import GAIN, LOSS, MUTED, new_figure
 from matplotlib.figure import Figure
 
-# %% ../../../nbs/report/plots/06_differences.ipynb #227eaa73
+# %% ../../../nbs/report/plots/06_differences.ipynb #b076ab40
 def robust_range(
     ends: Sequence[float],  # ends of intervals
 ) -> tuple[float, float]:  # what the axis shows
@@ -27,7 +27,7 @@ def robust_range(
     margin = 0.06 * max(high - low, 1e-3)
     return float(min(low, 0) - margin), float(max(high, 0) + margin)
 
-# %% ../../../nbs/report/plots/06_differences.ipynb #6a6ea716
+# %% ../../../nbs/report/plots/06_differences.ipynb #2dc2cc3c
 def _row_text(versus):  # difference with its interval; p value below
     low, high = versus["ci95"]
     text = f"{100 * versus['difference']:+.1f}"
@@ -50,9 +50,10 @@ def _draw_row(ax, y, versus, sure, edges):  # one interval, or an arrow at the e
         if outside:
             ax.plot(edge, y, marker, color=color, markersize=9, clip_on=False)
     if edges[0] <= at <= edges[1]:
-        ax.plot(at, y, "D", color=color if sure else "white", markersize=8 + sure, mec="white" if sure else color, mew=1.5)
+        face, edge = (color, "white") if sure else ("white", color)
+        ax.plot(at, y, "D", color=face, markersize=8 + sure, mec=edge, mew=1.5)
 
-# %% ../../../nbs/report/plots/06_differences.ipynb #e6e24d3f
+# %% ../../../nbs/report/plots/06_differences.ipynb #26a69c07
 def forest(
     rows: list[dict],  # "rows" of comparison.json; a "label" names a row
     baseline: str = "the baseline",
@@ -66,7 +67,8 @@ def forest(
     labels = [(r.get("label") or _arm_label(r, shown)).replace("\n", ", ") for r in shown]
     names = [textwrap.fill(label, 24, break_long_words=True) for label in labels]
     lines = [2 + max(0, name.count("\n") - 1) for name in names]
-    title = f"{sum(sure)} of {len(shown)} arms {'differs' if sum(sure) == 1 else 'differ'} from {baseline} (Holm p < 0.05)"
+    verb = "differs" if sum(sure) == 1 else "differ"
+    title = f"{sum(sure)} of {len(shown)} arms {verb} from {baseline} (Holm p < 0.05)"
     fig, ax = new_figure(title, 1.5 + 0.42 * len(shown) * max(1, np.mean(lines) / 2))
     ax.axvline(0, color=MUTED, lw=1.2)
     ends = [100 * (v["difference"] if x is None else x) for v in versus for x in v["ci95"]]

@@ -17,7 +17,7 @@ from .style import MUTED, arm_colors, finite_mean, legend_below, new_figure, per
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# %% ../../../nbs/report/plots/04_features.ipynb #5fa2f7ac
+# %% ../../../nbs/report/plots/04_features.ipynb #ab393654
 _RADII = {
     "observed": dict(color=PALETTE[1], marker="o", ls="-"), "prior": dict(color=MUTED, ls="--"),
     "calibrated": dict(color=PALETTE[0], marker="s", ls="-"), "generated": dict(color=PALETTE[3], marker="D", ls="-"),
@@ -37,7 +37,7 @@ def radii(
     classes: Sequence[str] | None = None,
     bounds: Sequence[float] = (0.75, 0.95),  # see `class_groups`
 ) -> tuple[Figure, str]:
-    "Class radii from head to tail: what was observed, what the head suggests, the blend, and what was generated from it."
+    "Class radii from head to tail: observed, suggested by the head, blended, and generated from the blend."
     values, order, n = {k: to_array(v) for k, v in radius.items()}, head_first(counts), to_array(counts)
     groups = class_groups(counts, bounds)
     rare = groups["few"] or list(order[-1:])
@@ -65,12 +65,14 @@ def _two(v): return f"{v:.2f}" if np.isfinite(v) else "none"
 def _closest(averages):  # title: whose Fréchet distance is nearest to the floor
     times = {k: ratio(a.generated["frechet"], a.floor["frechet"]) for k, a in averages.items()}
     best = min(times, key=lambda k: np.nan_to_num(times[k], nan=np.inf))
-    far = f"Fréchet distance {times[best]:.1f} × the floor" if np.isfinite(times[best]) else "no floor to compare with"
+    near = times[best]
+    far = f"Fréchet distance {near:.1f} × the floor" if np.isfinite(near) else "no floor to compare with"
     return f"{best} is closest: {far}, recall {_two(averages[best].generated['recall'])}"
 
 def _fidelity_panel(ax, metric, averages, colors):  # bars of one metric, with the floor as a line across each
     values = [a.generated[metric] for a in averages.values()]
-    sns.barplot(x=values, y=list(averages), hue=list(averages), palette=colors, width=0.7, saturation=1, legend=False, ax=ax)
+    sns.barplot(x=values, y=list(averages), hue=list(averages), palette=colors, width=0.7, saturation=1,
+                legend=False, ax=ax)
     for y, (a, v) in enumerate(zip(averages.values(), values, strict=True)):
         ax.plot([a.floor[metric]] * 2, [y - 0.42, y + 0.42], color="#000000", lw=2)
         ax.text(1, y, _two(v), ha="right", va="center", fontsize=10, transform=ax.get_yaxis_transform())
@@ -80,7 +82,7 @@ def _fidelity_panel(ax, metric, averages, colors):  # bars of one metric, with t
     ax.grid(False, axis="y")
     ax.set_title(_METRICS[metric], fontsize=10, fontweight="normal")
 
-# %% ../../../nbs/report/plots/04_features.ipynb #52784482
+# %% ../../../nbs/report/plots/04_features.ipynb #6f5b5af2
 def fidelity_bars(
     averages: dict,  # generator -> `Fidelity.averages()`: rows metrics, columns "generated" and "floor"
 ) -> tuple[Figure, str]:
@@ -114,6 +116,12 @@ def _views(real, fake, seed, tsne):  # (x label, y label, real [n, 2], fake [m, 
     z = TSNE(2, perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=seed).fit_transform(both)
     return [*views, ("t-SNE 1", "t-SNE 2", z[:len(real)], z[len(real):])]
 
+def _keys(ax, colors):  # entries of the legend: a colour per class, a marker per kind
+    for label, color in colors.items():
+        ax.scatter([], [], s=40, color=color, label=label)
+    ax.scatter([], [], s=30, color=MUTED, alpha=.5, label="real")
+    ax.scatter([], [], s=30, color=MUTED, marker="x", label="generated")
+
 def _spaced(order, n):  # at most n of them, evenly from first to last
     return [order[i] for i in np.linspace(0, len(order) - 1, min(n, len(order))).round().astype(int)]
 
@@ -137,7 +145,8 @@ def projection(
     tsne: bool = True,  # False: PCA alone, without the seconds that t-SNE takes
 ) -> tuple[Figure, str]:
     "PCA (axes from real features) and t-SNE of real and generated features."
-    real, fake, y_real, y_fake = to_array(real), to_array(fake), to_array(y_real).astype(int), to_array(y_fake).astype(int)
+    real, fake = to_array(real), to_array(fake)
+    y_real, y_fake = to_array(y_real).astype(int), to_array(y_fake).astype(int)
     n = np.bincount(y_real).astype(float) if counts is None else to_array(counts)
     order = [c for c in head_first(n) if (y_real == c).any() and (y_fake == c).any()]
     if not order: raise FedgalError("real and generated features have no class in common")
@@ -156,9 +165,8 @@ def projection(
         sns.scatterplot(x=b[:, 0], y=b[:, 1], hue=y_fake[j], s=22, marker="x", linewidth=1, ax=ax, **look)
         ax.set(xlabel=x_label, ylabel=y_label, xticks=[], yticks=[])
     names = class_names(classes, len(n))
-    handles = [(f"{names[c]} ({n[c]:.0f})", dict(s=40, c=palette[c])) for c in order]
-    for label, style in (*handles, ("real", dict(s=30, c=MUTED, alpha=.5)), ("generated", dict(s=30, c=MUTED, marker="x"))):
-        ax.scatter([], [], label=label, **style)
+    _keys(ax, {f"{names[c]} ({n[c]:.0f})": palette[c] for c in order})
     legend_below(fig, ax, 4)
-    return fig, (f"{'PCA and t-SNE' if tsne else 'PCA'} of real and generated features of {len(order)} classes; {right} "
-                 "of the generated ones are nearest to the real mean of their own class.")
+    kinds = "PCA and t-SNE" if tsne else "PCA"
+    return fig, (f"{kinds} of real and generated features of {len(order)} classes; {right} of the generated ones are "
+                 "nearest to the real mean of their own class.")

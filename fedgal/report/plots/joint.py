@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# %% ../../../nbs/report/plots/08_joint.ipynb #d2cad2fc
+# %% ../../../nbs/report/plots/08_joint.ipynb #438d044b
 def mark_rest(
     ax: Axes,
     rows: list[dict],  # with "resting"
@@ -49,15 +49,15 @@ def latents(
     for ax, (column, label) in zip(axes, labels.items(), strict=True):
         for i, (name, rows) in enumerate(runs.items()):
             color = PALETTE[i % len(PALETTE)]
-            ax.plot([0, *(r["step"] for r in rows)], [start[column], *(r[column] for r in rows)], color=color, label=name,
-                    ls=("-", "-", "--")[i % 3])
+            points = [(0, start[column]), *((r["step"], r[column]) for r in rows)]
+            ax.plot(*zip(*points, strict=True), color=color, label=name, ls=("-", "-", "--")[i % 3])
             if fired[name] and column in fired[name]["alarm"]:
                 ax.plot(fired[name]["step"], fired[name][column], "x", color=color, ms=9, mew=2.5)
         ax.axhline(start[column] / 2, color=MUTED, ls=":", lw=1)
         ax.set(xlabel="step", ylabel=label, ylim=(0, None))
         mark_rest(ax, next(iter(runs.values())), low=True)
-    axes[0].annotate("alarm below this line", (0.98, start["radius"] / 2), (0, -4), color=MUTED, fontsize=10, ha="right", va="top",
-                     xycoords=axes[0].get_yaxis_transform(), textcoords="offset points")
+    axes[0].annotate("alarm below this line", (0.98, start["radius"] / 2), (0, -4), textcoords="offset points",
+                     xycoords=axes[0].get_yaxis_transform(), color=MUTED, fontsize=10, ha="right", va="top")
     legend_below(fig, axes[0], 3)
     say = "; ".join(_fate(name, rows, start, fired[name]) for name, rows in runs.items())
     return fig, f"Mean radius and effective rank of real latents while training: {say}."

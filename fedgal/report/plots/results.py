@@ -16,7 +16,7 @@ from fedgal.report.plots.style import (
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# %% ../../../nbs/report/plots/05_results.ipynb #a3b8acc2
+# %% ../../../nbs/report/plots/05_results.ipynb #8ab60217
 def _group_title(value, baseline, where):  # value: arm -> accuracy on the rarest group
     gain = {k: v - value[baseline] for k, v in value.items() if k not in (baseline, "oracle")}
     lead = max(gain, key=lambda k: np.nan_to_num(gain[k], nan=-np.inf), default=None)
@@ -110,7 +110,7 @@ def levels(
     say = "; ".join(f"{level} {a} {percent(m, 1)}" for (level, a), m in mean.items())
     return fig, f"{metric.capitalize()} by level: {say or 'no arm has a value'}."
 
-# %% ../../../nbs/report/plots/05_results.ipynb #d11f9d55
+# %% ../../../nbs/report/plots/05_results.ipynb #daab42d9
 def _mood(result):  # how far confidence is from accuracy
     n, hits, confidence = to_array(result.top_bins).sum(0)
     gap = ratio(confidence - hits, n)

@@ -51,7 +51,7 @@ def new_figure(
     fig.suptitle(textwrap.fill(title, 66), x=0.01, ha="left", fontsize=12, fontweight="bold")
     return fig, axes
 
-# %% ../../../nbs/report/plots/00_style.ipynb #638a6aaf
+# %% ../../../nbs/report/plots/00_style.ipynb #16353d73
 def legend_below(
     fig: Figure,
     ax: Axes,  # whose labels are listed
@@ -69,21 +69,21 @@ def to_array(
     "Tensor, array or list as float64 on the CPU."
     return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=float)
 
-# %% ../../../nbs/report/plots/00_style.ipynb #acdd85ae
+# %% ../../../nbs/report/plots/00_style.ipynb #01822a09
 def to_floats(
     values,  # one value per seed, or a single one
 ) -> np.ndarray:  # float64 [n]
     "One value per seed, NaN for None."
     return np.array([np.nan if v is None else v for v in np.atleast_1d(values)], float)
 
-# %% ../../../nbs/report/plots/00_style.ipynb #413e05a4
+# %% ../../../nbs/report/plots/00_style.ipynb #97993c06
 def finite_mean(
     v: np.ndarray,  # any shape
 ) -> float:
     "Mean of the finite values, NaN if there is none."
     return float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else np.nan
 
-# %% ../../../nbs/report/plots/00_style.ipynb #a7a01791
+# %% ../../../nbs/report/plots/00_style.ipynb #0d83e60a
 def ratio(
     a: float,
     b: float,
@@ -99,7 +99,7 @@ def percent(
     "A fraction in percent."
     return "no value" if v is None or not np.isfinite(v) else f"{100 * v:.{digits}f} %"
 
-# %% ../../../nbs/report/plots/00_style.ipynb #448bb665
+# %% ../../../nbs/report/plots/00_style.ipynb #b500d35d
 def points(
     v: float,  # a difference of two fractions
 ) -> str:
@@ -109,7 +109,7 @@ def points(
     n = f"{100 * v:+.0f}" if abs(v) >= 0.0095 else f"{100 * v:+.1f}" if abs(v) >= 0.0005 else "±0"
     return f"{n} point{'' if n in ('+1', '-1') else 's'}"
 
-# %% ../../../nbs/report/plots/00_style.ipynb #c1b53e8a
+# %% ../../../nbs/report/plots/00_style.ipynb #c8f18506
 class _PercentTicks(PercentFormatter):
     "Percent with the digits that tell the ticks apart."
     def format_ticks(self, values):

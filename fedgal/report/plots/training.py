@@ -15,7 +15,7 @@ from .style import MUTED, arm_colors, new_figure, percent, percent_axis, ratio, 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# %% ../../../nbs/report/plots/03_training.ipynb #68778c27
+# %% ../../../nbs/report/plots/03_training.ipynb #42610c25
 def _runs(history, columns):  # {name: rows that have all of these columns}
     runs = {k: pd.DataFrame(v) for k, v in (history if isinstance(history, dict) else {"": history}).items()}
     for run in runs.values():
@@ -47,7 +47,8 @@ def learning_curves(
     fig, axes = new_figure(title, 3.3, columns=2)
     colors = arm_colors(list(runs)) if len(runs) > 1 else dict.fromkeys(runs, PALETTE[0])
     table = pd.concat([r.assign(run=k) for k, r in runs.items()], ignore_index=True)
-    for ax, (column, label) in zip(axes, {accuracy: "validation accuracy", loss: "validation loss (nats)"}.items(), strict=True):
+    sides = {accuracy: "validation accuracy", loss: "validation loss (nats)"}
+    for ax, (column, label) in zip(axes, sides.items(), strict=True):
         rows = table.dropna(subset=[column]).astype({column: float})
         marker = "o" if rows.groupby("run").size().max() < 25 else None
         sns.lineplot(rows, x="round", y=column, hue="run", palette=colors, estimator=None, marker=marker, markersize=5,
@@ -64,7 +65,7 @@ def learning_curves(
         label_ends(axes[1], table["round"].max(), list(ends.values()), list(ends), [colors[k] for k in ends])
     return fig, f"Learning curves on validation data: {say}."
 
-# %% ../../../nbs/report/plots/03_training.ipynb #06f2881b
+# %% ../../../nbs/report/plots/03_training.ipynb #185173e8
 _MEANING = {"real": "Classification loss on real samples (real)"}    # terms whose name says too little
 
 def loss_curves(
@@ -94,7 +95,7 @@ def loss_curves(
     alt = ", ".join(f"{c} {text}" for c, text in goes.items())
     return fig, f"Loss curves over {steps}: {alt}."
 
-# %% ../../../nbs/report/plots/03_training.ipynb #a04990c5
+# %% ../../../nbs/report/plots/03_training.ipynb #f42ac7f2
 def worst_tenth(
     v,  # [K] accuracies of the clients, finite
 ) -> float:  # NaN without clients
@@ -151,8 +152,8 @@ def bytes_by_kind(
     fig, ax = new_figure(title, 1.4 + 0.42 * len(table))
     unit, name = _unit(table["bytes"].max() if len(table) else 0)
     table = table.assign(row=table["kind"] + ", " + table["way"], size=table["bytes"] / unit)
-    sns.barplot(table, x="size", y="row", hue="way", palette={"to the server": PALETTE[0], "to the clients": PALETTE[4]},
-                width=0.65, saturation=1, legend=False, ax=ax)
+    sns.barplot(table, x="size", y="row", hue="way", width=0.65, saturation=1,
+                palette={"to the server": PALETTE[0], "to the clients": PALETTE[4]}, legend=False, ax=ax)
     for i, (size, n) in enumerate(zip(table["size"], table["bytes"], strict=True)):
         ax.annotate(_bytes(n), (size, i), (4, 0), textcoords="offset points", va="center", fontsize=10)
     as_rows(ax, list(table["row"]))
