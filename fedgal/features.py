@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
-from .algorithms import get_algorithm
+from .algorithm import get_algorithm
 from .core import FedgalError
 from .data import Dataset, augmentation_for, load_dataset, to_float
 from .models import SplitModel, build_model

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import nn
-from .algorithms import Algorithm, get_algorithm
+from .algorithm import Algorithm, get_algorithm
 from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, as_delta, check_schema, load_payload, payload_from, task_loss
 from .core import FedgalError, progress
 from .data import content_hash

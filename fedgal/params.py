@@ -177,7 +177,7 @@ def check_together(params: dict) -> None:
         if base not in arms[:arms.index(arm)] or get("finetune_sampling") != "plain": raise FedgalError(f"arm {arm} corrects arm {base} for the prior of features as they come; name it after {base}, with finetune_sampling = 'plain'")
         if get("n_clients", 1) > 1 or get("algorithm") in PERSONAL or get("finetune_on") == "server" or get("synthetic_classes", "uniform") != "uniform": raise FedgalError(f"arm {arm} knows the prior of one client that sees its own features and the whole bank; set n_clients = 1, finetune_on = 'clients' and synthetic_classes = 'uniform', use an algorithm with a global model, or leave it out")
     if get("algorithm_options"):
-        from fedgal.algorithms import get_algorithm    # seconds of torch that most plans do not need
+        from fedgal.algorithm import get_algorithm    # seconds of torch that most plans do not need
         get_algorithm(get("algorithm"), **get("algorithm_options"))
     if get("generator_options"):
         from fedgal.generators.base import make_config

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from .algorithms import Algorithm, lone_samples
+from .algorithm import Algorithm, lone_samples
 from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors, load_payload, plus
 from .contrastive import prototype_distance, soft_label_loss, supervised_contrastive
 from .core import FedgalError

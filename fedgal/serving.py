@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
-from .algorithms import Algorithm, lone_samples
+from .algorithm import Algorithm, lone_samples
 from .clients import ClientUpdate, MultiStepClient, ServerPayload, Tensors
 from .core import FedgalError
 from .creff import ClassGradients, CReFFConfig, CReFFState, class_gradients, server_round, start_state

@@ -156,7 +156,7 @@ def test_a_parameter_means_the_same_in_every_stage(schemas):
 
 
 def registries():
-    from fedgal.algorithms import ALGORITHMS
+    from fedgal.algorithm import ALGORITHMS
     from fedgal.data import SOURCES
     from fedgal.finetune import ARMS
     from fedgal.generators.base import GENERATORS
@@ -176,7 +176,7 @@ def test_choices_are_those_of_the_library(schemas):
 
 
 def test_combinations_are_refused_for_what_the_library_has():
-    from fedgal.algorithms import ALGORITHMS, get_algorithm
+    from fedgal.algorithm import ALGORITHMS, get_algorithm
     from fedgal.params import ONE_HEAD, PERSONAL
     from fedgal.repairs import REPAIRS
     assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr"}
