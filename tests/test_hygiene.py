@@ -157,12 +157,12 @@ def test_a_parameter_means_the_same_in_every_stage(schemas):
 
 def registries():
     from fedgal.algorithm import ALGORITHMS
+    from fedgal.algorithms.joint.config import WARMUPS
+    from fedgal.algorithms.joint.gradients import COMBINE
     from fedgal.data import SOURCES
     from fedgal.finetune import ARMS
     from fedgal.generators.base import GENERATORS
-    from fedgal.gradients import COMBINE
     from fedgal.heads import HEADS
-    from fedgal.joint import WARMUPS
     from fedgal.local_losses import LOCAL_LOSSES
     from fedgal.models import MODELS, NORMS
     return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": ["digits", *SOURCES],
