@@ -70,8 +70,10 @@ class BankMaker:
     ):
         if config.bank == "real" and pool is None:
             raise FedgalError("bank = 'real' needs the pool of samples that it is made of")
-        self.networks, self.x, self.y, self.config = networks, x, y, config
-        self.seed, self.pool = seed, pool
+        self.networks = networks
+        self.x, self.y, self.pool = x, y, pool
+        self.config = config
+        self.seed = seed
         self.counts = torch.bincount(y, minlength=networks.n_classes)
 
     def make(self, epoch: int) -> LatentBank:

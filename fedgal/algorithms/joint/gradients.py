@@ -58,6 +58,7 @@ class Gradients(NamedTuple):
     head: list[Tensor]  # real and generated loss
     denoiser: list[Tensor]  # semantic losses
 
+# %% ../../../nbs/algorithms/joint/01_gradients.ipynb #a77260a1
 def split_gradients(
     real: Tensor,  # scalar loss of real samples
     semantic: Tensor,  # scalar, weighted sum of the semantic losses

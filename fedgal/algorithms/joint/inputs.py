@@ -65,6 +65,7 @@ class JointInputs:
     augment: Callable | None = None  # (x, generator) -> x
     pool: tuple[Tensor, Tensor] | None = None  # samples as stored and classes, for the arm `oracle`
 
+# %% ../../../nbs/algorithms/joint/14_inputs.ipynb #5830fb42
 def joint_inputs(
     run: TrainedRun,
     training: dict,  # parameters of `20_train`: model, head, norm, augment

@@ -53,8 +53,12 @@ class Trainer:
         loss: Callable = cross_entropy,  # (logits, y, log prior) -> [B]
         augment: Callable | None = None,  # (x, generator) -> x, on a whole batch as stored
     ):
-        self.networks, self.maker, self.x, self.y = networks, maker, x, y
-        self.config, self.seed, self.loss, self.augment = config, seed, loss, augment
+        self.networks = networks
+        self.maker = maker
+        self.x, self.y = x, y
+        self.config = config
+        self.seed = seed
+        self.loss, self.augment = loss, augment
         self.mix = ClassMix.of(y, networks.n_classes, config.power)
         self.head_classes = head_classes(self.mix.counts).to(networks.device)
         z = networks.encode(x)
