@@ -7,6 +7,7 @@ __all__ = ['interactive', 'progress']
 
 # %% ../../nbs/core/09_progress.ipynb #4412a4d0
 import os, sys, time
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../../nbs/core/09_progress.ipynb #11388c4d
@@ -28,18 +29,18 @@ def progress(
 
         yield from tqdm(items, desc=label, total=total, mininterval=0.5)
         return
-    start = said = time.monotonic()
+    start = last_line = time.monotonic()
     for i, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
         _beat(f"{label} {i}/{total}")
-        if now - said >= every or (i == total and now - start >= every):
+        if now - last_line >= every or (i == total and now - start >= every):
             print(f"{label} {i}/{total} · {now - start:.0f} s", flush=True)
-            said = now
+            last_line = now
 
 def _beat(text):
-    if path := os.environ.get("FEDGAL_PROGRESS"):
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError:
-            pass  # a missed progress line must never stop the work
+    path = os.environ.get("FEDGAL_PROGRESS")
+    if not path:
+        return
+    with suppress(OSError):  # a missed progress line must never stop the work
+        Path(path).write_text(text, encoding="utf-8")
