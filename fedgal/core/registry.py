@@ -83,6 +83,10 @@ class Registry(_Table):
             broken = f"its entry {self.target(name)!r} cannot be loaded"
             raise FedgalError(f"{self.kind} {name!r}: {broken} ({error})") from error
 
+    def options_model(self, name: str) -> type[Options]:
+        "The model of an entry's options; empty for one that has none."
+        return _options_model(self[name])
+
     def options(
         self,
         name: str,
@@ -91,7 +95,7 @@ class Registry(_Table):
         **shared,  # parameters of the stage, for options that declare one and are not in `values`
     ) -> Options:
         "The checked options of an entry, from flat parameters."
-        return _options_model(self[name]).make(values, owner=f"{self.kind} {name}", **shared)
+        return self.options_model(name).make(values, owner=f"{self.kind} {name}", **shared)
 
     def make(
         self,

@@ -9,7 +9,7 @@ __all__ = ['run_parameters', 'compute_seconds', 'card_facts']
 import re
 from ..core.errors import FedgalError
 from ..core.text import as_duration, as_value
-from ..pipeline.schema import read_cell
+from ..core.cells import read_cell
 
 # %% ../../nbs/report/04_card.ipynb #e638679e
 def _declared(source):
