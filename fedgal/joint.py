@@ -32,7 +32,7 @@ from .models.split import SplitModel
 from .moving_geometry import MovingGeometry
 from .core.random import stream
 from .stats.class_statistics import ClassStatistics
-from .stats.moments import head_classes
+from .stats.radius import head_classes
 from .stats.space import Space
 
 # %% auto #0
