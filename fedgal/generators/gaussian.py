@@ -73,7 +73,7 @@ def sampling_moments(
 class GaussianConfig:
     "Options of `gaussian`."
 
-    shrink: str | float = "ratio"  # "ratio", "oas", "none", or a constant; see stats
+    shrink: str | float = "ratio"  # "ratio", "pooled_oas", "none", or a constant; see stats
     widen: float = 0.0  # covariances are (1 + widen / N) times as large
     clamp: bool = False  # in a non-negative space: rectified samples with matched mean and variance
     kappa: float = (

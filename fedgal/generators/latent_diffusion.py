@@ -76,7 +76,13 @@ class DiffusionConfig:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.prototype, self.radius, self.margin, form=self.proto_form, mode=self.radius_form)
+        return Geometry(
+            prototype=self.prototype,
+            radius=self.radius,
+            margin=self.margin,
+            form=self.proto_form,
+            mode=self.radius_form,
+        )
 
     @property
     def denoiser(self) -> DenoiserConfig:

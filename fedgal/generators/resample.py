@@ -12,7 +12,8 @@ from ..core.errors import FedgalError, did_you_mean
 from .base import FitTask, Generator, require_known
 from ..stats.blocks import class_matmul, class_sums
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import class_radius, covariance_factor, head_classes
+from ..stats.moments import covariance_factor
+from ..stats.radius import class_radius, head_classes
 
 # %% auto #0
 __all__ = ['WHITEN', 'same_class_neighbours', 'SmoteConfig', 'Smote', 'TransplantConfig', 'inverse_root', 'donors', 'Transplant']

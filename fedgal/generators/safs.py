@@ -153,7 +153,7 @@ def synthesis_terms(
 class SAFSConfig:
     "Options of `safs`."
 
-    shrink: str | float = "ratio"  # "ratio", "oas", "none", or a constant; see stats
+    shrink: str | float = "ratio"  # "ratio", "pooled_oas", "none", or a constant; see stats
     widen: float = 0.0  # covariances are (1 + widen / N) times as large; see gaussian
     aligner: str = "cholesky"  # or "gelbrich", or "none"
     steps: int = 100  # 0: banks are aligned and nothing else
