@@ -23,6 +23,7 @@ def soft_head_state(
     empty = {f"{m}.{n}": torch.zeros_like(p) for m in _MOMENTS for n, p in head.named_parameters()}
     return {"step": torch.zeros(()), **{f"head.{n}": p.detach().clone() for n, p in head.named_parameters()}, **empty}
 
+# %% ../../nbs/algorithms/02_soft_head.ipynb #e7355d6d
 def soft_head(
     head: nn.Module,  # of the same architecture; not changed
     state: dict[str, Tensor],

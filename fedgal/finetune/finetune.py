@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from ..core.errors import FedgalError, did_you_mean
 from ..core.tensors import Tensors
-from ..federated.checkpoint import FederationConfig
+from ..federated.state import FederationOptions
 from ..federated.clients import MultiStepClient
-from ..federated.local import LocalConfig
+from ..federated.local import LocalOptions
 from ..federated.loop import FederationResult, fit
 from fedgal.finetune.mix import (
     BANKED,
@@ -74,8 +74,8 @@ class FinetuneConfig:
         if self.which not in ("uniform", "own", "missing"):
             raise FedgalError(f"classes of the bank {self.which!r}: 'uniform', 'own' or 'missing'")
 
-    def local(self) -> LocalConfig:
-        return LocalConfig(batch_size=self.batch_size, lr=self.lr, momentum=self.momentum, steps=self.steps)
+    def local(self) -> LocalOptions:
+        return LocalOptions(batch_size=self.batch_size, lr=self.lr, momentum=self.momentum, steps=self.steps)
 
 # %% ../../nbs/finetune/03_finetune.ipynb #71ef03d3
 def arm_clients(
@@ -186,7 +186,7 @@ def finetune(
         cross_entropy(out.logits, y, told) + (config.consistency * out.drift / real if config.consistency else 0)
     )
     run = (seed, engine, prior if arm == "refit_prior" else plain, evaluate, checkpoint)
-    federation = FederationConfig(
+    federation = FederationOptions(
         rounds=config.rounds, eval_every=config.rounds, algorithm="fedavg" if own is None else "local"
     )
     clients = arm_clients(arm, model, inputs, labels, bank, counts if own is None else None, config)
