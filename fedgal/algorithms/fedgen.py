@@ -17,16 +17,15 @@ from ..federated.algorithm import Algorithm
 from ..federated.clients import MultiStepClient
 from ..federated.local import n_classes, train_locally
 from ..federated.messages import ClientUpdate, ServerPayload
-from fedgal.generators.fedgen import (
-    FedGenConfig,
-    FedGenPFLConfig,
-    batched_view,
+from fedgal.generators.fedgen_net import (
+    FedGenOptions,
+    FedGenPFLOptions,
     descend,
     init_generator,
     net_from,
     sent,
-    teaching,
 )
+from ..generators.teaching import batched_view, teaching
 from ..models.losses.protocol import per_example, task_loss
 
 # %% auto #0
@@ -55,7 +54,7 @@ def train_generator_round(
     tensors: Tensors,  # from `init_generator` or the round before; not changed
     heads: Callable[[Tensor], Tensor],  # of the round's clients, from `heads_from` or `stack_heads`
     counts: Tensor,  # [T, C] label counts of the same clients
-    config: FedGenConfig,
+    config: FedGenOptions,
     seed: int,
     round: int,
     student: Callable | None = None,  # view of the global model, for beta > 0
@@ -92,8 +91,8 @@ class FedGenLocal:
         )
 
 VARIANTS = {
-    "fedgen": (FedGenConfig(), FedGenLocal()),
-    "fedgen_pfllib": (FedGenPFLConfig(), FedGenLocal(alpha=1.0, beta=0.0, decay=1.0, start=0, seen=False)),
+    "fedgen": (FedGenOptions(), FedGenLocal()),
+    "fedgen_pfllib": (FedGenPFLOptions(), FedGenLocal(alpha=1.0, beta=0.0, decay=1.0, start=0, seen=False)),
 }
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #930d0f83
@@ -206,9 +205,9 @@ class FedGenTraining(Algorithm):
         if self.weight < 0 or self.steps < 1:
             raise FedgalError(f"options of {self.name}: weight {self.weight} must be >= 0 and steps {self.steps} >= 1")
 
-    def settings(self) -> tuple:  # FedGenConfig, FedGenLocal
+    def settings(self) -> tuple:  # FedGenOptions, FedGenLocal
         config, local = VARIANTS[self.name]
-        return replace(config, steps=self.steps), replace(local, alpha=self.weight, beta=self.weight)
+        return config.replace(steps=self.steps), replace(local, alpha=self.weight, beta=self.weight)
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         c = super().prepare(client)
@@ -247,4 +246,4 @@ class FedGenPFLTraining(FedGenTraining):
 
     def settings(self) -> tuple:
         config, local = VARIANTS[self.name]
-        return replace(config, steps=self.steps), replace(local, alpha=self.weight)
+        return config.replace(steps=self.steps), replace(local, alpha=self.weight)
