@@ -23,7 +23,7 @@ from .generators.diffusion.schedule import Schedule, denoising_loss, stratified_
 from .models.losses.base import class_weights, mixed_prior
 from .models.losses.geometry import prototype_loss, timestep_weight
 from .generators.base import FitTask
-from .generators.gaussian import Gaussian, GaussianConfig
+from .generators.gaussian import Gaussian, GaussianOptions
 from .gradients import COMBINE, clipped, combine, dot, split_gradients
 from .models.heads import WCDASHead
 from .models.init import decay_groups, initialised
@@ -168,7 +168,7 @@ class JointBank(JointState):
         "Latents of given classes from Gaussians with the moments of the real ones, as the encoder makes them now."
         z, C = self.encode().cpu(), len(self.counts)
         space = Space("joint", "high", False, True, z.shape[1])
-        made = Gaussian(space, C, GaussianConfig(widen=self.config.widen, clamp=True))
+        made = Gaussian(space, C, GaussianOptions(widen=self.config.widen, clamp=True))
         made.fit(FitTask(space, C, ClassStatistics.from_features(z, self.y, C, space)))
         return made.sample(labels.cpu(), generator).to(self.device)
 

@@ -18,17 +18,23 @@ from ..federated.algorithm import Algorithm
 from ..federated.clients import MultiStepClient
 from ..federated.local import train_locally
 from ..federated.messages import ClientUpdate, ServerPayload
+<<<<<<< HEAD
 from ..federated.reports import n_classes
 from fedgal.generators.fedgen import (
     FedGenConfig,
     FedGenPFLConfig,
     batched_view,
+=======
+from fedgal.generators.fedgen_net import (
+    FedGenOptions,
+    FedGenPFLOptions,
+>>>>>>> roomD
     descend,
     init_generator,
     net_from,
     sent,
-    teaching,
 )
+from ..generators.teaching import batched_view, teaching
 from ..models.losses.protocol import per_example, task_loss
 
 # %% auto #0
@@ -58,7 +64,7 @@ def train_generator_round(
     tensors: Tensors,  # from `init_generator` or the round before; not changed
     heads: Callable[[Tensor], Tensor],  # of the round's clients, from `heads_from` or `stack_heads`
     counts: Tensor,  # [T, C] label counts of the same clients
-    config: FedGenConfig,
+    config: FedGenOptions,
     seed: int,
     round: int,
     student: Callable | None = None,  # view of the global model, for beta > 0
@@ -86,8 +92,8 @@ class FedGenLocal(Options):
         return a, b
 
 VARIANTS = {
-    "fedgen": (FedGenConfig(), FedGenLocal()),
-    "fedgen_pfllib": (FedGenPFLConfig(), FedGenLocal(alpha=1.0, beta=0.0, decay=1.0, start=0, seen=False)),
+    "fedgen": (FedGenOptions(), FedGenLocal()),
+    "fedgen_pfllib": (FedGenPFLOptions(), FedGenLocal(alpha=1.0, beta=0.0, decay=1.0, start=0, seen=False)),
 }
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #930d0f83
@@ -209,11 +215,17 @@ class FedGenTraining(Algorithm):
     def check_run(cls, params: dict) -> None:
         _refuse_mixup(cls.name, params.get("mixup"))
 
+<<<<<<< HEAD
     def generator_config(self) -> FedGenConfig:
         return replace(VARIANTS[self.name][0], steps=self.options.steps)
 
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight, beta=self.options.weight)
+=======
+    def settings(self) -> tuple:  # FedGenOptions, FedGenLocal
+        config, local = VARIANTS[self.name]
+        return config.replace(steps=self.steps), replace(local, alpha=self.weight, beta=self.weight)
+>>>>>>> roomD
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         _refuse_mixup(self.name, client.config.mixup)
@@ -243,5 +255,11 @@ class FedGenPFLTraining(FedGenTraining):
     summary = "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity"
     sends = "global model, generator and label counts of the round's clients together"
 
+<<<<<<< HEAD
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight)
+=======
+    def settings(self) -> tuple:
+        config, local = VARIANTS[self.name]
+        return config.replace(steps=self.steps), replace(local, alpha=self.weight)
+>>>>>>> roomD
