@@ -18,22 +18,8 @@ from ..federated.algorithm import Algorithm
 from ..federated.clients import MultiStepClient
 from ..federated.local import train_locally
 from ..federated.messages import ClientUpdate, ServerPayload
-<<<<<<< HEAD
 from ..federated.reports import n_classes
-from fedgal.generators.fedgen import (
-    FedGenConfig,
-    FedGenPFLConfig,
-    batched_view,
-=======
-from fedgal.generators.fedgen_net import (
-    FedGenOptions,
-    FedGenPFLOptions,
->>>>>>> roomD
-    descend,
-    init_generator,
-    net_from,
-    sent,
-)
+from ..generators.fedgen_net import FedGenOptions, FedGenPFLOptions, descend, init_generator, net_from, sent
 from ..generators.teaching import batched_view, teaching
 from ..models.losses.protocol import per_example, task_loss
 
@@ -215,17 +201,11 @@ class FedGenTraining(Algorithm):
     def check_run(cls, params: dict) -> None:
         _refuse_mixup(cls.name, params.get("mixup"))
 
-<<<<<<< HEAD
-    def generator_config(self) -> FedGenConfig:
+    def generator_config(self) -> FedGenOptions:
         return replace(VARIANTS[self.name][0], steps=self.options.steps)
 
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight, beta=self.options.weight)
-=======
-    def settings(self) -> tuple:  # FedGenOptions, FedGenLocal
-        config, local = VARIANTS[self.name]
-        return config.replace(steps=self.steps), replace(local, alpha=self.weight, beta=self.weight)
->>>>>>> roomD
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         _refuse_mixup(self.name, client.config.mixup)
@@ -255,11 +235,5 @@ class FedGenPFLTraining(FedGenTraining):
     summary = "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity"
     sends = "global model, generator and label counts of the round's clients together"
 
-<<<<<<< HEAD
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight)
-=======
-    def settings(self) -> tuple:
-        config, local = VARIANTS[self.name]
-        return config.replace(steps=self.steps), replace(local, alpha=self.weight)
->>>>>>> roomD

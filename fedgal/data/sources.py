@@ -12,10 +12,15 @@ from ..core.errors import FedgalError, did_you_mean, require
 from ..core.settings import root, settings
 
 # %% ../../nbs/data/02_sources.ipynb #45c74483
-SOURCES = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist",
-           "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+SOURCES = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+}
 
-def _file(name, split): return settings().data_root / name / f"{split}.parquet"
+def _file(name, split):
+    return settings().data_root / name / f"{split}.parquet"
 
 def fetch(
     name: str,  # one of `SOURCES`
@@ -25,18 +30,24 @@ def fetch(
         raise FedgalError(f"cannot fetch {name!r}{did_you_mean(name, SOURCES)}; on the hub: {', '.join(SOURCES)}")
     files = [_file(name, s) for s in ("train", "test")]
     missing = [f for f in files if not f.is_file()]
-    if not missing: return files
+    if not missing:
+        return files
     how = f"python -c \"from fedgal.data.sources import fetch; fetch('{name}')\""
-    try: hub = require("datasets", "hub")
+    try:
+        hub = require("datasets", "hub")
     except FedgalError as e:
-        raise FedgalError(f"{missing[0]}: no such file; copy it there, or fetch it with: "
-                          f"pip install 'fedgal[hub]' && {how}") from e
+        raise FedgalError(
+            f"{missing[0]}: no such file; copy it there, or fetch it with: pip install 'fedgal[hub]' && {how}"
+        ) from e
     for file in missing:
-        try: _download(hub, SOURCES[name], file)
-        except Exception as e:   # the hub's client has no common base class for its errors
+        try:
+            _download(hub, SOURCES[name], file)
+        except Exception as e:  # the hub's client has no common base class for its errors
             reason = next(iter(str(e).splitlines()), "") or type(e).__name__
-            raise FedgalError(f"{file}: no such file, and {SOURCES[name]} could not be fetched ({reason}); "
-                              f"copy it there, or run this when online: {how}") from e
+            raise FedgalError(
+                f"{file}: no such file, and {SOURCES[name]} could not be fetched ({reason}); "
+                f"copy it there, or run this when online: {how}"
+            ) from e
     return files
 
 def _download(hub, source, file):
@@ -46,7 +57,8 @@ def _download(hub, source, file):
         file.parent.mkdir(parents=True, exist_ok=True)
         data.to_parquet(part)
         os.replace(part, file)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/data/02_sources.ipynb #4be192da
 def find_file(
@@ -56,5 +68,6 @@ def find_file(
     given = Path(path).expanduser()
     places = [given] if given.is_absolute() else [root() / given, settings().data_root / given]
     for place in places:
-        if place.is_file(): return place
+        if place.is_file():
+            return place
     raise FedgalError(f"no such file: {' or '.join(map(str, places))}")

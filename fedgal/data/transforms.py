@@ -24,7 +24,10 @@ def to_float(
 # %% ../../nbs/data/03_transforms.ipynb #12b92735
 def check_images(x: Tensor) -> None:
     "Raise for anything but a batch of images."
-    if x.ndim != 4: raise FedgalError(f"augmentation needs images [B, C, H, W], not {list(x.shape)}; switch it off for tables and features")
+    if x.ndim != 4:
+        raise FedgalError(
+            f"augmentation needs images [B, C, H, W], not {list(x.shape)}; switch it off for tables and features"
+        )
 
 def augment(
     x: Tensor,  # [B, C, H, W], best as uint8: padding is then black
@@ -54,13 +57,23 @@ def distort(
 ) -> Tensor:  # like `x`
     "Random affine views of characters (Simard et al. 2003), a whole batch at once; what enters from outside repeats the border."
     check_images(x)
-    if not len(x): return x    # a client without samples
+    if not len(x):
+        return x  # a client without samples
     u = 2 * torch.rand(len(x), 6, generator=generator) - 1
-    angle, wide, high, lean = math.radians(degrees) * u[:, 0], 1 + stretch * u[:, 1], 1 + stretch * u[:, 2], slant * u[:, 3]
+    angle, wide, high, lean = (
+        math.radians(degrees) * u[:, 0],
+        1 + stretch * u[:, 1],
+        1 + stretch * u[:, 2],
+        slant * u[:, 3],
+    )
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shape = torch.stack([wide, lean, torch.zeros_like(lean), high], 1).view(-1, 2, 2)
-    maps = torch.cat([turn @ shape, 2 * shift * u[:, 4:, None]], 2).to(x.device)    # from places in the view to places in the image, both in [-1, 1]
-    y = F.grid_sample(x.float(), F.affine_grid(maps, list(x.shape), align_corners=False), padding_mode="border", align_corners=False)
+    maps = torch.cat([turn @ shape, 2 * shift * u[:, 4:, None]], 2).to(
+        x.device
+    )  # from places in the view to places in the image, both in [-1, 1]
+    y = F.grid_sample(
+        x.float(), F.affine_grid(maps, list(x.shape), align_corners=False), padding_mode="border", align_corners=False
+    )
     return y.round().to(x.dtype) if x.dtype == torch.uint8 else y.to(x.dtype)
 
 # %% ../../nbs/data/03_transforms.ipynb #d15707a3
@@ -70,7 +83,11 @@ def augmentation_for(
     dataset: Dataset,
 ) -> Callable:  # (x [B, C, H, W], generator) -> x
     "The random views that suit a data set: `distort` for characters, `augment` for all else; tables are refused when it is called."
-    if dataset.name in CHARACTERS: return distort
+    if dataset.name in CHARACTERS:
+        return distort
     crop = min(4, round(min(dataset.in_shape[1:], default=0) / 8))
-    def view(x, generator): return augment(x, generator, crop)
+
+    def view(x, generator):
+        return augment(x, generator, crop)
+
     return view

@@ -13,7 +13,7 @@ from ..core.options import Options
 from ..core.registry import Registry
 from ..federated.algorithm import get_algorithm
 from ..federated.ledger import Ledger
-from ..federated.loop import FederationResult
+from ..federated.result import FederationResult
 from .clients import FinetuneOptions
 from .context import ArmContext, ArmResult, model_tensors
 from .finetune import check_personal

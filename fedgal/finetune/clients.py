@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..federated.clients import MultiStepClient
-from ..federated.local import LocalConfig
+from ..federated.local import LocalOptions
 from .mix import SAMPLING, balance_weights, mix_with_bank, plain_weights
 from .moving_encoder import mixed_rows
 from ..generators.base import Bank
@@ -53,8 +53,8 @@ class FinetuneOptions(Options):
         if self.consistency and not self.encoder_lr:
             raise FedgalError("consistency holds a moving encoder; set encoder_lr above 0, or consistency to 0")
 
-    def local(self) -> LocalConfig:
-        return LocalConfig(batch_size=self.batch_size, lr=self.lr, momentum=self.momentum, steps=self.steps)
+    def local(self) -> LocalOptions:
+        return LocalOptions(batch_size=self.batch_size, lr=self.lr, momentum=self.momentum, steps=self.steps)
 
 # %% ../../nbs/finetune/03_clients.ipynb #f54ef3ca
 @dataclass(frozen=True, eq=False)

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor, nn
 from ..core.errors import FedgalError
 from ..core.tensors import Tensors
-<<<<<<< HEAD
 from ..federated.state import FederationOptions
-from ..federated.clients import MultiStepClient
-from ..federated.local import LocalOptions
-=======
-from ..federated.checkpoint import FederationConfig
->>>>>>> roomE
-from ..federated.loop import FederationResult, fit
+from ..federated.loop import fit
+from ..federated.result import FederationResult
 from .clients import ClientFeatures, FinetuneOptions, arm_clients
 from .mix import client_weights, union_prior
 from .moving_encoder import Mixed
@@ -38,13 +33,8 @@ class RefitPrior:
     def __call__(self, out, y: Tensor) -> Tensor:  # [B]
         return balanced_softmax(out.logits, y, self.counts)
 
-<<<<<<< HEAD
-    def local(self) -> LocalOptions:
-        return LocalOptions(batch_size=self.batch_size, lr=self.lr, momentum=self.momentum, steps=self.steps)
-=======
     def __repr__(self):
         return f"RefitPrior({self.counts.tolist()})"
->>>>>>> roomE
 
 # %% ../../nbs/finetune/04_finetune.ipynb #0a2dc813
 @dataclass(frozen=True, eq=False)
@@ -109,7 +99,7 @@ def finetune_global(
     result = fit(
         part,
         arm_clients(model, features, bank, options, balanced),
-        FederationConfig(rounds=options.rounds, eval_every=options.rounds),
+        FederationOptions(rounds=options.rounds, eval_every=options.rounds),
         seed,
         engine,
         loss or _default_loss(features, bank, options),
@@ -164,39 +154,12 @@ def finetune_personal(
     result = fit(
         part,
         [c for c in clients if c.id in own],
-        FederationConfig(rounds=options.rounds, eval_every=options.rounds, algorithm="local"),
+        FederationOptions(rounds=options.rounds, eval_every=options.rounds, algorithm="local"),
         seed,
         engine,
         loss or _default_loss(features, bank, options),
         checkpoint=checkpoint,
         own={k: {n: state[_in_model(n)] for n in part.state_dict()} for k, state in own.items()},
     )
-<<<<<<< HEAD
-    real = max(1 - config.ratio, 1e-9) if bank is not None else 1  # share of rows that can drift
-    plain = lambda out, y: (
-        cross_entropy(out.logits, y, told) + (config.consistency * out.drift / real if config.consistency else 0)
-    )
-    run = (seed, engine, prior if arm == "refit_prior" else plain, evaluate, checkpoint)
-    federation = FederationOptions(
-        rounds=config.rounds, eval_every=config.rounds, algorithm="fedavg" if own is None else "local"
-    )
-    clients = arm_clients(arm, model, inputs, labels, bank, counts if own is None else None, config)
-    if own is None:
-        result = fit(
-            part,
-            clients,
-            federation,
-            *run,
-            weights=client_weights(arm, labels, counts, config.sampling) if config.where == "clients" else None,
-        )
-        result.load(part)
-        return model.eval(), result
-    starts = {k: {n: t[_in_model(n)] for n in part.state_dict()} for k, t in own.items()}
-    result = fit(part, [c for c in clients if c.id in own], federation, *run, own=starts)
-    return own_models(
-        model, own, {k: {_in_model(n): t for n, t in ts.items()} for k, ts in result.client_parameters.items()}
-    ), result
-=======
     tuned = {k: {_in_model(n): t for n, t in state.items()} for k, state in result.client_parameters.items()}
     return own_models(model, own, tuned), result
->>>>>>> roomE

@@ -95,19 +95,11 @@ class MomentOptions(Options):
 class GaussianOptions(MomentOptions):
     "Options of `gaussian`."
 
-<<<<<<< HEAD
-    shrink: str | float = "ratio"  # "ratio", "pooled_oas", "none", or a constant; see stats
-    widen: float = 0.0  # covariances are (1 + widen / N) times as large
-    clamp: bool = False  # in a non-negative space: rectified samples with matched mean and variance
-    kappa: float = (
-        0.0  # above 0: the radius is the calibrated one, half from frequent classes at this many samples; see stats
-=======
     clamp: bool = option(
         False, "in a non-negative space: rectified samples with matched mean and variance", shared="clamp"
     )
     kappa: float = option(
         0.0, "above 0: the radius is calibrated, half from frequent classes at this many samples", ge=0
->>>>>>> roomD
     )
 
 # %% ../../nbs/generators/02_gaussian.ipynb #0115b9d8

@@ -85,17 +85,6 @@ def synthesis_terms(
 class SAFSOptions(MomentOptions):
     "Options of `safs`."
 
-<<<<<<< HEAD
-    shrink: str | float = "ratio"  # "ratio", "pooled_oas", "none", or a constant; see stats
-    widen: float = 0.0  # covariances are (1 + widen / N) times as large; see gaussian
-    aligner: str = "cholesky"  # or "gelbrich", or "none"
-    steps: int = 100  # 0: banks are aligned and nothing else
-    lr: float = 1.0  # SGD with momentum 0.9, cosine to zero
-    largest: int = 2000  # bank of the rarest class
-    smallest: int = 600  # bank of the most frequent class
-    weight_mmd: float = 1.0  # Fourier term
-    weight_arr: float = 1.0  # negative features, in a non-negative space
-=======
     aligner: str = option("cholesky", "map of a bank onto the class moments", one_of=ALIGNERS)
     steps: int = option(100, "steps on the features; 0: banks are aligned and nothing else", ge=0)
     lr: float = option(1.0, "learning rate of SGD with momentum 0.9, cosine to zero", gt=0)
@@ -103,7 +92,6 @@ class SAFSOptions(MomentOptions):
     smallest: int = option(600, "features of the most frequent class", ge=2)
     weight_mmd: float = option(1.0, "weight of the Fourier mean", ge=0)
     weight_arr: float = option(1.0, "weight of negative values where features come after a ReLU", ge=0)
->>>>>>> roomD
 
     def check(self) -> None:
         super().check()
