@@ -26,7 +26,7 @@ def init_weights(
                 fill_uniform(p, bound, generator)
         elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             m.reset_parameters()
-        elif any(True for own in (m._parameters, m._buffers) for v in own.values() if v is not None):
+        elif any(v is not None for v in (*m._parameters.values(), *m._buffers.values())):
             raise FedgalError(
                 f"no rule to initialise {type(m).__name__} at {name or 'the root'}: "
                 "give the class a method init_from(generator)"
@@ -45,7 +45,7 @@ def initialised(
 ) -> nn.Module:
     "Build a module without touching the global random state and fill it from `generator`."
     with torch.random.fork_rng(devices=[]):
-        module = factory()  # the meta device would import seconds of compiler
+        module = factory()
     return init_weights(module.to(generator.device), generator)
 
 # %% ../../nbs/models/01_init.ipynb #84194850
@@ -64,5 +64,5 @@ def decay_groups(
 def undecayed_names(
     module: nn.Module,
 ) -> set[str]:  # as in `named_parameters`; empty for most models
-    "Full names of the parameters that modules list in `undecayed`: those that weight decay never touches, in whatever optimiser."
+    "Full names of the parameters that modules list in `undecayed`, which no optimiser lets decay."
     return {f"{path}.{n}".lstrip(".") for path, m in module.named_modules() for n in getattr(m, "undecayed", ())}

@@ -31,7 +31,8 @@ class _FromLevel(nn.Module):
     def from_high(self, high: Tensor) -> Features:
         "Features from high features `[B, d_high]`; the field `low` is None."
         self._check(high, "high")
-        return Features(None, high, self.projector(high) if self.projector is not None else None, self.head(high))
+        projected = None if self.projector is None else self.projector(high)
+        return Features(None, high, projected, self.head(high))
 
     def _check(self, z, level):
         if z.ndim != 2 or z.shape[1] != self.dims[level]:
