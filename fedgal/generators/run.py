@@ -102,7 +102,8 @@ class FittedGenerator:
         folder = Path(folder)
         self.generator.save(folder / "generator.safetensors")
         self.bank.save(folder / "bank.safetensors")
-        facts = {"history": self.history, "seconds": self.seconds, "messages": [list(m) for m in self.messages]}
+        history = [list(row.items()) for row in self.history]  # pairs, since a file does not keep the order of names
+        facts = {"history": history, "seconds": self.seconds, "messages": [list(m) for m in self.messages]}
         save_json(folder / "fitted.json", facts | {"present": self.present.tolist()})
 
     @classmethod
@@ -113,7 +114,7 @@ class FittedGenerator:
         return cls(
             load_generator(folder / "generator.safetensors", device),
             Bank.load(folder / "bank.safetensors"),
-            facts["history"],
+            [dict(row) for row in facts["history"]],
             facts["seconds"],
             [Message(*m) for m in facts["messages"]],
             torch.tensor(facts["present"]),
