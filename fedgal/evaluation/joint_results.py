@@ -135,14 +135,16 @@ def describe_result(
     question: str,  # that the experiment asks; may be empty
     setup: str,  # of `setup_sentence`
     arms: dict[str, dict],  # of `arm_records`
+    at_chance: list[str] = (),  # arms that are no better than guessing
 ) -> str:  # Markdown
     "Question, setup and balanced accuracies, and how far one seed reaches."
     accuracy = {arm: record["balanced_accuracy"] for arm, record in arms.items()}
     numbers = ", ".join(f"`{arm}` {'–' if v is None else f'{100 * v:.1f} %'}" for arm, v in accuracy.items())
     opening = f"**Question.** {question}\n\n" if question else ""
+    warning = f" Not better than guessing, or not finite: {', '.join(at_chance)}." if at_chance else ""
     return (
         f"{opening}{setup}\n\n**Result of this run.** Balanced accuracy: {numbers}. "
-        "One seed says little about differences of a few points."
+        f"One seed says little about differences of a few points.{warning}"
     )
 
 # %% ../../nbs/evaluation/09_joint_results.ipynb #9b8e013e
