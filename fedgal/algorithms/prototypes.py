@@ -5,15 +5,16 @@
 # %% ../../nbs/algorithms/03_prototypes.ipynb #7e9f3b62
 from __future__ import annotations
 from collections.abc import Callable
-from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from .soft_head import soft_head, soft_head_state, soft_labels, train_soft_head
 from .weights import Local
+from ..core.errors import FedgalError
+from ..core.options import Options, option
 from ..core.tensors import Tensors
 from ..federated.algorithm import lone_samples
 from ..federated.clients import MultiStepClient
-from ..federated.local import after, all_rows, features_of, n_classes
+from ..federated.reports import features_of, n_classes, over_all_classes, weights_after
 from ..federated.messages import ClientUpdate, ServerPayload
 from ..models.heads import takes_unit_length
 from ..models.losses.contrastive import prototype_distance, soft_label_loss, supervised_contrastive
@@ -22,32 +23,50 @@ from ..models.split import SplitModel
 from ..stats.prototypes import average_prototypes, class_prototypes
 
 # %% auto #0
-__all__ = ['FedProto', 'FedMPS']
+__all__ = ['FedProtoOptions', 'FedProto', 'FedMPSOptions', 'FedMPS']
+
+# %% ../../nbs/algorithms/03_prototypes.ipynb #86db29fd
+class FedProtoOptions(Options):
+    "Options of FedProto."
+
+    weight: float = option(1.0, "lambda, of the distance to the prototypes; the authors use 0.1 on CIFAR-10")
+
+def _average(previous, updates, n_classes):
+    "The prototypes of the next round; a class whose owners sat out keeps its own."
+    names = [n for n in updates[0].statistics if n != "classes"]
+    averaged = {n: average_prototypes([over_all_classes(u, n, n_classes) for u in updates]) for n in names}
+    present = next(iter(averaged.values()))[1]
+    before = previous.get("known", torch.zeros_like(present))
+    fresh = {
+        n: torch.where(present[:, None], p, previous.get(n, torch.zeros_like(p))) for n, (p, _) in averaged.items()
+    }
+    return fresh | {"known": present | before}
 
 # %% ../../nbs/algorithms/03_prototypes.ipynb #86db29fe
-@dataclass(frozen=True)
 class FedProto(Local):
     "Local training tied to global prototypes."
 
+    Options = FedProtoOptions
     name, summary, reference = "fedproto", "class prototypes are averaged, weights are not", "Tan et al., AAAI 2022"
     sends, reports, cpu_only = "class prototypes", "class prototypes", True
-    weight: float = 1.0  # lambda; the authors use 0.1 on CIFAR-10
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        super().check_run(params)
+        if params.get("mixup"):
+            compared = f"{cls.name} compares samples with the prototype of their label"
+            raise FedgalError(f"mixup gives every example two labels, and {compared}; leave one of them out")
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
-        e = payload.extras
-        if not e:
-            return super().loss(payload, loss)
-        return plus(
-            super().loss(payload, loss),
-            lambda out, y, mask: self.weight * prototype_distance(out.high, y, e["high"], e["known"]),
-        )
+        received, base = payload.extras, super().loss(payload, loss)
+        if not received:
+            return base
+        weight, prototypes, present = self.options.weight, received["high"], received["known"]
+        return plus(base, lambda out, y, mask: weight * prototype_distance(out.high, y, prototypes, present))
 
-    def told(self, client: MultiStepClient, update: ClientUpdate) -> str:
-        return (
-            self.reports
-            + (" and raw at level high" if "raw" in (update.statistics or {}) else "")
-            + lone_samples(client.y)
-        )
+    def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
+        raw = " and raw at level high" if "raw" in (update.statistics or {}) else ""
+        return self.reports + raw + lone_samples(client.y)
 
     def messages(
         self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int
@@ -62,96 +81,85 @@ class FedProto(Local):
         payload: ServerPayload,
         update: ClientUpdate,
         own: Tensors,
-        seed: int,
+        seed,
     ) -> tuple[Tensors | None, Tensors]:
-        said = self.messages(model, features_of(model, after(payload, update), client.x), client.y, n_classes(model))
-        counts = next(iter(said.values()))[1]
-        return {"classes": torch.nonzero(counts)[:, 0].to(torch.int16)} | {
-            n: means[counts > 0] for n, (means, _) in said.items()
-        }, {}
+        features = features_of(model, weights_after(payload, update), client.x)
+        messages = self.messages(model, features, client.y, n_classes(model))
+        owned = next(iter(messages.values()))[1] > 0
+        classes = torch.nonzero(owned)[:, 0].to(torch.int16)
+        return {"classes": classes, **{name: means[owned] for name, (means, _) in messages.items()}}, {}
 
     def serve(
-        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
     ) -> tuple[Tensors, Tensors, dict]:
-        averaged = {
-            n: average_prototypes([all_rows(u, n, n_classes(model)) for u in updates])
-            for n in updates[0].statistics
-            if n != "classes"
-        }
-        known = next(iter(averaged.values()))[1]
-        was = payload.extras.get("known", torch.zeros_like(known))
-        fresh = {
-            n: torch.where(known[:, None], p, payload.extras.get(n, torch.zeros_like(p)))
-            for n, (p, _) in averaged.items()
-        }  # a class whose owners sat out keeps its prototype
-        return fresh | {"known": known | was}, kept, {}
+        return _average(payload.extras, updates, n_classes(model)), server, {}
 
 # %% ../../nbs/algorithms/03_prototypes.ipynb #5ba60e40
-@dataclass(frozen=True)
+class FedMPSOptions(Options):
+    "Options of FedMPS."
+
+    weight: float = option(1.0, "a, of the contrastive term at level high")
+    weight_low: float = option(1.0, "b, of the contrastive term at level low")
+    weight_soft: float = option(0.0, "g, of the soft labels; 0 sends none")
+    renormalise: bool = option(False, "scale averaged prototypes to length 1, as a later variant of the authors' code")
+
+def _contrastive_terms(options, received):
+    "What is added to the local loss: (output, targets, mask) -> [B]."
+
+    def level_term(out, y, mask, level):
+        prototypes, present = received[level], received["known"]
+        return supervised_contrastive(
+            getattr(out, level), y, prototypes, present, renormalise=options.renormalise, mask=mask
+        )
+
+    def terms(out, y, mask):
+        high = options.weight * level_term(out, y, mask, "high")
+        total = high + options.weight_low * level_term(out, y, mask, "low")
+        if not options.weight_soft:
+            return total
+        return total + options.weight_soft * soft_label_loss(out.logits, y, received["soft"], received["known"])
+
+    return terms
+
+# %% ../../nbs/algorithms/03_prototypes.ipynb #5ba60e41
 class FedMPS(FedProto):
     "Multi-level prototypes, contrastive terms and soft labels."
 
-    name, summary, reference = (
-        "fedmps",
-        "prototypes at two levels and soft labels, no weights",
-        "Yang et al., IEEE TNNLS 2025",
-    )
+    Options = FedMPSOptions
+    name, reference = "fedmps", "Yang et al., IEEE TNNLS 2025"
+    summary = "prototypes at two levels and soft labels, no weights"
     reports = "class prototypes at two levels"
-    weight: float = 1.0  # a, of the contrastive term at level high
-    weight_low: float = 1.0  # b, at level low
-    weight_soft: float = 0.0  # g, of the soft labels; 0 sends none
-    renormalise: bool = False  # scale averaged prototypes to unit length, as a later variant of the authors' code does
+    normalised_prototypes = True
 
     @property
     def sends(self) -> str:
-        return "class prototypes at two levels" + (", soft labels" if self.weight_soft else "")
+        return "class prototypes at two levels" + (", soft labels" if self.options.weight_soft else "")
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
-        e, base = payload.extras, Local.loss(self, payload, loss)
-        if not e:
-            return base
-
-        def extra(out, y, mask):
-            near = lambda level: supervised_contrastive(
-                getattr(out, level), y, e[level], e["known"], renormalise=self.renormalise, mask=mask
-            )
-            total = self.weight * near("high") + self.weight_low * near("low")
-            return (
-                total + self.weight_soft * soft_label_loss(out.logits, y, e["soft"], e["known"])
-                if self.weight_soft
-                else total
-            )
-
-        return plus(base, extra)
+        base = Local.loss(self, payload, loss)
+        return plus(base, _contrastive_terms(self.options, payload.extras)) if payload.extras else base
 
     def messages(
         self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        said = {level: class_prototypes(z, y, n_classes, normalise=True) for level, z in features.items()}
-        return said | (
-            {"raw": class_prototypes(features["high"], y, n_classes)}
-            if self.weight_soft and not takes_unit_length(model.head)
-            else {}
-        )
+        messages = {level: class_prototypes(z, y, n_classes, normalise=True) for level, z in features.items()}
+        if self.options.weight_soft and not takes_unit_length(model.head):
+            messages["raw"] = class_prototypes(features["high"], y, n_classes)
+        return messages
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
-        return {}, soft_head_state(model.head) if self.weight_soft else {}, {}
+        return {}, soft_head_state(model.head) if self.options.weight_soft else {}, {}
 
     def serve(
-        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
     ) -> tuple[Tensors, Tensors, dict]:
-        extras, kept, said = super().serve(model, payload, updates, kept, seed)
-        if not self.weight_soft:
-            return extras, kept, said
-        rows, owned = map(
-            torch.stack,
-            zip(*(all_rows(u, "raw" if "raw" in extras else "high", n_classes(model)) for u in updates), strict=True),
-        )
-        kept = train_soft_head(model.head, rows, owned, kept, seed, payload.round)
-        soft, known = soft_labels(soft_head(model.head, kept), rows, owned)
+        extras, server, numbers = super().serve(model, payload, updates, server, seed)
+        if not self.options.weight_soft:
+            return extras, server, numbers
+        level, width = "raw" if "raw" in extras else "high", n_classes(model)
+        prototypes, owned = map(torch.stack, zip(*(over_all_classes(u, level, width) for u in updates), strict=True))
+        server = train_soft_head(model.head, prototypes, owned, server, seed, payload.round)
+        soft, present = soft_labels(soft_head(model.head, server), prototypes, owned)
+        before = payload.extras.get("soft", torch.zeros_like(soft))
         extras.pop("raw", None)  # stays on the server
-        return (
-            extras | {"soft": torch.where(known[:, None], soft, payload.extras.get("soft", torch.zeros_like(soft)))},
-            kept,
-            {},
-        )
+        return extras | {"soft": torch.where(present[:, None], soft, before)}, server, numbers

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.random import stream
-from ..stats.prototypes import _owners_mean
+from ..stats.prototypes import owners_mean
 
 # %% ../../nbs/algorithms/02_soft_head.ipynb #e7355d6c
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,6 +23,7 @@ def soft_head_state(
     empty = {f"{m}.{n}": torch.zeros_like(p) for m in _MOMENTS for n, p in head.named_parameters()}
     return {"step": torch.zeros(()), **{f"head.{n}": p.detach().clone() for n, p in head.named_parameters()}, **empty}
 
+# %% ../../nbs/algorithms/02_soft_head.ipynb #e7355d6d
 def soft_head(
     head: nn.Module,  # of the same architecture; not changed
     state: dict[str, Tensor],
@@ -70,4 +71,4 @@ def soft_labels(
     owned: Tensor,  # [K, C] bool, which of them exist
 ) -> tuple[Tensor, Tensor]:  # logits [C, C], row c for class c, 0 where unknown; known [C] bool
     "Mean logits of the prototypes of each class over the clients that own it (FedMPS)."
-    return _owners_mean(head(prototypes.flatten(0, 1)).unflatten(0, owned.shape), owned)
+    return owners_mean(head(prototypes.flatten(0, 1)).unflatten(0, owned.shape), owned)

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/algorithms/01_weights.ipynb #9f60aaa9
 from __future__ import annotations
-from dataclasses import dataclass
 import torch
 from torch import nn
 from ..core.errors import FedgalError
@@ -19,26 +18,26 @@ __all__ = ['FedProx', 'Scaffold', 'Local']
 
 # %% ../../nbs/algorithms/01_weights.ipynb #1f1e9c11
 class FedProx(Algorithm):
-    "FedAvg with a proximal term, which local SGD adds from `LocalConfig.prox_mu`."
+    "FedAvg with a proximal term, which local SGD adds from `LocalOptions.prox_mu`."
 
     name, summary, reference = "fedprox", "FedAvg with mu/2 ||w - w_g||^2 in the local loss", "Li et al., MLSys 2020"
 
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        if not params.get("prox_mu"): raise FedgalError("algorithm fedprox needs prox_mu > 0 (0.01 is a common start)")
+
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
-        if client.config.prox_mu > 0:
-            return client
-        raise FedgalError(
-            "fedprox with prox_mu = 0 is fedavg; give LocalConfig a prox_mu > 0 (0.01 is a common start) or choose fedavg"
-        )
+        if not client.config.prox_mu > 0:
+            start = "give LocalOptions a prox_mu > 0 (0.01 is a common start)"
+            raise FedgalError(f"fedprox with prox_mu = 0 is fedavg; {start} or choose fedavg")
+        return client
 
 # %% ../../nbs/algorithms/01_weights.ipynb #1f1e9c13
 class Scaffold(Algorithm):
     "Control variates against client drift."
 
-    name, summary, reference = (
-        "scaffold",
-        "control variates take the drift out of local gradients",
-        "Karimireddy et al., ICML 2020",
-    )
+    name, reference = "scaffold", "Karimireddy et al., ICML 2020"
+    summary = "control variates take the drift out of local gradients"
     sends, reports = "global model and control variate", "change of its control variate"
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
@@ -55,24 +54,30 @@ class Scaffold(Algorithm):
         payload: ServerPayload,
         update: ClientUpdate,
         own: Tensors,
-        seed: int,
+        seed,
     ) -> tuple[Tensors | None, Tensors]:
-        c = client.config
+        options = client.config
         steps = range(1, 1 + len(client.batches(seed, payload.round)))
-        length = c.rate(payload.round) * sum((1 - c.momentum**j) / (1 - c.momentum) for j in steps)
+        way = sum((1 - options.momentum**j) / (1 - options.momentum) for j in steps)
+        length = options.rate(payload.round) * way
         change = {f"c/{n}": -payload.extras[f"c/{n}"] - d / length for n, d in update.tensors.items()}
         return change, {n: own.get(n, 0.0) + d for n, d in change.items()}
 
     def serve(
-        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
     ) -> tuple[Tensors, Tensors, dict]:
-        step = weighted_sum([u.statistics for u in updates], [u.n_examples / kept["samples"].item() for u in updates])
-        return {n: (c.double() + step[n]).to(c.dtype) for n, c in payload.extras.items()}, kept, {}
+        shares = [u.n_examples / server["samples"].item() for u in updates]
+        step = weighted_sum([u.statistics for u in updates], shares)
+        return {n: (c.double() + step[n]).to(c.dtype) for n, c in payload.extras.items()}, server, {}
 
 # %% ../../nbs/algorithms/01_weights.ipynb #d7ac1e94
-@dataclass(frozen=True)
 class Local(Algorithm):
     "Every client trains alone."
 
     name, summary, reference = "local", "every client trains alone; nothing is sent", "baseline"
     personal, sends, reports = True, "nothing", "nothing"
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        if params.get("norm_factor"):
+            raise FedgalError(f"norm_factor judges the length of updates, and {cls.name} sends none; leave it at 0")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from .errors import FedgalError
-from .settings import settings
+from .settings import device_class, settings
 
 # %% ../../nbs/core/07_random.ipynb #5dad5a98
 def _sequence(seed, purpose, round, client):
@@ -45,15 +45,15 @@ class Runtime:
 
 def runtime() -> Runtime:
     "Resolve `auto` in the settings by the fixed rule."
-    s = settings()
+    s, device = settings(), device_class()
     if s.device == "cuda" and not torch.cuda.is_available():
         raise FedgalError("device = cuda, but torch sees no CUDA device; use device = auto or cpu")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if s.device == "auto" else s.device
     precision = ("bf16" if device == "cuda" else "fp32") if s.precision == "auto" else s.precision
     return Runtime(device, 1 if os.environ.get("IN_TEST") else s.threads, precision)
 
+# %% ../../nbs/core/07_random.ipynb #1c73ec5c
 def prepare() -> Runtime:
-    "Set threads, and deterministic algorithms where they are not the only ones, for this process, and say what will be used."
+    "Set threads and, where there is a choice, deterministic algorithms for this process; say what will be used."
     r = runtime()
     torch.set_num_threads(r.threads)
     if r.device != "cpu" or r.threads > 1:

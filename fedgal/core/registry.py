@@ -8,6 +8,7 @@ __all__ = ['REGISTRIES', 'Registry', 'entries_of']
 # %% ../../nbs/core/05_registry.ipynb #dd93c1ad
 import ast, operator, re, sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from importlib import import_module
 from .errors import FedgalError, unknown_name
 from .options import Options
@@ -20,6 +21,10 @@ def _claim(registry) -> None:
     if before.home != registry.home and "__main__" not in (before.home, registry.home):
         raise FedgalError(f"two registries of kind {registry.kind!r}, in {before.home} and {registry.home}: rename one")
     REGISTRIES[registry.kind] = registry
+
+def _entry_name(names, name) -> str | None:
+    patterns = [key for key in names if "*" in key] if isinstance(name, str) else []
+    return name if name in names else next((key for key in patterns if fnmatchcase(name, key)), None)
 
 def _checked(kind, name, target) -> str:
     if not (isinstance(target, str) and re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", target)):
@@ -51,11 +56,15 @@ class _Table:
         return len(self.names)
 
     def __contains__(self, name) -> bool:
-        return name in self.names
+        return _entry_name(self.names, name) is not None
+
+    def entry(self, name: str) -> str:
+        "The entry that a name chooses: the one it is called, or the first pattern that it fits."
+        return _entry_name(self.names, name) or unknown_name(self.kind, name, self)
 
     def target(self, name: str) -> str:
         "The text of an entry; an unknown name lists those that exist."
-        return self._entries[name] if name in self else unknown_name(self.kind, name, self)
+        return self._entries[self.entry(name)]
 
     def module(self, name: str) -> str:
         "The dotted module of an entry, which is not imported."
@@ -63,8 +72,8 @@ class _Table:
 
     def add(self, name: str, target: str) -> None:
         "A further entry, at run time."
-        if self._entries.get(name, target) != target:
-            raise FedgalError(f"{self.kind} {name!r} is {self.target(name)} already; take another name")
+        before = self._entries.get(name, target)
+        if before != target: raise FedgalError(f"{self.kind} {name!r} is {before} already; take another name")
         self._entries[name] = _checked(self.kind, name, target)
 
 # %% ../../nbs/core/05_registry.ipynb #cdca2ee0
@@ -83,6 +92,10 @@ class Registry(_Table):
             broken = f"its entry {self.target(name)!r} cannot be loaded"
             raise FedgalError(f"{self.kind} {name!r}: {broken} ({error})") from error
 
+    def options_model(self, name: str) -> type[Options]:
+        "The model of an entry's options; empty for one that has none."
+        return _options_model(self[name])
+
     def options(
         self,
         name: str,
@@ -91,7 +104,7 @@ class Registry(_Table):
         **shared,  # parameters of the stage, for options that declare one and are not in `values`
     ) -> Options:
         "The checked options of an entry, from flat parameters."
-        return _options_model(self[name]).make(values, owner=f"{self.kind} {name}", **shared)
+        return self.options_model(name).make(values, owner=f"{self.kind} {name}", **shared)
 
     def make(
         self,

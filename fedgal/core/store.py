@@ -35,11 +35,15 @@ def write_bytes(
         ) from e
 
 def _sync_dir(folder):
-    fd = os.open(folder, os.O_RDONLY)
+    "Flush a rename to the disk, where the system opens folders."
     try:
-        os.fsync(fd)
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows
+        return
+    try:
+        os.fsync(handle)
     finally:
-        os.close(fd)
+        os.close(handle)
 
 # %% ../../nbs/core/06_store.ipynb #e37060a2
 def canonical(obj) -> str:
@@ -106,6 +110,7 @@ def sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
+# %% ../../nbs/core/06_store.ipynb #73e4cf42
 def commit(
     work: Path,  # directory being written
     final: Path,  # its name as an artifact
@@ -134,20 +139,15 @@ def verify(
     folder = Path(folder)
     if not (folder / MANIFEST).is_file(): raise FedgalError(f"{folder}: not a finished artifact (no {MANIFEST})")
     manifest = load_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise FedgalError(
-            f"{folder}: manifest of another schema ({manifest.get('schema') if isinstance(manifest, dict) else '?'}, this is {SCHEMA})"
-        )
+    schema = manifest.get("schema") if isinstance(manifest, dict) else "?"
+    if schema != SCHEMA: raise FedgalError(f"{folder}: manifest of another schema ({schema}, this is {SCHEMA})")
     try:
         listed = {name: (fact["sha256"], fact["bytes"]) for name, fact in manifest["files"].items()}
     except (KeyError, TypeError, AttributeError):
         raise FedgalError(f"{folder}: damaged {MANIFEST}") from None
-    if (
-        extra := {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        - listed.keys()
-        - {MANIFEST}
-    ):
-        raise FedgalError(f"{folder / min(extra)}: not in the manifest of this finished artifact")
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    extra = present - {MANIFEST, *listed}
+    if extra: raise FedgalError(f"{folder / min(extra)}: not in the manifest of this finished artifact")
     for name, (digest, size) in listed.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise FedgalError(f"{folder}: manifest names a path outside: {name}")
@@ -180,7 +180,8 @@ def fingerprint(
 # %% ../../nbs/core/06_store.ipynb #d7f59640
 def by_first(tensors: dict) -> dict[str, dict]:
     "Tensors named `a/b`, grouped: a -> {b: tensor}."
-    out = {}
-    for name, t in tensors.items():
-        out.setdefault(name.partition("/")[0], {})[name.partition("/")[2]] = t
-    return out
+    groups = {}
+    for name, tensor in tensors.items():
+        first, _, rest = name.partition("/")
+        groups.setdefault(first, {})[rest] = tensor
+    return groups

@@ -19,10 +19,10 @@ def gradient_norms(
     parameters = list(parameters)
 
     def norm(term):
-        grads = (
-            torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True) if term.requires_grad else ()
-        )
-        lengths = [g.norm() for g in grads if g is not None]
+        if not term.requires_grad:
+            return torch.zeros_like(term)
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        lengths = [g.norm() for g in gradients if g is not None]
         return torch.stack(lengths).norm() if lengths else torch.zeros_like(term)
 
     return {name: norm(term) for name, term in terms.items()}

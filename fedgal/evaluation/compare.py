@@ -14,7 +14,8 @@ from ..core.settings import settings
 from ..core.store import canonical, load_json
 from ..core.text import member_name, spelt
 from .significance import holm, paired_comparison, paired_interval
-from ..finetune.mix import ARMS, ONE_HEAD
+from ..finetune.arms import ARMS
+from ..finetune.mix import ONE_HEAD
 
 # %% ../../nbs/evaluation/08_compare.ipynb #0e27a3ff
 def load_runs(

@@ -9,7 +9,7 @@ __all__ = ['BN_POLICIES', 'update_norm', 'inspect_update', 'check_updates', 'wei
 from dataclasses import replace
 from statistics import median
 import torch
-from ..core.errors import FedgalError
+from ..core.errors import FedgalError, one_of
 from ..core.tensors import Tensors, check_schema
 from .messages import ClientUpdate, ServerPayload
 
@@ -39,14 +39,14 @@ def inspect_update(
 def check_updates(
     updates: list[ClientUpdate],
     payload: ServerPayload,  # what they answer
-    norm_factor: float | None = None,  # reject longer than this many medians; None: no bound
+    norm_factor: float = 0.0,  # reject longer than this many medians; 0: no bound
 ) -> tuple[list[ClientUpdate], list[tuple[int, str]]]:  # accepted, rejected (client, reason)
     "Split a round's updates into usable ones and quarantined ones; both sorted by client id."
     updates = sorted(updates, key=lambda u: u.client)
     if len({u.client for u in updates}) < len(updates):
         raise FedgalError(f"two updates of one client: {[u.client for u in updates]}")
     why = {u.client: inspect_update(u, payload) for u in updates}
-    if norm_factor is not None:
+    if norm_factor:
         norms = {u.client: update_norm(u) for u in updates if not why[u.client]}
         typical = median(norms.values()) if norms else 0.0
         for k, length in norms.items():
@@ -82,7 +82,7 @@ def aggregate(
     bn: str = "average",  # "average" or "local"
 ) -> ServerPayload:  # the payload of the next round
     "FedAvg: add the exact weighted mean of the deltas."
-    if bn not in BN_POLICIES: raise FedgalError(f"bn = {bn!r}: allowed are {', '.join(BN_POLICIES)}")
+    one_of("bn", bn, BN_POLICIES)
     if not updates: raise FedgalError("no update to aggregate; keep the old payload")
     if kinds := {u.kind for u in updates} - {"delta"}:
         raise FedgalError(f"aggregate averages deltas, not {kinds}; convert with as_delta(update, lr)")

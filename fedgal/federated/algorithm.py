@@ -5,35 +5,52 @@
 # %% ../../nbs/federated/06_algorithm.ipynb #cd62de06
 from __future__ import annotations
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from importlib import import_module
+from dataclasses import replace
 import torch
 from torch import Tensor, nn
-from ..core.errors import FedgalError, did_you_mean
+from ..core.options import Options
+from ..core.registry import Registry
 from ..core.tensors import Tensors
 from .aggregate import aggregate
 from .clients import MultiStepClient
 from .messages import ClientUpdate, ServerPayload
 
 # %% auto #0
-__all__ = ['ALGORITHMS', 'Algorithm', 'get_algorithm', 'lone_samples']
+__all__ = ['ALGORITHMS', 'AlgorithmFacts', 'Algorithm', 'get_algorithm', 'lone_samples']
 
-# %% ../../nbs/federated/06_algorithm.ipynb #a951e333
-@dataclass(frozen=True)
-class Algorithm:
-    "The hooks of a federated algorithm; as they stand here they are FedAvg. Fields of a subclass are its options."
+# %% ../../nbs/federated/06_algorithm.ipynb #a951e331
+class AlgorithmFacts:
+    "What is known of an algorithm without running it."
 
+    Options: type[Options] = Options  # what `algorithm_options` may hold
     name = "fedavg"
     summary = "weighted mean of the clients' changes"
     reference = "McMahan et al., AISTATS 2017"
     personal = False  # True: every client keeps its own weights, none are sent or averaged
     cpu_only = False  # True: parts of it compute on the CPU, and it is refused elsewhere
-    sends, reports = "global model", ""  # what goes down, and up beyond the change of weights, in words
+    normalised_prototypes = False  # True: the prototypes that it sends are means of features of length 1
+    history_columns: tuple[str, ...] = ()  # prefixes of the numbers that `serve` adds to the history
+    sends = "global model"  # what goes down, in words
+    reports = ""  # what goes up beyond the change of weights, in words
+
+    def __init__(self, options: Options | None = None):
+        self.options = self.Options() if options is None else options
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        "Raise a `FedgalError` for flat parameters of a run that this algorithm cannot be combined with."
+
+    def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
+        "What a client's report says of its data, in words, for the ledger."
+        return self.reports
+
+# %% ../../nbs/federated/06_algorithm.ipynb #a951e333
+class Algorithm(AlgorithmFacts):
+    "The hooks of a federated algorithm; as they stand here they are FedAvg."
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         "A client as this algorithm runs it, once before the first round."
-        return replace(client, config=replace(client.config, prox_mu=0.0))
+        return replace(client, config=client.config.replace(prox_mu=0.0))
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
         "Before the first round: what is sent to clients, what the server keeps, what each client keeps."
@@ -54,74 +71,47 @@ class Algorithm:
         payload: ServerPayload,
         update: ClientUpdate,
         own: Tensors,
-        seed: int,
+        seed,
     ) -> tuple[Tensors | None, Tensors]:
-        "After local work: what the client sends beyond its update, and what it keeps. `payload` is what it started from; `model` is scratch."
+        "What a client sends beyond its update, and what it keeps; `payload` is what it started from."
         return None, {}
 
-    def told(self, client: MultiStepClient, update: ClientUpdate) -> str:
-        "What a client's report says of its data, in words, for the ledger."
-        return self.reports
-
-    def merge(
-        self,
-        payload: ServerPayload,
-        updates: list[ClientUpdate],
-        weights: dict[int, float] | None = None,
-        bn: str = "average",
-    ) -> ServerPayload:
+    def merge(self, payload: ServerPayload, updates: list[ClientUpdate], weights=None, bn="average") -> ServerPayload:
         "The model of the next round."
         return aggregate(payload, updates, weights, bn)
 
     def serve(
-        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], kept: Tensors, seed: int
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
     ) -> tuple[Tensors, Tensors, dict]:
-        "After merging: what is sent next, what the server keeps, numbers for the history. `payload` is what the updates answer."
-        return payload.extras, kept, {}
+        "After merging: what is sent next, what the server keeps, numbers for the history."
+        return payload.extras, server, {}
 
-    def finish(self, model: nn.Module, payload: ServerPayload, kept: Tensors) -> ServerPayload:
+    def finish(self, model: nn.Module, payload: ServerPayload, server: Tensors) -> ServerPayload:
         "The model that is delivered after the last round."
         return payload
 
 # %% ../../nbs/federated/06_algorithm.ipynb #6034a9b5
-ALGORITHMS = {
-    "fedavg": "fedgal.federated.algorithm:Algorithm",
-    "fedprox": "fedgal.algorithms.weights:FedProx",
-    "scaffold": "fedgal.algorithms.weights:Scaffold",
-    "local": "fedgal.algorithms.weights:Local",
-    "fedproto": "fedgal.algorithms.prototypes:FedProto",
-    "fedmps": "fedgal.algorithms.prototypes:FedMPS",
-    "fedgen": "fedgal.algorithms.fedgen:FedGenTraining",
-    "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining",
-    "creff": "fedgal.algorithms.creff:CReFF",
-}
+ALGORITHMS = Registry(
+    "algorithm",
+    {
+        "fedavg": "fedgal.federated.algorithm:Algorithm",
+        "fedprox": "fedgal.algorithms.weights:FedProx",
+        "scaffold": "fedgal.algorithms.weights:Scaffold",
+        "local": "fedgal.algorithms.weights:Local",
+        "fedproto": "fedgal.algorithms.prototypes:FedProto",
+        "fedmps": "fedgal.algorithms.prototypes:FedMPS",
+        "fedgen": "fedgal.algorithms.fedgen:FedGenTraining",
+        "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining",
+        "creff": "fedgal.algorithms.creff:CReFF",
+    },
+)
 
 def get_algorithm(
     name: str,  # see `ALGORITHMS`
-    **options,  # fields of the algorithm
+    **options,  # of the algorithm, as YAML gives them
 ) -> Algorithm:
-    "Make an algorithm; an unknown name or option lists the known ones."
-    if name not in ALGORITHMS:
-        raise FedgalError(f"algorithm {name!r}{did_you_mean(name, ALGORITHMS)}; known: {', '.join(ALGORITHMS)}")
-    module, _, attribute = ALGORITHMS[name].partition(":")
-    kind = getattr(import_module(module), attribute)
-    known = [f.name for f in fields(kind)]
-    for o in options:
-        if o not in known:
-            raise FedgalError(
-                f"algorithm {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known) or 'none'}"
-            )
-    return kind(**{f.name: _as(f, options[f.name], name) for f in fields(kind) if f.name in options})
-
-def _as(field, value, name):
-    "An option in the type of its default; YAML reads 1e-3 as text."
-    kind = type(field.default)
-    if kind is float and type(value) in (int, str):
-        with suppress(ValueError):
-            value = float(value)
-    if type(value) is not kind:
-        raise FedgalError(f"option {field.name} of {name} = {value!r}: expected {kind.__name__}")
-    return value
+    "An algorithm by its name; an unknown name or option lists those that exist."
+    return ALGORITHMS.make(name, values=options)
 
 # %% ../../nbs/federated/06_algorithm.ipynb #0a7cfe31
 def lone_samples(y: Tensor) -> str:

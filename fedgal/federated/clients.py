@@ -14,11 +14,25 @@ from ..core.errors import FedgalError
 from ..core.random import own_rng, stream
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
-from .local import LocalConfig, draw_batches, train_locally
+from .local import LocalOptions, draw_batches, train_locally
 from .messages import ClientUpdate, ServerPayload, _buffers, _trainable, load_payload
 from ..models.losses.protocol import context_of, per_example, task_loss
 
 # %% ../../nbs/federated/03_clients.ipynb #19aaf28c
+_SHARED = ("labels", "hyperparams")  # what a client may choose to disclose
+
+def _check_client(client):
+    "Raise for examples, disclosures or sampling weights that a client cannot have."
+    n, w = len(client.x), client.sample_weights
+    if not n == len(client.y) > 0:
+        sizes = f"{n} inputs and {len(client.y)} targets"
+        raise FedgalError(f"client {client.id}: {sizes}; equal numbers above 0 are needed (leave empty clients out)")
+    if unknown := set(client.share) - set(_SHARED):
+        raise FedgalError(f"client {client.id} cannot share {sorted(unknown)}; allowed: {', '.join(_SHARED)}")
+    if w is not None and not (len(w) == n and torch.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
+        raise FedgalError(f"client {client.id}: sample_weights must be {n} finite numbers >= 0, not all 0")
+
+# %% ../../nbs/federated/03_clients.ipynb #19aaf28d
 @dataclass(frozen=True, eq=False)
 class MultiStepClient:
     "A client that makes several SGD steps on its own examples."
@@ -26,21 +40,13 @@ class MultiStepClient:
     id: int
     x: Tensor  # [n, ...] uint8 images or float features
     y: Tensor  # [n, ...] targets
-    config: LocalConfig = LocalConfig()
+    config: LocalOptions = LocalOptions()
     sample_weights: Tensor | None = None  # [n] draw with replacement, proportional to these
     augment: Callable | None = None  # (x, generator) -> x, on a whole batch as stored
-    share: tuple[str, ...] = ()  # extra disclosures, of "labels", "hyperparams"
+    share: tuple[str, ...] = ()  # extra disclosures, of "labels", "hyperparams"; for the audit of what they give away
 
     def __post_init__(self):
-        if not len(self.x) == len(self.y) > 0:
-            raise FedgalError(
-                f"client {self.id}: {len(self.x)} inputs and {len(self.y)} targets; equal numbers above 0 are needed (leave empty clients out)"
-            )
-        if unknown := set(self.share) - {"labels", "hyperparams"}:
-            raise FedgalError(f"client {self.id} cannot share {sorted(unknown)}; allowed: labels, hyperparams")
-        w = self.sample_weights
-        if w is not None and not (len(w) == len(self.x) and torch.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
-            raise FedgalError(f"client {self.id}: sample_weights must be {len(self.x)} finite numbers >= 0, not all 0")
+        _check_client(self)
 
     @property
     def n_examples(self) -> int:
@@ -50,31 +56,18 @@ class MultiStepClient:
         "Index batches of this client's work in a round."
         return draw_batches(len(self.x), self.config, stream(seed, "batches", round, self.id), self.sample_weights)
 
-    def run(
-        self,
-        model: nn.Module,
-        payload: ServerPayload,
-        seed: int,
-        loss: Callable = task_loss,
-        correction: Tensors | None = None,
-    ) -> ClientUpdate:
+    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss=task_loss, correction=None) -> ClientUpdate:
         "Train `model` (scratch, overwritten) from the payload and return the update."
         return train_locally(self, model, payload, seed, loss, correction)
 
     def update(self, delta: Tensors, buffers: Tensors, train_loss: float) -> ClientUpdate:
         "Wrap the result of local work, with the disclosures that were chosen."
-        c = self.config
-        said = {"lr": c.lr, "momentum": c.momentum, "steps": c.steps, "epochs": c.epochs, "batch_size": c.batch_size}
-        return ClientUpdate(
-            self.id,
-            "delta",
-            delta,
-            len(self.x),
-            buffers,
-            train_loss,
-            labels=self.y.sort().values if "labels" in self.share else None,
-            hyperparams=said if "hyperparams" in self.share else None,
-        )
+        names = ("lr", "momentum", "steps", "epochs", "batch_size")
+        chosen = {
+            "labels": self.y.sort().values if "labels" in self.share else None,
+            "hyperparams": {n: getattr(self.config, n) for n in names} if "hyperparams" in self.share else None,
+        }
+        return ClientUpdate(self.id, "delta", delta, len(self.x), buffers, train_loss, **chosen)
 
     def failed(self, reason: str) -> ClientUpdate:
         "The update of a client that had to stop."
@@ -85,9 +78,7 @@ class MultiStepClient:
 class SingleStepClient(MultiStepClient):
     "A client that sends the gradient of its mean loss (FedSGD)."
 
-    def run(
-        self, model: nn.Module, payload: ServerPayload, seed: int, loss: Callable = task_loss, correction: None = None
-    ) -> ClientUpdate:
+    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss=task_loss, correction=None) -> ClientUpdate:
         "The gradient at the payload; `model` is scratch."
         weights = _trainable(load_payload(model, payload).train())
         device = next(iter(weights.values())).device

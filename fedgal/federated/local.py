@@ -4,31 +4,30 @@
 
 # %% ../../nbs/federated/02_local.ipynb #2c43e7f8
 from __future__ import annotations
-import copy, math
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from ..core.errors import FedgalError, did_you_mean
+from ..core.errors import FedgalError
+from ..core.options import Options, option
 from ..core.random import own_rng, stream
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
 from .messages import ClientUpdate, ServerPayload, _buffers, _trainable, load_payload
 from ..models.init import undecayed_names
 from ..models.losses.protocol import blend, context_of, mixed_loss, task_loss
-from ..models.split import SplitModel
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'LocalConfig', 'draw_batches', 'draw_mixup', 'train_locally', 'features_of', 'after', 'n_classes',
-           'all_rows']
+__all__ = ['SCHEDULES', 'LocalOptions', 'draw_batches', 'draw_mixup', 'train_locally']
 
 # %% ../../nbs/federated/02_local.ipynb #3204b7e4
 def _fall(p):
     return (1 + math.cos(math.pi * p)) / 2  # 1 at p = 0, 0 at p = 1
 
 def _one_cycle(p):
-    low, way = (1 / 25, 1 - p / 0.3) if p < 0.3 else (1 / 250_000, (p - 0.3) / 0.7)
-    return low + (1 - low) * _fall(way)
+    rising = p < 0.3
+    low = 1 / 25 if rising else 1 / 250_000
+    return low + (1 - low) * _fall(1 - p / 0.3 if rising else (p - 0.3) / 0.7)
 
 SCHEDULES = {
     "constant": lambda t, n: 1.0,
@@ -38,67 +37,43 @@ SCHEDULES = {
 }
 
 # %% ../../nbs/federated/02_local.ipynb #78dedc98
-@dataclass(frozen=True)
-class LocalConfig:
+class LocalOptions(Options):
     "Local training with SGD."
 
-    epochs: int = 1
-    batch_size: int = 32
-    lr: float = 0.05
-    lr_decay: float = 1.0  # factor on the learning rate per round
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    prox_mu: float = 0.0  # FedProx
-    steps: int | None = None  # if given: this many steps instead of epochs
-    precision: str = "fp32"  # "bf16": forward pass and loss under bfloat16 autocast
-    schedule: str = "constant"  # of the learning rate, one of `SCHEDULES`
-    rounds: int = 1  # over which the schedule runs
-    mixup: float = 0.0  # alpha of the Beta distribution of mixup; 0 is off
+    epochs: int = option(1, "passes over a client's samples in a round", ge=1, shared="local_epochs")
+    steps: int = option(0, "steps in a round instead of passes; 0: passes", ge=0, shared="local_steps")
+    batch_size: int = option(32, "samples in a step", ge=1, shared="batch_size")
+    lr: float = option(0.05, "learning rate of local SGD", ge=0, shared="lr")
+    lr_decay: float = option(1.0, "factor on the learning rate per round", ge=0, shared="lr_decay")
+    momentum: float = option(0.0, "momentum of local SGD", ge=0, shared="momentum")
+    weight_decay: float = option(0.0, "L2 penalty of local SGD", ge=0, shared="weight_decay")
+    prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0, shared="prox_mu")
+    schedule: str = option("constant", "learning rate over the rounds", one_of=tuple(SCHEDULES), shared="lr_schedule")
+    rounds: int = option(1, "rounds over which the schedule runs", ge=1, shared="rounds")
+    mixup: float = option(0.0, "alpha of the Beta distribution of mixup; 0 is off", ge=0, shared="mixup")
+    precision: str = option(
+        "fp32", "bf16: forward pass and loss under bfloat16 autocast", one_of=("fp32", "bf16"), shared="precision"
+    )
 
     def rate(self, round: int) -> float:
         "The learning rate in a round."
         if self.schedule != "constant" and not 0 <= round < self.rounds:
-            raise FedgalError(
-                f"round {round} of a learning rate schedule over {self.rounds} rounds; give LocalConfig the rounds of the federation"
-            )
+            over = f"round {round} of a learning rate schedule over {self.rounds} rounds"
+            raise FedgalError(f"{over}; give LocalOptions the rounds of the federation")
         return self.lr * self.lr_decay**round * SCHEDULES[self.schedule](round, self.rounds)
-
-    def __post_init__(self):
-        if self.precision not in ("fp32", "bf16"):
-            raise FedgalError(f"LocalConfig: precision = {self.precision!r}; allowed are fp32 and bf16")
-        if self.schedule not in SCHEDULES:
-            raise FedgalError(
-                f"LocalConfig: schedule = {self.schedule!r}{did_you_mean(self.schedule, SCHEDULES)}; known: {', '.join(SCHEDULES)}"
-            )
-        low = {
-            "epochs": 1,
-            "batch_size": 1,
-            "steps": 1,
-            "lr": 0,
-            "lr_decay": 0,
-            "momentum": 0,
-            "weight_decay": 0,
-            "prox_mu": 0,
-            "rounds": 1,
-            "mixup": 0,
-        }
-        for name, least in low.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise FedgalError(f"LocalConfig: {name} = {value}, must be at least {least}")
 
 # %% ../../nbs/federated/02_local.ipynb #ad172f5c
 def draw_batches(
     n: int,  # examples
-    config: LocalConfig,
+    options: LocalOptions,
     generator: torch.Generator,
     weights: Tensor | None = None,  # [n] sampling weights
 ) -> list[Tensor]:  # index batches
     "Batches of one local training run."
-    size = config.batch_size
+    size = options.batch_size
     lone = n > size > 1 and n % size == 1  # a last batch of one example, which BatchNorm cannot use
     per_epoch = -(-n // size) - lone
-    steps = config.steps or config.epochs * per_epoch
+    steps = options.steps or options.epochs * per_epoch
     if weights is not None:
         return list(torch.multinomial(weights, steps * size, True, generator=generator).view(steps, size))
     sizes = [size] * (per_epoch - 1) + [n - size * (per_epoch - 1)]
@@ -118,6 +93,38 @@ def draw_mixup(
     u = torch.rand((), generator=generator, dtype=torch.float64).item()
     return order, torch.tensor(betaincinv(alpha, alpha, u), dtype=torch.float32)
 
+# %% ../../nbs/federated/02_local.ipynb #69cf1b71
+def _optimiser(model, weights, options, round):
+    "SGD in which parameters that lose their meaning at zero do not decay."
+    undecayed = undecayed_names(model)
+    groups = list(weights.values())
+    if undecayed:
+        groups = [
+            {"params": [w for n, w in weights.items() if n not in undecayed]},
+            {"params": [w for n, w in weights.items() if n in undecayed], "weight_decay": 0.0},
+        ]
+    return torch.optim.SGD(groups, options.rate(round), options.momentum, weight_decay=options.weight_decay)
+
+def _batch(client, index, rng, device):
+    "Inputs and targets of a step and, with mixup, the second targets and the share of the first."
+    x, y = client.x[index], client.y[index].to(device)
+    if client.augment:
+        x = client.augment(x, rng)
+    x = to_float(x.to(device))
+    if not client.config.mixup:
+        return x, y, None, None
+    order, lam = (t.to(device) for t in draw_mixup(len(x), client.config.mixup, rng))
+    return blend(x, x[order], lam), y, y[order], lam
+
+def _change_gradients(weights, start, prox_mu, correction):
+    "Add the proximal term and what an algorithm corrects to the gradients of a step."
+    for n, w in weights.items():
+        if prox_mu and w.grad is not None:
+            w.grad.add_(w.detach() - start[n], alpha=prox_mu)
+    for n in correction or ():
+        if weights[n].grad is not None:
+            weights[n].grad.add_(correction[n])
+
 # %% ../../nbs/federated/02_local.ipynb #69cf1b77
 def train_locally(
     client,
@@ -128,82 +135,27 @@ def train_locally(
     correction: Tensors | None = None,  # added to every gradient, by parameter name (SCAFFOLD)
 ) -> ClientUpdate:
     "Local SGD of one client from a payload; the reference for every engine."
-    c, rng, context = client.config, stream(seed, "augment", payload.round, client.id), context_of(loss, client)
+    options = client.config
+    rng = stream(seed, "augment", payload.round, client.id)
+    context = context_of(loss, client)
     weights = _trainable(load_payload(model, payload).train())
     if len(client.x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         return client.failed("one example: BatchNorm needs two")
-    left, groups = undecayed_names(model), list(weights.values())
-    if left:
-        groups = [
-            {"params": [w for n, w in weights.items() if n not in left]},
-            {"params": [w for n, w in weights.items() if n in left], "weight_decay": 0.0},
-        ]
-    optimiser = torch.optim.SGD(groups, c.rate(payload.round), c.momentum, weight_decay=c.weight_decay)
-    device, total, seen = next(iter(weights.values())).device, 0.0, 0
+    optimiser = _optimiser(model, weights, options, payload.round)
+    device = next(iter(weights.values())).device
+    total, examples = 0.0, 0
     with own_rng(seed, "dropout", payload.round, client.id):
         for step, index in enumerate(client.batches(seed, payload.round)):
-            x, y = client.x[index], client.y[index].to(device)
-            if client.augment:
-                x = client.augment(x, rng)
-            x, other, lam = to_float(x.to(device)), None, None
-            if c.mixup:
-                order, lam = (t.to(device) for t in draw_mixup(len(x), c.mixup, rng))
-                x, other = blend(x, x[order], lam), y[order]
-            with torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+            x, y, other, lam = _batch(client, index, rng, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 value = mixed_loss(loss, model(x), y, other, lam, context=context).float().mean()
             if not torch.isfinite(value):
                 return client.failed(f"loss not finite at step {step}")
             optimiser.zero_grad()
             value.backward()
-            if c.prox_mu:
-                for n, w in weights.items():
-                    if w.grad is not None:
-                        w.grad.add_(w.detach() - payload.parameters[n], alpha=c.prox_mu)
-            for n in correction or ():
-                if weights[n].grad is not None:
-                    weights[n].grad.add_(correction[n])
+            _change_gradients(weights, payload.parameters, options.prox_mu, correction)
             optimiser.step()
-            total, seen = total + value.item() * len(index), seen + len(index)
+            total += value.item() * len(index)
+            examples += len(index)
     delta = {n: w.detach() - payload.parameters[n] for n, w in weights.items()}
-    return client.update(delta, copy_tensors(_buffers(model)), total / seen)
-
-# %% ../../nbs/federated/02_local.ipynb #72a7434a
-def features_of(
-    model: SplitModel,  # scratch
-    payload: ServerPayload,  # the weights to look with
-    x: Tensor,  # [N, ...]
-) -> dict[str, Tensor]:  # level -> [N, d]
-    "Low and high features of all examples, in evaluation mode."
-    load_payload(model, payload).eval()
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        out = [model(to_float(b.to(device))) for b in x.split(1024)]
-    return {
-        level: torch.cat([getattr(o, level) for o in out]).cpu().clone() for level in ("low", "high")
-    }  # messages are made on the CPU
-
-def after(payload: ServerPayload, update: ClientUpdate) -> ServerPayload:
-    "The weights that a client has after its local work."
-    return ServerPayload(
-        {n: p + update.tensors[n] for n, p in payload.parameters.items()}, update.buffers or payload.buffers
-    )
-
-def n_classes(model: SplitModel) -> int:
-    "Width of a model's output."
-    with torch.inference_mode():
-        return (
-            copy.deepcopy(model.head)
-            .eval()(torch.zeros(2, model.dims["high"], device=next(model.parameters()).device))
-            .shape[1]
-        )
-
-def all_rows(
-    update: ClientUpdate,  # with statistics {"classes": [o], name: [o, ...]}
-    name: str,
-    n_classes: int,
-) -> tuple[Tensor, Tensor]:  # [C, ...], zero where not owned; owned [C] bool
-    "A client's message, spread over all classes."
-    rows, at = update.statistics[name], update.statistics["classes"].long()
-    return rows.new_zeros(n_classes, *rows.shape[1:]).index_copy(0, at, rows), torch.zeros(
-        n_classes, dtype=torch.bool
-    ).index_fill(0, at, True)
+    return client.update(delta, copy_tensors(_buffers(model)), total / examples)

@@ -9,7 +9,7 @@ __all__ = ['ServerPayload', 'payload_from', 'load_payload', 'ClientUpdate', 'as_
 from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
-from ..core.errors import FedgalError
+from ..core.errors import FedgalError, one_of
 from ..core.tensors import Tensors, _norm, check_schema, copy_tensors, n_bytes
 
 # %% ../../nbs/federated/01_messages.ipynb #ccbb8348
@@ -27,10 +27,7 @@ class ServerPayload:
     parameters: Tensors  # trainable parameters by name
     buffers: Tensors = field(default_factory=dict)  # persistent buffers by name
     round: int = 0  # round that starts from this payload
-    metadata: dict = field(default_factory=dict)  # JSON values
-    extras: Tensors = field(
-        default_factory=dict
-    )  # what an algorithm sends beyond the model: control variates, prototypes, a generator
+    extras: Tensors = field(default_factory=dict)  # beyond the model: control variates, prototypes, a generator
 
     @property
     def n_bytes(self) -> int:
@@ -40,31 +37,23 @@ class ServerPayload:
         return f"ServerPayload(round {self.round}, {len(self.parameters)} tensors, {self.n_bytes:,} bytes)"
 
     def _repr_html_(self):
-        return _html(
-            "ServerPayload",
-            [
-                ("round", self.round),
-                ("parameters", f"{len(self.parameters)} tensors"),
-                ("buffers", f"{len(self.buffers)} tensors"),
-                ("bytes", f"{self.n_bytes:,}"),
-            ],
-        )
+        sizes = [("parameters", f"{len(self.parameters)} tensors"), ("buffers", f"{len(self.buffers)} tensors")]
+        return _html("ServerPayload", [("round", self.round), *sizes, ("bytes", f"{self.n_bytes:,}")])
 
 # %% ../../nbs/federated/01_messages.ipynb #a8a86df4
 def _trainable(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 def _buffers(model):
-    kept = model.state_dict().keys()
-    return {n: b for n, b in model.named_buffers() if n in kept}
+    persistent = model.state_dict().keys()
+    return {n: b for n, b in model.named_buffers() if n in persistent}
 
 def payload_from(
     model: nn.Module,  # any module; parameters without gradient are left out
     round: int = 0,  # round that will start from it
-    **metadata,  # JSON values
 ) -> ServerPayload:
     "Copy a model's trainable parameters and persistent buffers into a payload."
-    return ServerPayload(copy_tensors(_trainable(model)), copy_tensors(_buffers(model)), round, metadata)
+    return ServerPayload(copy_tensors(_trainable(model)), copy_tensors(_buffers(model)), round)
 
 # %% ../../nbs/federated/01_messages.ipynb #e8bc912b
 def load_payload(
@@ -83,7 +72,7 @@ def load_payload(
 # %% ../../nbs/federated/01_messages.ipynb #4c9c2485
 @dataclass(frozen=True, eq=False, repr=False)
 class ClientUpdate:
-    "What one client sends after its local work. `labels`, `hyperparams`, `statistics` are sent only by explicit choice."
+    "What one client sends after its local work; `labels`, `hyperparams`, `statistics` by explicit choice only."
 
     client: int
     kind: str  # "delta": after - before; "gradient": of the mean loss
@@ -94,12 +83,10 @@ class ClientUpdate:
     labels: Tensor | None = None  # sorted labels of the local examples
     hyperparams: dict | None = None
     statistics: Tensors | None = None
-    privacy: dict | None = None  # clip, noise multiplier, mechanism
     failure: str | None = None  # why there are no tensors
 
     def __post_init__(self):
-        if self.kind not in ("gradient", "delta"):
-            raise FedgalError(f"update kind {self.kind!r}: allowed are 'gradient' and 'delta'")
+        one_of("update kind", self.kind, ("gradient", "delta"))
         for name in ("tensors", "buffers"):
             object.__setattr__(self, name, {n: t.detach() for n, t in getattr(self, name).items()})
 
@@ -114,30 +101,21 @@ class ClientUpdate:
         if self.failure:
             return "that local training failed"
         what = "parameter change" if self.kind == "delta" else "loss gradient"
-        said = (
-            [f"{what} of n = {self.n_examples}" + (": follows from a single example" if self.n_examples == 1 else "")]
-            if self.tensors
-            else []
-        )
+        single = ": follows from a single example" if self.n_examples == 1 else ""
+        parts = [f"{what} of n = {self.n_examples}{single}"] if self.tensors else []
         if self.buffers:
-            said.append("normalisation means and variances (buffers)")
-        said += [name for name in ("labels", "hyperparams", "statistics") if getattr(self, name) is not None]
-        return ", ".join(said)
+            parts.append("normalisation means and variances (buffers)")
+        parts += [name for name in ("labels", "hyperparams", "statistics") if getattr(self, name) is not None]
+        return ", ".join(parts)
 
     def __repr__(self):
         return f"ClientUpdate(client {self.client}, {self.failure or self.discloses}, {self.n_bytes:,} bytes)"
 
     def _repr_html_(self):
-        rows = [
-            ("client", self.client),
-            ("kind", self.kind),
-            ("examples", self.n_examples),
-            ("tensors", len(self.tensors)),
-            ("L2 norm", f"{_norm(self.tensors):.4g}"),
-            ("bytes", f"{self.n_bytes:,}"),
-            ("discloses", self.discloses),
-        ]
-        return _html("ClientUpdate", rows + ([("failure", self.failure)] if self.failure else []))
+        head = [("client", self.client), ("kind", self.kind), ("examples", self.n_examples)]
+        size = [("tensors", len(self.tensors)), ("L2 norm", f"{_norm(self.tensors):.4g}")]
+        words = [("bytes", f"{self.n_bytes:,}"), ("discloses", self.discloses)]
+        return _html("ClientUpdate", head + size + words + ([("failure", self.failure)] if self.failure else []))
 
 # %% ../../nbs/federated/01_messages.ipynb #aa5ba03f
 def as_delta(

@@ -20,7 +20,7 @@ class Moved(NamedTuple):
     drift: Tensor  # [B] mean squared distance of a real feature from the frozen encoder's; 0 for a bank row
 
 class Mixed(nn.Module):
-    "Rows of (flat image, feature, mark): real rows pass the whole model, bank rows enter at the level; the feature of a real row is what the frozen encoder saw, and needed for the drift alone."
+    "Rows of (flat image, feature, mark): real rows pass the whole model, bank rows enter at the level."
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Mixed(nn.Module):
         self.d = model.dims[level]
 
     def train(self, mode: bool = True):
-        "Training mode, except for normalisation below the level: rows of a bank have no image to take statistics from."
+        "Training mode, except for normalisation below the level: a bank has no images to take statistics from."
         super().train(mode)
         self.model.low.eval()
         if self.level == "high":
@@ -42,31 +42,26 @@ class Mixed(nn.Module):
 
     def forward(self, rows: Tensor):  # [B, pixels + d + 1]
         x, z, is_bank = rows[:, : -self.d - 1], rows[:, -self.d - 1 : -1], rows[:, -1:]
-        own = getattr(self.model(x.view(-1, *self.model.in_shape)), self.level)
-        own = self.scale * own + (1 - self.scale) * own.detach()
-        drift = torch.where(is_bank[:, 0] > 0.5, 0, (own - z).square().mean(1))
-        return Moved(self.model.view(self.level)(torch.where(is_bank > 0.5, z, own)).logits, drift)
+        encoded = getattr(self.model(x.view(-1, *self.model.in_shape)), self.level)
+        encoded = self.scale * encoded + (1 - self.scale) * encoded.detach()
+        drift = torch.where(is_bank[:, 0] > 0.5, 0, (encoded - z).square().mean(1))
+        features = torch.where(is_bank > 0.5, z, encoded)
+        return Moved(self.model.view(self.level)(features).logits, drift)
 
+# %% ../../nbs/finetune/02_moving_encoder.ipynb #7da778dc
 def mixed_rows(
     x: Tensor | None,  # [n, ...] float inputs of real samples
     z: Tensor | None,  # [m, d] bank features
     model: SplitModel,
     level: str,
-    drifts: bool = True,  # whether the drift of real rows is asked for; if not, their feature is 0 and the encoder is not run
+    drifts: bool = True,  # whether the drift of real rows counts; if not, their feature is 0 and no encoder runs
 ) -> Tensor:  # [n + m, pixels + d + 1]
     "Input rows for `Mixed`."
-    pixels, parts = int(torch.tensor(model.in_shape).prod()), []
+    parts = []
     if x is not None:
-        parts.append(
-            torch.cat(
-                [
-                    x.flatten(1),
-                    encode(model, x, level) if drifts else torch.zeros(len(x), model.dims[level]),
-                    torch.zeros(len(x), 1),
-                ],
-                1,
-            )
-        )
+        frozen = encode(model, x, level) if drifts else torch.zeros(len(x), model.dims[level])
+        parts.append(torch.cat([x.flatten(1), frozen, torch.zeros(len(x), 1)], 1))
     if z is not None:
+        pixels = int(torch.tensor(model.in_shape).prod())
         parts.append(torch.cat([torch.zeros(len(z), pixels), z, torch.ones(len(z), 1)], 1))
     return torch.cat(parts)

@@ -6,20 +6,22 @@
 from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..core.errors import FedgalError, did_you_mean
+from ..core.errors import FedgalError
+from ..core.options import Options
 from ..core.random import stream
+from ..core.registry import Registry
 from ..core.store import load_meta, load_tensors, save_tensors
 from ..stats.class_statistics import ClassStatistics
 from ..stats.space import Space, check_features
 
 # %% auto #0
-__all__ = ['GENERATORS', 'FitTask', 'Generator', 'get_generator', 'make_config', 'make_generator', 'load_generator', 'Bank',
-           'make_bank', 'require_known']
+__all__ = ['GENERATORS', 'FitTask', 'Message', 'Described', 'feature_messages', 'Generator', 'get_generator', 'make_config',
+           'make_generator', 'load_generator', 'Bank', 'make_bank', 'require_known']
 
 # %% ../../nbs/generators/01_base.ipynb #fc85f0db
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class FitTask:
     latents: tuple[tuple[Tensor, Tensor], ...] = ()  # (features, labels), one pair a client
     views: int = 1  # how often every image is among them, view after view
     seed: int = 0
+    device: str = "cpu"  # where large networks are trained
 
     def __post_init__(self):
         s, T, C = self.statistics, len(self.teachers), self.n_classes
@@ -49,26 +52,78 @@ class FitTask:
         object.__setattr__(self, "teacher_weights", w / w.sum(0).clamp(min=1e-12))
 
     def rng(self, purpose: str) -> torch.Generator:
+        "The random stream of one purpose."
         return stream(self.seed, f"generator {purpose}")
 
     def require(self, *names: str) -> None:
         "Raise unless the named inputs are there."
-        for n in names:
-            if not (getattr(self, n) is not None and (n == "statistics" or len(getattr(self, n)))):
+        for name in names:
+            value = getattr(self, name)
+            if value is None or (name != "statistics" and not len(value)):
                 raise FedgalError(
-                    f"this generator needs {n}, and the task has none; run the stage that makes them, or choose a generator that does without"
+                    f"this generator needs {name}, and the task has none; run the stage that makes them, "
+                    "or choose a generator that does without"
                 )
 
 # %% ../../nbs/generators/01_base.ipynb #04443bdf
-class Generator(ABC):
-    "Makes features of one space for given labels."
+class Message(NamedTuple):
+    "One message, in the order of `Ledger.record`."
+
+    sender: str
+    receiver: str
+    round: int
+    kind: str
+    bytes: int
+    discloses: str
+
+# %% ../../nbs/generators/01_base.ipynb #7e6f2321
+class Described:
+    "What a generator says of itself, with the answers of one that has nothing to say."
 
     name = ""
-    trained_on = "server"  # or "client", "federated", "pooled": who saw what it was fitted to; "pooled" needs real features in one place
-    Config: type = None  # frozen dataclass of options
+    Options: type[Options] = Options
+    trained_on = "server"  # or "client", "federated", "pooled"
+    needs: tuple[str, ...] = ("statistics",)  # of "statistics", "teachers", "owners", "sizes", "latents"
+    known: Tensor | None = None  # [C] bool, classes that it can make once fitted; None: all
 
-    def __init__(self, space: Space, n_classes: int, config=None):
-        self.space, self.n_classes, self.config = space, n_classes, config or self.Config()
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        "Raise for parameters of a run that this generator cannot go with."
+
+    def disclosures(self) -> list[str]:
+        "What the features give away that it was fitted to, or what it holds of them."
+        return ["its real features"]
+
+    def messages(self, task: FitTask) -> list[Message]:
+        "What was sent to fit it to a task; nothing where the server has all it needs."
+        return feature_messages(self, task) if self.trained_on in ("client", "pooled") else []
+
+    def diagnostics(self, features: dict[str, tuple[Tensor, Tensor]], seed: int) -> dict[str, dict]:
+        "Tables of a fitted generator, {caption: {row: {column: value}}}, from real features and labels by origin."
+        return {}
+
+    def in_steps(self, steps: int, generator: torch.Generator) -> Generator | None:
+        "The same generator, sampled in another number of steps; None where there are none to choose."
+
+# %% ../../nbs/generators/01_base.ipynb #b27405c9
+def feature_messages(
+    generator: Described,
+    task: FitTask,  # with latents
+) -> list[Message]:
+    "Every client's features on their way to one place."
+    discloses = [*generator.disclosures(), *["not federated"] * (len(task.latents) > 1)]
+    return [
+        Message(f"client {k}", "server", 0, "features", z.nbytes + y.nbytes, "; ".join(discloses))
+        for k, (z, y) in enumerate(task.latents)
+    ]
+
+# %% ../../nbs/generators/01_base.ipynb #b532fcf0
+class Generator(Described, ABC):
+    "Makes features of one space for given labels."
+
+    def __init__(self, space: Space, n_classes: int, options: Options | None = None):
+        self.space, self.n_classes = space, n_classes
+        self.options = self.Options() if options is None else options
 
     @abstractmethod
     def fit(self, task: FitTask) -> list[dict]:
@@ -86,75 +141,64 @@ class Generator(ABC):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         "Take a state back."
 
-    def meta(self) -> dict:
-        return {
-            "generator": self.name,
-            "space": self.space.to_dict(),
-            "n_classes": self.n_classes,
-            "config": asdict(self.config),
-        }
+    def to(self, device: str) -> Generator:
+        "Move large networks; small ones stay on the CPU."
+        return self
 
-    @classmethod
-    def from_state(cls, meta: dict, tensors: dict[str, Tensor]) -> Generator:
-        g = cls(Space.from_dict(meta["space"]), meta["n_classes"], cls.Config(**meta["config"]))
-        g.load_state(tensors)
-        return g
+    def meta(self) -> dict:
+        "What a file says of it beside its state, as JSON."
+        facts = {"generator": self.name, "space": self.space.to_dict(), "n_classes": self.n_classes}
+        return facts | {"options": self.options.model_dump()}
 
     def save(self, path: Path) -> None:
         save_tensors(path, self.state(), self.meta())
 
 # %% ../../nbs/generators/01_base.ipynb #cf788911
-GENERATORS = {
-    "gaussian": "fedgal.generators.gaussian:Gaussian",
-    "safs": "fedgal.generators.safs:SAFS",
-    "fedgen": "fedgal.generators.fedgen:FedGen",
-    "fedgen_pfllib": "fedgal.generators.fedgen:FedGenPFL",
-    "mlp": "fedgal.generators.mlp:MLP",
-    "smote": "fedgal.generators.resample:Smote",
-    "transplant": "fedgal.generators.resample:Transplant",
-    "diffusion": "fedgal.generators.latent_diffusion:Diffusion",
-    "diffusion_pooled": "fedgal.generators.latent_diffusion:DiffusionPooled",
-    "gald": "fedgal.generators.latent_diffusion:Gald",
-    "gald_pooled": "fedgal.generators.latent_diffusion:GaldPooled",
-    "ldmlr": "fedgal.generators.ldmlr:LDMLR",
-}
+GENERATORS = Registry(
+    "generator",
+    {
+        "gaussian": "fedgal.generators.gaussian:Gaussian",
+        "safs": "fedgal.generators.safs:SAFS",
+        "fedgen": "fedgal.generators.fedgen:FedGen",
+        "fedgen_pfllib": "fedgal.generators.fedgen:FedGenPFL",
+        "mlp": "fedgal.generators.mlp:MLP",
+        "smote": "fedgal.generators.resample:Smote",
+        "transplant": "fedgal.generators.resample:Transplant",
+        "diffusion": "fedgal.generators.latent_diffusion:Diffusion",
+        "diffusion_pooled": "fedgal.generators.latent_diffusion:DiffusionPooled",
+        "gald": "fedgal.generators.latent_diffusion:Gald",
+        "gald_pooled": "fedgal.generators.latent_diffusion:GaldPooled",
+        "ldmlr": "fedgal.generators.ldmlr:LDMLR",
+    },
+)
 
+# %% ../../nbs/generators/01_base.ipynb #8251e258
 def get_generator(name: str) -> type[Generator]:
     "The class behind a name."
-    if name not in GENERATORS:
-        raise FedgalError(
-            f"unknown generator {name!r}{did_you_mean(name, GENERATORS)}; known: {', '.join(sorted(GENERATORS))}"
-        )
-    target = GENERATORS[name]
-    if not isinstance(target, str):
-        return target
-    module, attribute = target.split(":")
-    return getattr(import_module(module), attribute)
+    return GENERATORS[name]
 
-def make_config(name: str, **options):
-    "The options of a generator; raises FedgalError for unknown ones."
-    cls = get_generator(name)
-    known = [f.name for f in fields(cls.Config)]
-    for o in options:
-        if o not in known:
-            raise FedgalError(
-                f"generator {name!r} has no option {o!r}{did_you_mean(o, known)}; it has: {', '.join(known)}"
-            )
-    return cls.Config(**options)
+def make_config(name: str, **options) -> Options:
+    "The checked options of a generator."
+    return GENERATORS.options(name, options)
 
 def make_generator(
     name: str,  # see `GENERATORS`
     space: Space,
     n_classes: int,
-    **options,  # fields of the generator's Config
+    **options,  # fields of the generator's `Options`
 ) -> Generator:
     "A generator, not fitted yet."
-    return get_generator(name)(space, n_classes, make_config(name, **options))
+    return GENERATORS.make(name, space, n_classes, values=options)
 
-def load_generator(path: Path) -> Generator:
-    "Read what `Generator.save` wrote."
+def load_generator(
+    path: Path,  # what `Generator.save` wrote
+    device: str = "cpu",  # where large networks sample
+) -> Generator:
+    "A fitted generator, as it was."
     meta = load_meta(path)
-    return get_generator(meta["generator"]).from_state(meta, load_tensors(path))
+    generator = make_generator(meta["generator"], Space.from_dict(meta["space"]), meta["n_classes"], **meta["options"])
+    generator.load_state(load_tensors(path))
+    return generator.to(device)
 
 # %% ../../nbs/generators/01_base.ipynb #ae0fe255
 @dataclass(frozen=True, eq=False)
@@ -199,11 +243,9 @@ def make_bank(
     generator: torch.Generator,
 ) -> Bank:
     "Sample a bank, classes in order."
-    counts = (
-        torch.as_tensor(per_class).expand(gen.n_classes)
-        if torch.as_tensor(per_class).ndim == 0
-        else torch.as_tensor(per_class)
-    )
+    counts = torch.as_tensor(per_class)
+    if counts.ndim == 0:
+        counts = counts.expand(gen.n_classes)
     if len(counts) != gen.n_classes or (counts < 0).any():
         raise FedgalError(f"per_class = {per_class}: one number >= 0, or {gen.n_classes} of them")
     labels = torch.repeat_interleave(torch.arange(gen.n_classes), counts)
@@ -219,5 +261,6 @@ def require_known(labels: Tensor, known: Tensor) -> None:
         raise FedgalError(f"label {int(labels.max())}, but the generator knows {len(known)} classes")
     if missing := torch.nonzero(asked & ~known)[:, 0].tolist():
         raise FedgalError(
-            f"no statistics for class {', '.join(map(str, missing))}: no client owns a sample; leave the class out of the bank (per_class 0) or use another partition"
+            f"no statistics for class {', '.join(map(str, missing))}: no client owns a sample; "
+            "leave the class out of the bank (per_class 0) or use another partition"
         )

@@ -4,30 +4,32 @@
 
 # %% ../../nbs/generators/02_gaussian.ipynb #8e246398
 from __future__ import annotations
-from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from ..core.errors import FedgalError
+from ..core.errors import FedgalError, one_of
+from ..core.options import Options, option
 from .base import FitTask, Generator, require_known
 from ..stats.blocks import class_matmul
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import covariance_factor
+from ..stats.moments import SHRINK, covariance_factor
 
 # %% auto #0
-__all__ = ['rectified_moments', 'unrectify', 'target_covariance', 'sampling_moments', 'GaussianConfig', 'Gaussian']
+__all__ = ['rectified_moments', 'unrectify', 'target_covariance', 'sampling_moments', 'MomentOptions', 'GaussianOptions',
+           'Gaussian']
 
 # %% ../../nbs/generators/02_gaussian.ipynb #d61577b2
 def rectified_moments(t: Tensor) -> tuple[Tensor, Tensor]:
     "First and second moment of max(0, t + noise)."
-    density, mass = torch.exp(-t * t / 2) / (2 * torch.pi) ** 0.5, torch.special.ndtr(t)
+    density = torch.exp(-t * t / 2) / (2 * torch.pi) ** 0.5
+    mass = torch.special.ndtr(t)
     return t * mass + density, (t * t + 1) * mass + t * density
 
 def unrectify(
     mean: Tensor,  # wanted mean, >= 0, any shape
     variance: Tensor,  # wanted variance
 ) -> tuple[Tensor, Tensor]:  # mean and standard deviation before the ReLU
-    "The Gaussian whose rectified version has these moments; the mean alone if it would be positive in under 0.6 % of samples."
+    "The Gaussian whose rectified version has these moments; the mean alone if under 0.6 % of samples were positive."
     second = mean * mean + variance
     ratio = mean * mean / second.clamp(min=1e-30)
     low, high = torch.full_like(ratio, -2.5), torch.full_like(ratio, 30.0)
@@ -41,23 +43,28 @@ def unrectify(
     return torch.where(plain, mean, t * s), torch.where(plain, variance.sqrt(), s)
 
 # %% ../../nbs/generators/02_gaussian.ipynb #fbd42b50
-def target_covariance(statistics: ClassStatistics, shrink: str | float, widen: float, kappa: float = 0.0) -> Tensor:
+def target_covariance(
+    statistics: ClassStatistics,
+    shrink: str | float,
+    widen: float,
+    kappa: float = 0.0,
+) -> Tensor:  # [C, d, d]
     "Shrunk class covariances, with `kappa` of the calibrated radius, (1 + widen / N) times as large."
     if widen < 0 or kappa < 0: raise FedgalError(f"widen = {widen}, kappa = {kappa}: must be >= 0")
     cov = statistics.covariance(shrink)
-    size = (
-        statistics.radius("calibrated", kappa=kappa).square() / cov.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
-        if kappa
-        else 1
-    )
+    size = 1
+    if kappa:
+        observed = cov.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
+        size = statistics.radius("calibrated", kappa=kappa).square() / observed
     return cov * (size * (1 + widen / statistics.count.clamp(min=1)))[:, None, None]
 
+# %% ../../nbs/generators/02_gaussian.ipynb #d6bc79a0
 def sampling_moments(
     statistics: ClassStatistics,
     shrink: str | float = "ratio",
     widen: float = 0.0,
     rectify: bool = False,  # moments before a ReLU that is applied to every sample
-    kappa: float = 0.0,  # see `GaussianConfig`
+    kappa: float = 0.0,  # see `GaussianOptions`
 ) -> tuple[Tensor, Tensor]:  # mean [C, d] and factor [C, d, d], float64; zero for an absent class
     "Mean and covariance factor of every class."
     mean, cov = statistics.mean().nan_to_num(), target_covariance(statistics, shrink, widen, kappa)
@@ -69,33 +76,51 @@ def sampling_moments(
     return m, covariance_factor(gain[:, :, None] * cov * gain[:, None, :]) * statistics.present[:, None, None]
 
 # %% ../../nbs/generators/02_gaussian.ipynb #94c2e220
-@dataclass(frozen=True)
-class GaussianConfig:
+class MomentOptions(Options):
+    "Options of every generator that starts from class moments."
+
+    shrink: str | float = option(
+        "ratio",
+        "how class covariances are pulled towards the pooled one: ratio, oas, none, or a constant",
+        ge=0,
+        le=1,
+        shared="shrink",
+    )
+    widen: float = option(0.0, "class covariances are (1 + widen / N) times as large", ge=0, shared="widen")
+
+    def check(self) -> None:
+        if isinstance(self.shrink, str):
+            one_of("shrink", self.shrink, SHRINK)
+
+class GaussianOptions(MomentOptions):
     "Options of `gaussian`."
 
-    shrink: str | float = "ratio"  # "ratio", "oas", "none", or a constant; see stats
-    widen: float = 0.0  # covariances are (1 + widen / N) times as large
-    clamp: bool = False  # in a non-negative space: rectified samples with matched mean and variance
-    kappa: float = (
-        0.0  # above 0: the radius is the calibrated one, half from frequent classes at this many samples; see stats
+    clamp: bool = option(
+        False, "in a non-negative space: rectified samples with matched mean and variance", shared="clamp"
+    )
+    kappa: float = option(
+        0.0, "above 0: the radius is calibrated, half from frequent classes at this many samples", ge=0
     )
 
+# %% ../../nbs/generators/02_gaussian.ipynb #0115b9d8
 class Gaussian(Generator):
     "Normal features with the exact moments of every class."
 
-    name, Config = "gaussian", GaussianConfig
+    name = "gaussian"
+    Options = GaussianOptions
 
     @property
     def rectified(self) -> bool:
-        return self.config.clamp and self.space.nonnegative
+        return self.options.clamp and self.space.nonnegative
 
     def fit(self, task: FitTask) -> list[dict]:
         task.require("statistics")
         self.space.check(task.space)
-        mean, factor = sampling_moments(
-            task.statistics, self.config.shrink, self.config.widen, self.rectified, self.config.kappa
-        )
-        self.mean, self.factor, self.known = mean.float(), factor.float().contiguous(), task.statistics.present
+        o = self.options
+        mean, factor = sampling_moments(task.statistics, o.shrink, o.widen, self.rectified, o.kappa)
+        self.mean = mean.float()
+        self.factor = factor.float().contiguous()
+        self.known = task.statistics.present
         return []
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:

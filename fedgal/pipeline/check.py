@@ -6,7 +6,6 @@
 __all__ = ['named_entries', 'check_run']
 
 # %% ../../nbs/pipeline/07_check.ipynb #c4ec0004
-from ..core.errors import FedgalError
 from .catalogue import names, registry
 from .schema import STAGES, flat, schema
 

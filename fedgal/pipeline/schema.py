@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'RESERVED', 'RENAMED', 'schema', 'inputs', 'lineage', 'stag
            'load_params', 'resolve', 'flat', 'grids', 'grid']
 
 # %% ../../nbs/pipeline/04_schema.ipynb #c1d6db7a
-import ast, itertools, json, re
+import itertools, json
 from pathlib import Path
 import yaml
 from ..core.errors import FedgalError, did_you_mean, unknown_name

@@ -17,8 +17,8 @@ from ..data.datasets import load_dataset
 from ..data.split import make_split
 from ..data.transforms import to_float
 from ..federated.clients import MultiStepClient
-from ..federated.engines.base import resolve_engine, run_clients
-from ..federated.local import LocalConfig
+from ..federated.engines.base import ENGINES, run_clients
+from ..federated.local import LocalOptions
 from ..federated.messages import payload_from
 from ..models.networks import build_model
 from .plan import plan
@@ -47,7 +47,7 @@ def work_of(file: Path) -> tuple:  # model and clients
     model = build_model(
         t["model"], data.in_shape, data.n_classes, head=t["head"], norm=t["norm"], generator=stream(t["seed"], "init")
     )
-    local = LocalConfig(t["local_epochs"], t["batch_size"], t["lr"], t["momentum"], t["weight_decay"], t["prox_mu"])
+    local = LocalOptions.make(**t)
     x = to_float(data.x_train)
     return model, [MultiStepClient(k, x[i], data.y_train[i], local) for k, i in enumerate(split.train) if len(i)]
 
@@ -58,7 +58,7 @@ def tune(
     "Time one training round per engine and thread count, interleaved; the median decides."
     model, clients = work_of(file)
     payload, was = payload_from(model), torch.get_num_threads()
-    engines = [e for e in ("serial", "batched") if resolve_engine(e, model, clients)[0] == e]
+    engines = [e for e in ENGINES if not ENGINES[e].obstacle(model, clients)]
     candidates = [(e, t) for e in engines for t in sorted({1, os.cpu_count() or 1})]
     seconds = {c: [] for c in candidates}
     for _ in progress(range(repeats + 1), "repetition"):  # the first one warms up

@@ -141,8 +141,12 @@ def render(
     nav=(),  # links at the top as (label, href, is this page)
     card: dict | None = None,  # facts: experiment, params_file, seed, duration, versions, key, fingerprint
     out: Path | None = None,  # HTML file to write; None: return the text
+    question: str = "",  # what the experiment asks, below the title
 ) -> Path | str:  # `out`, or the page
     "Write the page of one executed notebook; a picture without text alternative is an error that names its cell."
     nb = notebook if hasattr(notebook, "cells") else nbformat.read(str(notebook), as_version=4)
+    if question:
+        place = next((i for i, c in enumerate(nb.cells) if c.cell_type == "markdown"), -1) + 1
+        nb.cells.insert(place, nbformat.v4.new_markdown_cell(f"**Question.** {question}"))
     resources = {"title": title, "nav": list(nav), "card": card or {}}
     return write_page(_finish(ReportExporter().from_notebook_node(nb, resources)[0]), out)

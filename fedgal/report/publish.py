@@ -38,7 +38,8 @@ def publish_members(
             target.unlink(missing_ok=True)  # the comparison counts it as failed
         elif entry["status"] == "finished" and left:
             seconds = {s["stage"]: s["seconds"] for s in entry["stages"]}
-            save_json(target, load_json(left[-1]) | {"experiment": member.name, "seconds": seconds})
+            words = {"experiment": member.name, "title": record["title"], "question": record.get("question", "")}
+            save_json(target, load_json(left[-1]) | words | {"seconds": seconds})
 
 # %% ../../nbs/report/08_publish.ipynb #51f0c7d3
 _READY = ("ran", "cached")
@@ -121,7 +122,8 @@ def _draw(exp, record, entry, ready, home):
         nav.append(("Overview", "index.html", False))
     nav += [(_label(other["stage"]), other["href"], other is entry) for other in ready]
     title = record["title"] if front else f"{record['title']} · {_label(entry['stage'])}"
-    render(_notebook(entry), title, nav, _card(exp, record, entry), home / entry["href"])
+    question = record.get("question", "") if front else ""
+    render(_notebook(entry), title, nav, _card(exp, record, entry), home / entry["href"], question)
 
 # %% ../../nbs/report/08_publish.ipynb #b2d47f16
 def _drawn_by():
@@ -178,7 +180,8 @@ def _copy_comparison(record, home):
     for entry in record["stages"]:
         file = settings().artifacts / entry["stage"] / entry["key"] / "comparison.json"
         if entry["stage"] == "90_compare" and file.is_file():
-            save_json(home / "comparison.json", load_json(file))
+            words = {"experiment": record["experiment"], "title": record["title"]}
+            save_json(home / "comparison.json", load_json(file) | words)
 
 # %% ../../nbs/report/08_publish.ipynb #9b3ef148
 _EARLIER = re.compile(r'<p class="earlier">.*?</p>\n?', re.S)

@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader
 from markupsafe import Markup
 import fedgal
 from ..core.errors import FedgalError
-from .card import as_bytes, as_duration, as_percent, as_value
+from ..core.text import as_bytes, as_duration, as_percent, as_value
 from .sanitise import page_problems, safe_link
 from .style import asset, stylesheet
 from ..core.store import write_bytes

@@ -9,7 +9,28 @@ from torch import Tensor
 from .space import RFF
 
 # %% auto #0
-__all__ = ['class_blocks', 'class_sums', 'class_matmul']
+__all__ = ['rank_in_class', 'class_sum', 'class_blocks', 'class_sums', 'class_matmul']
+
+# %% ../../nbs/stats/02_blocks.ipynb #18a8a336
+def rank_in_class(
+    y: Tensor,  # [N] int64
+    n_classes: int,
+) -> Tensor:  # [N] int64
+    "How many samples of the same class come before each."
+    count = torch.bincount(y, minlength=n_classes)
+    order = torch.argsort(y, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(y), device=y.device) - (count.cumsum(0) - count)[y[order]]
+    return rank
+
+# %% ../../nbs/stats/02_blocks.ipynb #511ee127
+def class_sum(
+    values: Tensor,  # [N, ...]
+    y: Tensor,  # [N] int64
+    n_classes: int,
+) -> Tensor:  # [C, ...], in the type of the values; 0 for a class without samples
+    "Sum of the values of each class."
+    return values.new_zeros(n_classes, *values.shape[1:]).index_add(0, y, values)
 
 # %% ../../nbs/stats/02_blocks.ipynb #21ccf3be
 def class_blocks(
@@ -18,15 +39,13 @@ def class_blocks(
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:  # sample indices [B, block] with -1 as padding; the class of each block [B]
     "Cut the samples of every class into blocks of equal length."
-    order, count = torch.argsort(y, stable=True), torch.bincount(y, minlength=n_classes)
-    blocks = (count + block - 1) // block
+    rank = rank_in_class(y, n_classes)
+    blocks = (torch.bincount(y, minlength=n_classes) + block - 1) // block  # [C]
+    first = blocks.cumsum(0) - blocks
     owner = torch.repeat_interleave(torch.arange(n_classes, device=y.device), blocks)
-    nth = (
-        torch.arange(len(owner), device=y.device) - (blocks.cumsum(0) - blocks)[owner]
-    )  # block number within its class
-    position = nth[:, None] * block + torch.arange(block, device=y.device)
-    sample = order[((count.cumsum(0) - count)[owner][:, None] + position).clamp(max=len(y) - 1)]
-    return torch.where(position < count[owner][:, None], sample, -1), owner
+    samples = torch.full((len(owner), block), -1, device=y.device)
+    samples[first[y] + rank // block, rank % block] = torch.arange(len(y), device=y.device)
+    return samples, owner
 
 # %% ../../nbs/stats/02_blocks.ipynb #35bb542d
 def class_sums(
@@ -38,17 +57,19 @@ def class_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # count [C], sum [C, d], second [C, d, d], RFF sum [C, D]
     "Float64 sums per class, in chunks of bounded memory."
     d, kw = z.shape[1], {"dtype": torch.float64, "device": z.device}
-    total, second = torch.zeros(n_classes, d, **kw), torch.zeros(n_classes, d, d, **kw)
+    total = torch.zeros(n_classes, d, **kw)
+    second = torch.zeros(n_classes, d, d, **kw)
     fourier = None if rff is None else torch.zeros(n_classes, rff.n_features, **kw)
-    rows, owner = class_blocks(y, n_classes)
-    step = max(1, memory // (8 * max(d * d, rows.shape[1] * max(d, rff.n_features if rff else 0))))
-    for i in range(0, len(owner), step):
-        r, c = rows[i : i + step], owner[i : i + step]
-        x = z[r.clamp(min=0)].double() * (r >= 0)[..., None]  # [b, block, d], padding is zero
+    samples, owner = class_blocks(y, n_classes)
+    widest = max(d, 0 if rff is None else rff.n_features)
+    step = max(1, memory // (8 * max(d * d, samples.shape[1] * widest)))
+    for index, c in zip(samples.split(step), owner.split(step), strict=True):
+        real = (index >= 0)[..., None]
+        x = z[index.clamp(min=0)].double() * real  # [b, block, d], padding is zero
         total.index_add_(0, c, x.sum(1))
         second.index_add_(0, c, x.mT @ x)
         if rff is not None:
-            fourier.index_add_(0, c, (rff.phi(x) * (r >= 0)[..., None]).sum(1))
+            fourier.index_add_(0, c, (rff.phi(x) * real).sum(1))
     return torch.bincount(y, minlength=n_classes).double(), total, (second + second.mT) / 2, fourier
 
 # %% ../../nbs/stats/02_blocks.ipynb #315f0d9c
@@ -60,11 +81,10 @@ def class_matmul(
 ) -> Tensor:  # [N, b], row i is matrix[y_i] @ x_i
     "Multiply every row with the matrix of its class."
     block = max(1, min(128, int(torch.bincount(y).max()) if len(y) else 1))  # no padding for small classes
-    rows, owner = class_blocks(y, len(matrix), block)
+    samples, owner = class_blocks(y, len(matrix), block)
     step = max(1, memory // (8 * matrix.shape[1] * max(matrix.shape[2], block)))
-    out = x.new_zeros(len(x), matrix.shape[1])
-    for i in range(0, len(owner), step):
-        r = rows[i : i + step]
-        made = x[r.clamp(min=0)] @ matrix[owner[i : i + step]].mT  # [b, block, b]
-        out[r[r >= 0]] = made[r >= 0]
-    return out
+    products = x.new_zeros(len(x), matrix.shape[1])
+    for index, c in zip(samples.split(step), owner.split(step), strict=True):
+        chunk = x[index.clamp(min=0)] @ matrix[c].mT  # [n, block, b]
+        products[index[index >= 0]] = chunk[index >= 0]
+    return products

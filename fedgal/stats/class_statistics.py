@@ -11,15 +11,46 @@ from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.store import load_meta, load_tensors, save_tensors
 from .blocks import class_sums
-from .moments import class_covariance, class_radius, disclosures
+from .moments import class_covariance, disclosures
+from .radius import class_radius
 from .space import RFF, Space, check_features
 
 # %% auto #0
 __all__ = ['ClassStatistics', 'combine', 'save_statistics', 'load_statistics']
 
 # %% ../../nbs/stats/05_class_statistics.ipynb #f5e3d7ec
+class _Views:
+    "What follows from count, sum, second moments and the sum of Fourier features."
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.count)
+
+    @property
+    def present(self) -> Tensor:
+        return self.count > 0  # [C] bool
+
+    def mean(self) -> Tensor:
+        return self.sum / torch.where(self.present, self.count, torch.nan)[:, None]  # [C, d], NaN if absent
+
+    def fourier_mean(self) -> Tensor:
+        return self.fourier / torch.where(self.present, self.count, torch.nan)[:, None]  # [C, D]
+
+    def prototypes(self) -> Tensor:
+        return self.mean().float()
+
+    def covariance(self, shrink: str | float = "ratio", unbiased: bool = True) -> Tensor:
+        return class_covariance(self, shrink, unbiased)
+
+    def radius(self, kind: str = "observed", **kw) -> Tensor:
+        return class_radius(self, kind, **kw)
+
+    def disclosures(self) -> list[str]:
+        return disclosures(self)
+
+# %% ../../nbs/stats/05_class_statistics.ipynb #ddc62a61
 @dataclass(frozen=True, eq=False)
-class ClassStatistics:
+class ClassStatistics(_Views):
     "Additive sums of features per class; everything else is a view."
 
     space: Space
@@ -46,41 +77,14 @@ class ClassStatistics:
     def __sub__(self, other: ClassStatistics) -> ClassStatistics:
         return combine(self, other, -1)
 
-    __radd__ = lambda self, other: (
-        self if isinstance(other, int) and other == 0 else NotImplemented
-    )  # so that sum() works
-
-    @property
-    def n_classes(self) -> int:
-        return len(self.count)
-
-    @property
-    def present(self) -> Tensor:
-        return self.count > 0  # [C] bool
+    def __radd__(self, other: int) -> ClassStatistics:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # so that sum() works
 
     @property
     def n_bytes(self) -> int:
         "Size of the message: rows of owned classes, upper triangle of the second moments, 8 bytes a number."
         d = self.space.dim
         return 8 * int(self.present.sum()) * (1 + d + d * (d + 1) // 2 + (self.rff.n_features if self.rff else 0))
-
-    def mean(self) -> Tensor:
-        return self.sum / torch.where(self.present, self.count, torch.nan)[:, None]  # [C, d], NaN if absent
-
-    def fourier_mean(self) -> Tensor:
-        return self.fourier / torch.where(self.present, self.count, torch.nan)[:, None]
-
-    def prototypes(self) -> Tensor:
-        return self.mean().float()
-
-    def covariance(self, shrink: str | float = "ratio", unbiased: bool = True) -> Tensor:
-        return class_covariance(self, shrink, unbiased)
-
-    def radius(self, kind: str = "observed", **kw) -> Tensor:
-        return class_radius(self, kind, **kw)
-
-    def disclosures(self) -> list[str]:
-        return disclosures(self)
 
     def save(self, path: Path) -> None:
         save_statistics(self, path)
@@ -90,7 +94,11 @@ class ClassStatistics:
         return load_statistics(path)
 
 # %% ../../nbs/stats/05_class_statistics.ipynb #4f29fa09
-def combine(a: ClassStatistics, b: ClassStatistics, sign: int) -> ClassStatistics:
+def combine(
+    a: ClassStatistics,
+    b: ClassStatistics,
+    sign: int,  # 1 merges, -1 unlearns
+) -> ClassStatistics:
     "a + sign * b, after checking that both describe the same thing."
     if not isinstance(b, ClassStatistics):
         raise FedgalError(f"statistics can be combined with statistics, not with {type(b).__name__}")
@@ -102,36 +110,37 @@ def combine(a: ClassStatistics, b: ClassStatistics, sign: int) -> ClassStatistic
     count = a.count + sign * b.count
     if (count < -1e-6).any():
         raise FedgalError(
-            f"unlearning more samples than are there, classes {torch.nonzero(count < 0)[:, 0].tolist()}: was this message part of the sum?"
+            f"unlearning more samples than are there, classes {torch.nonzero(count < 0)[:, 0].tolist()}: "
+            "was this message part of the sum?"
         )
-    keep = lambda s, o: torch.where(
-        (count > 0).view(-1, *[1] * (s.ndim - 1)), s + sign * o, torch.zeros_like(s)
-    )  # an emptied class leaves no rounding residue
+
+    def merged(s, o):  # an emptied class leaves no rounding residue
+        return torch.where((count > 0).view(-1, *[1] * (s.ndim - 1)), s + sign * o, torch.zeros_like(s))
+
     return replace(
         a,
         count=count.clamp(min=0),
-        sum=keep(a.sum, b.sum),
-        second=keep(a.second, b.second),
-        fourier=None if a.fourier is None else keep(a.fourier, b.fourier),
+        sum=merged(a.sum, b.sum),
+        second=merged(a.second, b.second),
+        fourier=None if a.fourier is None else merged(a.fourier, b.fourier),
     )
 
 # %% ../../nbs/stats/05_class_statistics.ipynb #bc5cfc82
 def save_statistics(s: ClassStatistics, path: Path) -> None:
     "Write to one safetensors file, with space and RFF in its header."
     i, j = torch.triu_indices(s.space.dim, s.space.dim)
-    tensors = {"count": s.count, "sum": s.sum, "second": s.second[:, i, j]} | (
-        {} if s.fourier is None else {"fourier": s.fourier}
-    )
+    tensors = {"count": s.count, "sum": s.sum, "second": s.second[:, i, j]}
+    if s.fourier is not None:
+        tensors["fourier"] = s.fourier
     save_tensors(path, tensors, {"space": s.space.to_dict(), "rff": asdict(s.rff) if s.rff else None})
 
 def load_statistics(path: Path) -> ClassStatistics:
     "Read what `save_statistics` wrote."
     t, meta = load_tensors(path), load_meta(path)
     space = Space.from_dict(meta["space"])
+    rff = RFF(**meta["rff"]) if meta["rff"] else None
     i, j = torch.triu_indices(space.dim, space.dim)
     second = torch.zeros(len(t["count"]), space.dim, space.dim, dtype=torch.float64)
     second[:, i, j] = t["second"]
     second[:, j, i] = t["second"]
-    return ClassStatistics(
-        space, t["count"], t["sum"], second, t.get("fourier"), RFF(**meta["rff"]) if meta["rff"] else None
-    )
+    return ClassStatistics(space, t["count"], t["sum"], second, t.get("fourier"), rff)

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
-from ..core.errors import FedgalError, did_you_mean
+from ..core.errors import FedgalError, one_of
 from ..core.random import stream
 
 # %% auto #0
@@ -29,11 +29,14 @@ class Space:
         "Raise unless `other` is the same space."
         if self != other:
             raise FedgalError(
-                f"features of two spaces cannot be mixed: {self} and {other}; compute both with the same encoder, level and treatment"
+                f"features of two spaces cannot be mixed: {self} and {other}; "
+                "compute both with the same encoder, level and treatment"
             )
 
     def __str__(self):
-        return f"[{self.encoder}, {self.level}, {'normalised' if self.normalised else 'raw'}, {'>= 0' if self.nonnegative else 'signed'}, {self.dim}-d]"
+        length = "normalised" if self.normalised else "raw"
+        sign = ">= 0" if self.nonnegative else "signed"
+        return f"[{self.encoder}, {self.level}, {length}, {sign}, {self.dim}-d]"
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -57,23 +60,20 @@ class RFF:
         if self.n_features % 2 or self.n_features < 2:
             raise FedgalError(f"n_features = {self.n_features}: an even number is needed (cosines and sines)")
         if not self.gamma > 0: raise FedgalError(f"gamma = {self.gamma}: must be positive")
-        if self.kind not in ("orthogonal", "iid"):
-            raise FedgalError(
-                f"RFF kind {self.kind!r}: 'orthogonal' or 'iid'{did_you_mean(self.kind, ['orthogonal', 'iid'])}"
-            )
+        one_of("RFF kind", self.kind, ("orthogonal", "iid"))
         object.__setattr__(self, "_weight", self._draw())
 
     def _draw(self) -> Tensor:  # W [D/2, d]
-        rows, d, g = self.n_features // 2, self.dim_in, stream(self.seed, "rff")
+        rows, d = self.n_features // 2, self.dim_in
+        g = stream(self.seed, "rff")
         scale = math.sqrt(2 * self.gamma)
         if self.kind == "iid":
             return scale * torch.randn(rows, d, generator=g, dtype=torch.float64)
         blocks = -(-rows // d)
         q, r = torch.linalg.qr(torch.randn(blocks, d, d, generator=g, dtype=torch.float64))
         q = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None]  # makes the rotation uniform (Haar)
-        length = torch.randn(blocks, d, d, generator=g, dtype=torch.float64).norm(
-            dim=2
-        )  # chi with d degrees of freedom
+        gauss = torch.randn(blocks, d, d, generator=g, dtype=torch.float64)
+        length = gauss.norm(dim=2)  # chi with d degrees of freedom
         return (scale * length[..., None] * q).reshape(blocks * d, d)[:rows]
 
     def phi(self, z: Tensor) -> Tensor:
@@ -85,7 +85,8 @@ class RFF:
         "Raise unless `other` has the same seed, bandwidth and size."
         if self != other:
             raise FedgalError(
-                f"random Fourier features differ: {self} and {other}; all clients need the server's seed, gamma and size"
+                f"random Fourier features differ: {self} and {other}; "
+                "all clients need the server's seed, gamma and size"
             )
 
 # %% ../../nbs/stats/01_space.ipynb #8063ac0e
@@ -112,7 +113,10 @@ def check_features(
         raise FedgalError(
             f"negative feature {float(z.min()):.3g} in {space}, which promises none; was the ReLU skipped?"
         )
-    if space.normalised and (z.norm(dim=1) - 1).abs().max() > 1e-3:
+    length = z.norm(dim=1)
+    off = (length - 1).abs()
+    if space.normalised and off.max() > 1e-3:
         raise FedgalError(
-            f"feature of length {float(z.norm(dim=1)[(z.norm(dim=1) - 1).abs().argmax()]):.3g} in {space}, which promises unit length; normalise first"
+            f"feature of length {float(length[off.argmax()]):.3g} in {space}, which promises unit length; "
+            "normalise first"
         )

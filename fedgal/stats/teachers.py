@@ -15,6 +15,9 @@ from ..core.random import stream
 __all__ = ['TeacherMap', 'check_validation', 'select_teachers', 'teacher_table']
 
 # %% ../../nbs/stats/07_teachers.ipynb #dfecb347
+_ROLES = ("fit", "reserve", "judges")
+_NUMBERS = ("accuracy", "score", "n_train")
+
 @dataclass(frozen=True, eq=False)
 class TeacherMap:
     "Per class: fit teachers, reserves and judges (client ids, best first), never overlapping."
@@ -40,8 +43,8 @@ class TeacherMap:
 
     def weights(self, role: str = "fit") -> Tensor:  # [K, C]
         "Equal weights of the clients with a role, summing to one per class (zero if there is none)."
-        w, chosen = torch.zeros_like(self.score, dtype=torch.float32), getattr(self, role)
-        pairs = [(k, c) for c, ids in chosen.items() for k in ids]
+        w = torch.zeros_like(self.score, dtype=torch.float32)
+        pairs = [(k, c) for c, ids in getattr(self, role).items() for k in ids]
         if pairs:
             w[tuple(torch.tensor(pairs).T)] = 1.0
         return w / w.sum(0).clamp(min=1)
@@ -50,36 +53,49 @@ class TeacherMap:
         return teacher_table(self)
 
     def to_dict(self) -> dict:
-        "JSON values for `fedgal.store`; NaN becomes null."
-        numbers = {
-            n: [[None if v != v else v for v in row] for row in getattr(self, n).tolist()]
-            for n in ("accuracy", "score", "n_train")
-        }
-        return {r: {str(c): ids for c, ids in getattr(self, r).items()} for r in ("fit", "reserve", "judges")} | numbers
+        return _to_dict(self)
 
     @classmethod
     def from_dict(cls, d: dict) -> TeacherMap:
-        numbers = {
-            n: torch.tensor([[torch.nan if v is None else v for v in row] for row in d[n]], dtype=torch.float64)
-            for n in ("accuracy", "score", "n_train")
-        }
-        return cls(*({int(c): ids for c, ids in d[r].items()} for r in ("fit", "reserve", "judges")), **numbers)
+        return _from_dict(d)
+
+# %% ../../nbs/stats/07_teachers.ipynb #4a905983
+def _to_dict(m):
+    numbers = {n: [[None if v != v else v for v in row] for row in getattr(m, n).tolist()] for n in _NUMBERS}
+    return {role: {str(c): ids for c, ids in getattr(m, role).items()} for role in _ROLES} | numbers
+
+def _from_dict(d):
+    roles = {role: {int(c): ids for c, ids in d[role].items()} for role in _ROLES}
+    numbers = {
+        n: torch.tensor([[torch.nan if v is None else v for v in row] for row in d[n]], dtype=torch.float64)
+        for n in _NUMBERS
+    }
+    return TeacherMap(**roles, **numbers)
 
 # %% ../../nbs/stats/07_teachers.ipynb #ed1ba5ec
-def check_validation(accuracy: Tensor, loss: Tensor, n_val: Tensor, n_train: Tensor) -> None:
+def check_validation(
+    accuracy: Tensor,  # [K, C]
+    loss: Tensor,  # [K, C]
+    n_val: Tensor,  # [K, C] validation samples
+    n_train: Tensor,  # [K, C] training samples
+) -> None:
     "Raise unless the scores can come from these validation counts."
-    if not accuracy.shape == loss.shape == n_val.shape == n_train.shape or accuracy.ndim != 2:
+    tensors = (accuracy, loss, n_val, n_train)
+    if len({t.shape for t in tensors}) > 1 or accuracy.ndim != 2:
         raise FedgalError(
-            f"accuracy, loss, n_val, n_train must all be [clients, classes]; got {[tuple(t.shape) for t in (accuracy, loss, n_val, n_train)]}"
+            f"accuracy, loss, n_val, n_train must all be [clients, classes]; got {[tuple(t.shape) for t in tensors]}"
         )
-    seen = n_val > 0
+    measured = n_val > 0
     hits = accuracy.double() * n_val
-    off = seen & ~((hits - hits.round()).abs() < 1e-3)
-    if off.any() or (seen & ((accuracy < 0) | (accuracy > 1) | loss.isnan())).any():
-        k, c = torch.nonzero(off if off.any() else seen & ((accuracy < 0) | (accuracy > 1) | loss.isnan()))[0].tolist()
+    fraction = measured & ~((hits - hits.round()).abs() < 1e-3)
+    outside = measured & ((accuracy < 0) | (accuracy > 1) | loss.isnan())
+    wrong = fraction if fraction.any() else outside
+    if wrong.any():
+        k, c = torch.nonzero(wrong)[0].tolist()
         raise FedgalError(
-            f"client {k}, class {c}: accuracy {float(accuracy[k, c]):.4f} and loss {float(loss[k, c]):.4f} cannot come from {int(n_val[k, c])} "
-            "validation samples; teachers are chosen on validation data, not on the data they trained on"
+            f"client {k}, class {c}: accuracy {float(accuracy[k, c]):.4f} and loss {float(loss[k, c]):.4f} "
+            f"cannot come from {int(n_val[k, c])} validation samples; "
+            "teachers are chosen on validation data, not on the data they trained on"
         )
 
 # %% ../../nbs/stats/07_teachers.ipynb #6b0869a1
@@ -100,15 +116,14 @@ def select_teachers(
     check_validation(accuracy, loss, n_val, n_train)
     if top_k < 1 or n_reserve < 0 or not 0 <= judge_fraction < 1:
         raise FedgalError(
-            f"top_k = {top_k} >= 1, n_reserve = {n_reserve} >= 0 and judge_fraction = {judge_fraction} in [0, 1) are needed"
+            f"top_k = {top_k} >= 1, n_reserve = {n_reserve} >= 0 "
+            f"and judge_fraction = {judge_fraction} in [0, 1) are needed"
         )
     eligible = (n_train >= max(n_min, 1)) & (n_val > 0)
     accuracy = torch.where(n_val > 0, accuracy.double(), torch.nan)
     score = torch.where(n_val > 0, accuracy - lam * loss.double(), torch.nan)
     n = eligible.sum(0)
-    n_judges = (
-        (judge_fraction * n).round().clamp(min=1).minimum(n - 1).clamp(min=0) if judge_fraction else torch.zeros_like(n)
-    )
+    n_judges = _number_of_judges(n, judge_fraction)
     rank = _ranks(torch.where(eligible, score, -torch.inf))  # [K, C], 0 = best
     teach = eligible & (rank < (n - n_judges).clamp(max=top_k))
     draw = torch.rand(score.shape, generator=stream(seed, "judges"), dtype=torch.float64)
@@ -118,6 +133,10 @@ def select_teachers(
     lists = [_by_class(mask, rank) for mask in (teach, spare, judge)]
     return TeacherMap(*lists, accuracy, score, n_train.double())
 
+def _number_of_judges(n, fraction):  # of n eligible clients [C]; one at least, but a class with one owner has none
+    return (fraction * n).round().clamp(min=1).minimum(n - 1).clamp(min=0) if fraction else torch.zeros_like(n)
+
+# %% ../../nbs/stats/07_teachers.ipynb #6799356c
 def _ranks(value):  # position of every client in the class's ranking, best first, ties by client id
     return value.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
 
@@ -128,16 +147,19 @@ def _by_class(mask, rank):
 # %% ../../nbs/stats/07_teachers.ipynb #686e79f6
 def teacher_table(m: TeacherMap) -> pd.DataFrame:
     "One row a class: who teaches, who waits, who judges, with validation accuracies."
-    names = lambda ids, c: ", ".join(f"{k} ({float(m.accuracy[k, c]):.2f})" for k in ids) or "–"
-    rows = [
+
+    def listed(ids, c):
+        return ", ".join(f"{k} ({float(m.accuracy[k, c]):.2f})" for k in ids) or "–"
+
+    lines = [
         {
             "class": c,
             "owners": int((m.n_train[:, c] > 0).sum()),
-            "fit teachers (accuracy)": names(m.fit[c], c),
-            "reserves": names(m.reserve[c], c),
-            "judges": names(m.judges[c], c),
+            "fit teachers (accuracy)": listed(m.fit[c], c),
+            "reserves": listed(m.reserve[c], c),
+            "judges": listed(m.judges[c], c),
             "judgeable": "yes" if m.judges[c] else "no",
         }
         for c in range(m.n_classes)
     ]
-    return pd.DataFrame(rows).set_index("class")
+    return pd.DataFrame(lines).set_index("class")

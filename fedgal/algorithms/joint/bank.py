@@ -16,7 +16,7 @@ from .networks import Networks
 from ...core.errors import FedgalError
 from ...generators.diffusion.samplers import ddim
 from ...generators.base import FitTask
-from ...generators.gaussian import Gaussian, GaussianConfig
+from ...generators.gaussian import Gaussian, GaussianOptions
 from ...core.random import stream
 from ...stats.class_statistics import ClassStatistics
 from ...stats.space import Space
@@ -43,7 +43,7 @@ def gaussian_latents(
 ) -> Tensor:  # [M, d]
     "Latents of the labels' classes from Gaussians with the moments of the real ones, rectified."
     space = Space("joint", "high", False, True, z.shape[1])
-    gaussian = Gaussian(space, n_classes, GaussianConfig(widen=widen, clamp=True))
+    gaussian = Gaussian(space, n_classes, GaussianOptions(widen=widen, clamp=True))
     gaussian.fit(FitTask(space, n_classes, ClassStatistics.from_features(z, y, n_classes, space)))
     return gaussian.sample(labels, generator)
 

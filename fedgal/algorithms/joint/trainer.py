@@ -27,7 +27,7 @@ from ...generators.diffusion.schedule import stratified_t
 from ...models.losses.base import cross_entropy
 from ...models.split import SplitModel
 from ...core.random import stream
-from ...stats.moments import head_classes
+from ...stats.radius import head_classes
 
 # %% ../../../nbs/algorithms/joint/12_trainer.ipynb #12000002
 def network_gradients(

@@ -6,20 +6,20 @@
 from __future__ import annotations
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ...core.errors import FedgalError
+from ...core.options import Options, option
 from ...core.random import stream
 from ...core.tensors import gradient_norms
-from .schedule import Schedule, check_target, denoising_loss, stratified_t
+from .schedule import TARGETS, Schedule, check_target, denoising_loss, stratified_t
 from ...models.init import initialised
 
 # %% auto #0
 __all__ = ['ZeroLinear', 'ClassEmbedding', 'modulate', 'Block', 'sinusoid', 'Denoiser', 'row_weights', 'draw_rows',
-           'DenoiserConfig', 'Trained', 'train_denoiser']
+           'DenoiserOptions', 'Trained', 'is_reported', 'cosine_factor', 'train_denoiser']
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #663a9b0d
 class ZeroLinear(nn.Linear):
@@ -46,11 +46,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.modulation, self.inner, self.outer = (
-            ZeroLinear(width, 3 * width),
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-        )
+        self.modulation = ZeroLinear(width, 3 * width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:  # [B, width] each
         scale, shift, gate = self.modulation(c).chunk(3, -1)
@@ -80,10 +78,12 @@ class Denoiser(nn.Module):
         self.label = ClassEmbedding(n_classes + 1, width)
         self.enter = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.modulation, self.leave = ZeroLinear(width, 2 * width), ZeroLinear(width, dim)
+        self.modulation = ZeroLinear(width, 2 * width)
+        self.leave = ZeroLinear(width, dim)
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # [B, d], int64 [B], int64 [B] -> [B, d]
-        c, h = F.silu(self.time(sinusoid(t, self.width)) + self.label(y)), self.enter(z)
+        c = F.silu(self.time(sinusoid(t, self.width)) + self.label(y))
+        h = self.enter(z)
         for block in self.blocks:
             h = block(h, c)
         return self.leave(modulate(h, *self.modulation(c).chunk(2, -1)))
@@ -102,32 +102,21 @@ def draw_rows(weights: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(edges, u * edges[-1], right=True).clamp(max=len(weights) - 1)
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #bcf2aa30
-@dataclass(frozen=True)
-class DenoiserConfig:
+class DenoiserOptions(Options):
     "Options of the network and of its training."
 
-    width: int = 256
-    blocks: int = 3
-    target: str = "v"
-    gamma: float | None = 5.0  # of the min-SNR weight; None: weight 1
-    steps: int = 2000
-    batch_size: int = 256
-    lr: float = 1e-3  # of AdamW
-    weight_decay: float = 0.0
-    cosine: bool = True  # learning rate to zero along a cosine; else constant
-    power: float = 0.5  # classes are drawn with p ∝ n^power
-    drop: float = 0.1  # share of samples that are told the null class
-    ema: float = 0.999  # decay of the weight average that is returned
-
-    def __post_init__(self):
-        for name, ok, allowed in (
-            ("steps", self.steps >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("lr", self.lr > 0, "above 0"),
-            ("drop", 0 <= self.drop < 1, "in [0, 1)"),
-            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
-        ):
-            if not ok: raise FedgalError(f"{name} = {getattr(self, name)}: must be {allowed}")
+    width: int = option(256, "width of the network, even", ge=2)
+    blocks: int = option(3, "residual blocks", ge=1)
+    target: str = option("v", "what the network predicts", one_of=TARGETS)
+    gamma: float | None = option(5.0, "of the min-SNR weight; None: all steps count the same", gt=0)
+    steps: int = option(2000, "training steps", ge=1)
+    batch_size: int = option(256, "samples a step", ge=1)
+    lr: float = option(1e-3, "learning rate of AdamW", gt=0)
+    weight_decay: float = option(0.0, "of AdamW", ge=0)
+    cosine: bool = option(True, "learning rate to zero along a cosine; else constant")
+    power: float = option(0.5, "classes are drawn with p ∝ n^power")
+    drop: float = option(0.1, "share of samples that are told no class", ge=0, lt=1)
+    ema: float = option(0.999, "decay of the weight average that is returned", ge=0, lt=1)
 
 class Trained(NamedTuple):
     "What `train_denoiser` returns."
@@ -136,61 +125,73 @@ class Trained(NamedTuple):
     history: list[dict]  # about twenty rows
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #e616382d
+def is_reported(i: int, n: int, rows: int = 20) -> bool:
+    "Whether step `i` of `n`, counted from 0, is one of about twenty that the history shows."
+    return (i + 1) * rows // n > i * rows // n
+
+def cosine_factor(i: int, n: int) -> float:
+    "Half a cosine from 1 at step 0 to 0 at step `n`."
+    return 0.5 + 0.5 * math.cos(math.pi * i / n)
+
 def _row(step, names, losses):
     mean = torch.stack(losses).mean(0)
     if not mean.isfinite().all():
         raise FedgalError(
-            f"the denoiser's loss is not finite after {step} steps: use a smaller lr, and latents of about unit variance"
+            f"the denoiser's loss is not finite after {step} steps: use a smaller lr, "
+            "and latents of about unit variance"
         )
-    return {"step": step, "loss": float(mean.sum())} | (
-        dict(zip(names, mean.tolist(), strict=True)) if len(names) > 1 else {}
-    )
+    parts = dict(zip(names, mean.tolist(), strict=True)) if len(names) > 1 else {}
+    return {"step": step, "loss": float(mean.sum())} | parts
+
+# %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #70c391a8
+def _step_terms(model, x, y, o, schedule, rng, chance, extra, weights) -> dict[str, Tensor]:
+    "The terms of the loss of one batch, drawn from `rng`."
+    at = draw_rows(chance, o.batch_size, rng)
+    t = stratified_t(o.batch_size, schedule.T, rng).to(x.device)
+    noise = torch.randn(o.batch_size, x.shape[1], generator=rng).to(x.device)
+    has_class = (torch.rand(o.batch_size, generator=rng) >= o.drop).to(x.device)
+    labels = y[at].where(has_class, model.null)
+    loss, x0 = denoising_loss(model, x[at], labels, t, noise, schedule, o.target, o.gamma)
+    terms = {"denoising": loss.mean()}
+    if extra:
+        parts = extra(x0[has_class], y[at][has_class], t[has_class])
+        terms |= {k: weights.get(k, 1.0) * v for k, v in parts.items()}
+    return terms
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #140612ca
 def train_denoiser(
     x: Tensor,  # [N, d] latents, about unit variance
     y: Tensor,  # int64 [N]
     n_classes: int,
-    config: DenoiserConfig = DenoiserConfig(),
+    options: DenoiserOptions = DenoiserOptions(),
     seed: int = 0,
     schedule: Schedule = Schedule(),
     extra: Callable | None = None,  # (x0 [b, d], y [b], t [b]) -> {name: scalar}
     weights: dict[str, float] | None = None,  # of the extra terms; 1 where not named
 ) -> Trained:
     "Train a denoiser on latents; raises FedgalError if there are none, or the loss is no longer finite."
-    c, rng, device = config, stream(seed, "denoiser batches"), x.device
-    check_target(c.target, schedule)
+    o = options
+    rng = stream(seed, "denoiser batches")
+    check_target(o.target, schedule)
     if not len(x) or len(x) != len(y):
         raise FedgalError(f"{len(x)} latents and {len(y)} labels: as many of both are needed, and at least one")
-    model = initialised(
-        lambda: Denoiser(x.shape[1], n_classes, c.width, c.blocks), stream(seed, "denoiser weights")
-    ).to(device)
-    params, average = list(model.parameters()), [p.detach().clone() for p in model.parameters()]
-    optimiser = torch.optim.AdamW(params, lr=c.lr, weight_decay=c.weight_decay)
-    rows, history, losses = row_weights(y, n_classes, c.power), [], []
-    for i in range(c.steps):
-        at = draw_rows(rows, c.batch_size, rng)
-        t, noise = (
-            stratified_t(c.batch_size, schedule.T, rng).to(device),
-            torch.randn(c.batch_size, x.shape[1], generator=rng).to(device),
-        )
-        told = (torch.rand(c.batch_size, generator=rng) >= c.drop).to(device)
-        loss, x0 = denoising_loss(model, x[at], y[at].where(told, model.null), t, noise, schedule, c.target, c.gamma)
-        terms = {"denoising": loss.mean()}
-        if extra:
-            terms |= {k: (weights or {}).get(k, 1.0) * v for k, v in extra(x0[told], y[at][told], t[told]).items()}
-        log = (i + 1) * 20 // c.steps > i * 20 // c.steps
-        norms = (
-            {f"gradient of {k}": float(v) for k, v in gradient_norms(terms, params).items()} if log and extra else {}
-        )
-        optimiser.param_groups[0]["lr"] = c.lr * (0.5 + 0.5 * math.cos(math.pi * i / c.steps) if c.cosine else 1.0)
+    model = initialised(lambda: Denoiser(x.shape[1], n_classes, o.width, o.blocks), stream(seed, "denoiser weights"))
+    model = model.to(x.device)
+    params = list(model.parameters())
+    average = [p.detach().clone() for p in params]
+    optimiser = torch.optim.AdamW(params, lr=o.lr, weight_decay=o.weight_decay)
+    chance, history, losses = row_weights(y, n_classes, o.power), [], []
+    for i in range(o.steps):
+        terms = _step_terms(model, x, y, o, schedule, rng, chance, extra, weights or {})
+        norms = gradient_norms(terms, params) if extra and is_reported(i, o.steps) else {}
+        optimiser.param_groups[0]["lr"] = o.lr * (cosine_factor(i, o.steps) if o.cosine else 1.0)
         optimiser.zero_grad()
         sum(terms.values()).backward()
         optimiser.step()
-        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - min(c.ema, (1 + i) / (10 + i)))
+        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - min(o.ema, (1 + i) / (10 + i)))
         losses.append(torch.stack([v.detach() for v in terms.values()]))
-        if log:
-            history.append(_row(i + 1, list(terms), losses) | norms)
+        if is_reported(i, o.steps):
+            history.append(_row(i + 1, list(terms), losses) | {f"gradient of {k}": float(v) for k, v in norms.items()})
             losses = []
     with torch.no_grad():
         torch._foreach_copy_(params, average)

@@ -5,6 +5,7 @@
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #f780e21e
 from __future__ import annotations
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -12,12 +13,13 @@ from torch.func import functional_call, vmap
 from ...core.errors import FedgalError
 from ...core.random import stream
 from ...core.tensors import gradient_norms, n_bytes
-from .denoiser import Denoiser, DenoiserConfig, draw_rows
+from .denoiser import Denoiser, DenoiserOptions, cosine_factor, draw_rows, is_reported
 from .schedule import Schedule, check_target, denoising_loss, stratified_t
 from ...models.init import initialised
 
 # %% auto #0
-__all__ = ['SEVERAL', 'Averaged', 'average_rows', 'train_federated', 'draw', 'client_loss', 'summary']
+__all__ = ['SEVERAL', 'Averaged', 'average_rows', 'Holder', 'holders_of', 'Batch', 'draw', 'stack_batches', 'client_loss',
+           'local_steps', 'summary', 'train_federated']
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #56fbb82f
 class Averaged(NamedTuple):
@@ -37,109 +39,147 @@ def average_rows(
     w = share.sum(1) / share.sum()
     out = {n: torch.einsum("k,k...->...", w.to(v), v.detach()) for n, v in stacked.items()}
     if class_rows:
-        n, C = share.sum(0), share.shape[1]
-        rows = torch.einsum(
-            "kc,kce->ce", (share / n.clamp(min=1e-30)).to(w.dtype), stacked["label.weight"].detach()[:, :C].to(w.dtype)
-        )
-        out["label.weight"][:C] = torch.where(n[:, None] > 0, rows.to(out["label.weight"]), last["label.weight"][:C])
+        n = share.sum(0)
+        C = len(n)
+        vectors = stacked["label.weight"].detach()[:, :C].to(w.dtype)
+        mean = torch.einsum("kc,kce->ce", (share / n.clamp(min=1e-30)).to(w.dtype), vectors)
+        out["label.weight"][:C] = torch.where(n[:, None] > 0, mean.to(out["label.weight"]), last["label.weight"][:C])
     return out
+
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #d5d9a2e2
+SEVERAL = 5  # samples of a class that a client needs before its batch says anything of mean and radius
+
+class Holder(NamedTuple):
+    "A client with residuals."
+
+    client: int
+    x: Tensor  # [n, d] residuals
+    y: Tensor  # [n] labels
+    weights: Tensor  # [n] float64, how often each sample is drawn
+
+def holders_of(parts: list[tuple[Tensor, Tensor]], n_classes: int, power: float) -> list[Holder]:
+    "The clients that have residuals, with weights from the counts of all clients together."
+    clients = [(k, x, y) for k, (x, y) in enumerate(parts) if len(x)]
+    if not clients:
+        raise FedgalError("no client has a latent of a class with two samples: nothing to learn a shape from")
+    count = sum(torch.bincount(y, minlength=n_classes) for _, _, y in clients).double()
+    return [Holder(k, x, y, count[y].pow(power - 1)) for k, x, y in clients]
+
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #64820986
+class Batch(NamedTuple):
+    "What a client, or all clients stacked, learn from in one step."
+
+    x: Tensor  # [B, d] residuals
+    y: Tensor  # [B]
+    t: Tensor  # [B] noise levels
+    noise: Tensor  # [B, d]
+    has_class: Tensor  # [B] bool, samples that are told their class
+    several: Tensor  # [B] bool, samples of classes that the client has several samples of
+
+def draw(
+    holder: Holder,
+    options: DenoiserOptions,
+    schedule: Schedule,
+    rng: torch.Generator,
+    views: int = 1,
+) -> Batch:
+    "One client's batch."
+    B, dim = options.batch_size, holder.x.shape[1]
+    i = draw_rows(holder.weights, B, rng)
+    several = torch.bincount(holder.y)[holder.y[i]] >= SEVERAL * views  # ten views of one image are one sample
+    t = stratified_t(B, schedule.T, rng)
+    noise = torch.randn(B, dim, generator=rng)
+    has_class = torch.rand(B, generator=rng) >= options.drop
+    return Batch(holder.x[i], holder.y[i], t, noise, has_class, several)
+
+def stack_batches(
+    holders: list[Holder],
+    rngs: list[torch.Generator],  # one for each client
+    options: DenoiserOptions,
+    schedule: Schedule,
+    views: int = 1,
+) -> Batch:  # [K, B, ...]
+    "The batches of all clients."
+    batches = [draw(holder, options, schedule, rng, views) for holder, rng in zip(holders, rngs, strict=True)]
+    return Batch(*map(torch.stack, zip(*batches, strict=True)))
+
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #168f5fc5
+def client_loss(model: Denoiser, schedule: Schedule, options: DenoiserOptions, extra: Callable | None = None):
+    "The terms of one client's loss as a function of its weights and batch."
+
+    def loss(weights, x, y, t, noise, has_class, several):
+        def network(z, t, y):
+            return functional_call(model, weights, (z, t, y))
+
+        labels = torch.where(has_class, y, model.null)
+        each, x0 = denoising_loss(network, x, labels, t, noise, schedule, options.target, options.gamma)
+        geometry = extra(x0, y, t, has_class & several) if extra else {}
+        return {"denoising": each.mean()} | geometry
+
+    return loss
+
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #e8551aa9
+def local_steps(
+    loss: Callable,  # of one client's weights and batch
+    stacked: dict[str, Tensor],  # [K, ...] weights of the clients, changed in place
+    optimiser: torch.optim.Optimizer,
+    batches: Iterable[Batch],  # [K, B, ...], one a step
+    with_norms: bool,
+) -> tuple[list[dict], dict[str, Tensor]]:  # mean terms of every step; gradient norms of the first
+    "All clients at once: one backward pass gives everyone its own gradient."
+    losses, norms = [], {}
+    for batch in batches:
+        terms = vmap(loss)(stacked, *batch)
+        if with_norms and not losses:
+            norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
+        optimiser.zero_grad()
+        sum(v.sum() for v in terms.values()).backward()
+        optimiser.step()
+        losses.append({k: v.detach().mean() for k, v in terms.items()})
+    return losses, norms
+
+def summary(round: int, losses: list[dict]) -> dict:
+    "A row of the history."
+    row = {k: float(torch.stack([step[k] for step in losses]).mean()) for k in losses[0]}
+    if not all(map(math.isfinite, row.values())):
+        raise FedgalError(f"the denoiser's loss is not finite in round {round}: use a smaller lr")
+    return {"round": round, "loss": sum(row.values())} | (row if len(row) > 1 else {})
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #fc6223db
 def train_federated(
     parts: list[tuple[Tensor, Tensor]],  # per client: residuals [n_k, d] and labels [n_k]
     n_classes: int,
-    config: DenoiserConfig,  # `steps` is the number of local steps in all rounds together
+    options: DenoiserOptions,  # `steps` is the number of local steps in all rounds together
     rounds: int,
     seed: int = 0,
     schedule: Schedule = Schedule(),
-    extra=None,  # (x0 [B, d], y [B], t [B], counts [B]) -> {name: scalar}; must map over clients; `counts` is False where it should not look
+    extra: Callable | None = None,  # (x0 [B, d], y [B], t [B], counts [B]) -> {name: scalar}; maps over clients
     class_rows: bool = True,
     views: int = 1,  # of every sample among the residuals
 ) -> Averaged:
     "Train a denoiser on clients that keep their residuals; raises FedgalError if nobody has any."
-    c, parts = config, [(k, x, y) for k, (x, y) in enumerate(parts) if len(x)]
-    check_target(c.target, schedule)
-    if not parts: raise FedgalError("no client has a latent of a class with two samples: nothing to learn a shape from")
-    d, count = parts[0][1].shape[1], sum(torch.bincount(y, minlength=n_classes) for _, _, y in parts).double()
-    rows = [count[y].pow(c.power - 1) for _, _, y in parts]
-    share = torch.stack(
-        [
-            torch.zeros(n_classes, dtype=torch.float64).index_add(0, y, w)
-            for (_, _, y), w in zip(parts, rows, strict=True)
-        ]
-    )
-    model = initialised(lambda: Denoiser(d, n_classes, c.width, c.blocks), stream(seed, "denoiser weights"))
+    o = options
+    check_target(o.target, schedule)
+    holders = holders_of(parts, n_classes, o.power)
+    share = torch.stack([torch.zeros(n_classes).double().index_add(0, h.y, h.weights) for h in holders])
+    dim = holders[0].x.shape[1]
+    model = initialised(lambda: Denoiser(dim, n_classes, o.width, o.blocks), stream(seed, "denoiser weights"))
     world = {n: p.detach() for n, p in model.named_parameters()}
-    mean, history, local = {n: p.clone() for n, p in world.items()}, [], -(-c.steps // rounds)  # whole rounds
-    loss = client_loss(model, schedule, c, extra)
+    mean = {n: p.clone() for n, p in world.items()}
+    local, history = -(-o.steps // rounds), []  # whole rounds
+    loss = client_loss(model, schedule, o, extra)
     for r in range(rounds):
-        stacked = {n: p.expand(len(parts), *p.shape).clone().requires_grad_() for n, p in world.items()}
-        optimiser = torch.optim.AdamW(
-            stacked.values(),
-            lr=c.lr * (0.5 + 0.5 * math.cos(math.pi * r / rounds) if c.cosine else 1.0),
-            weight_decay=c.weight_decay,
-        )
-        rngs = [stream(seed, "denoiser batches", r, k) for k, _, _ in parts]
-        seen, norms, log = [], {}, extra and (r + 1) * 20 // rounds > r * 20 // rounds
-        for _ in range(local):
-            terms = vmap(loss)(
-                stacked,
-                *map(
-                    torch.stack,
-                    zip(
-                        *(
-                            draw(x, y, w, c, schedule, g, views)
-                            for (_, x, y), w, g in zip(parts, rows, rngs, strict=True)
-                        ),
-                        strict=True,
-                    ),
-                ),
-            )
-            if log and not seen:
-                norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
-            optimiser.zero_grad()
-            sum(v.sum() for v in terms.values()).backward()
-            optimiser.step()
-            seen.append({k: v.detach().mean() for k, v in terms.items()})
+        stacked = {n: p.expand(len(holders), *p.shape).clone().requires_grad_() for n, p in world.items()}
+        lr = o.lr * (cosine_factor(r, rounds) if o.cosine else 1.0)
+        optimiser = torch.optim.AdamW(stacked.values(), lr=lr, weight_decay=o.weight_decay)
+        rngs = [stream(seed, "denoiser batches", r, h.client) for h in holders]
+        batches = (stack_batches(holders, rngs, o, schedule, views) for _ in range(local))
+        log = is_reported(r, rounds)
+        losses, norms = local_steps(loss, stacked, optimiser, batches, with_norms=log and extra is not None)
         world = average_rows(stacked, world, share, class_rows)
-        keep = min(c.ema**local, (1 + r) / (10 + r))
+        keep = min(o.ema**local, (1 + r) / (10 + r))
         mean = {n: torch.lerp(p, mean[n], keep) for n, p in world.items()}
-        if (r + 1) * 20 // rounds > r * 20 // rounds:
-            history.append(summary(r + 1, seen) | {f"gradient of {k}": float(v) for k, v in norms.items()})
+        if log:
+            history.append(summary(r + 1, losses) | {f"gradient of {k}": float(v) for k, v in norms.items()})
     model.load_state_dict(mean)
     return Averaged(model.requires_grad_(False), history, n_bytes(world))
-
-# %% ../../../nbs/generators/diffusion/05_federated.ipynb #d5d9a2e2
-SEVERAL = 5  # samples of a class that a client needs before its batch says anything of mean and radius
-
-def draw(
-    x: Tensor, y: Tensor, weights: Tensor, c: DenoiserConfig, schedule: Schedule, g: torch.Generator, views: int = 1
-) -> tuple[Tensor, ...]:
-    "One client's batch: residuals [B, d], labels, steps, noise, which samples are told their class, and of which classes the client has several samples."
-    i = draw_rows(weights, c.batch_size, g)
-    several = torch.bincount(y)[y[i]] >= SEVERAL * views  # ten views of one image are one sample
-    return (
-        x[i],
-        y[i],
-        stratified_t(c.batch_size, schedule.T, g),
-        torch.randn(c.batch_size, x.shape[1], generator=g),
-        torch.rand(c.batch_size, generator=g) >= c.drop,
-        several,
-    )
-
-def client_loss(model: Denoiser, schedule: Schedule, c: DenoiserConfig, extra=None):
-    "The terms of one client's loss as a function of its weights and batch."
-
-    def loss(weights, x, y, t, noise, told, several):
-        call = lambda z, t, y: functional_call(model, weights, (z, t, y))
-        each, x0 = denoising_loss(call, x, torch.where(told, y, model.null), t, noise, schedule, c.target, c.gamma)
-        return {"denoising": each.mean()} | (extra(x0, y, t, told & several) if extra else {})
-
-    return loss
-
-def summary(round: int, seen: list[dict]) -> dict:
-    "A row of the history."
-    row = {k: float(torch.stack([s[k] for s in seen]).mean()) for k in seen[0]}
-    if not all(map(math.isfinite, row.values())):
-        raise FedgalError(f"the denoiser's loss is not finite in round {round}: use a smaller lr")
-    return {"round": round, "loss": sum(row.values())} | (row if len(row) > 1 else {})

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ...core.errors import FedgalError, did_you_mean
+from ...core.errors import one_of
 from ...models.losses.geometry import Anchors
 from ...stats.class_statistics import ClassStatistics
 from ...stats.moments import pooled_within, standardiser, whitening
@@ -56,6 +56,7 @@ def in_coordinates(s: ClassStatistics, centre: Tensor, white: Tensor) -> ClassSt
         replace(s.space, nonnegative=False, normalised=False), s.count, total @ white.T, white @ second @ white.T
     )
 
+# %% ../../../nbs/generators/diffusion/04_frame.ipynb #d47abb21
 def make_frame(
     s: ClassStatistics,
     kind: str = "class",  # one of `FRAMES`
@@ -64,35 +65,22 @@ def make_frame(
     lam: float | None = None,  # instead of kappa, see `ClassStatistics.radius`
 ) -> Frame:
     "Coordinates from class statistics, in float32."
-    if kind not in FRAMES: raise FedgalError(f"frame {kind!r}: one of {', '.join(FRAMES)}{did_you_mean(kind, FRAMES)}")
+    one_of("frame", kind, FRAMES)
     centre, scale = standardiser(s)
     colour, white = whitening(pooled_within(s)) if kind == "class" else (scale.diag(), (1 / scale).diag())
     u = in_coordinates(s, centre, white)
-    observed, n = u.radius("observed"), s.count
+    observed = u.radius("observed")
+    n = s.count
     target = u.radius("calibrated", kappa=kappa, lam=lam) * (1 + widen / n.clamp(min=1)).sqrt()
     size = white.any(1).sum().double().sqrt()  # radius of unit variance in all live directions
     biased = observed * ((n - 1).clamp(min=0) / n.clamp(min=1)).sqrt() / size
     one = torch.ones_like(n)
-    shift, inner, outer = (
-        (u.mean().nan_to_num(), torch.where(biased > 0, biased, one), target / size)
-        if kind == "class"
-        else (torch.zeros_like(u.sum), one, one)
-    )
-    variance = one if kind == "class" else (observed / size).square()
-    return Frame(
-        *(
-            v.float().contiguous()
-            for v in (
-                centre,
-                white,
-                colour,
-                shift,
-                inner,
-                outer,
-                u.mean(),
-                target,
-                observed.square().nanmean(),
-                variance,
-            )
-        )
-    )
+    if kind == "class":
+        placement = (u.mean().nan_to_num(), torch.where(biased > 0, biased, one), target / size)
+        variance = one
+    else:
+        placement = (torch.zeros_like(u.sum), one, one)
+        variance = (observed / size).square()
+    unit = observed.square().nanmean()
+    fields = (centre, white, colour, *placement, u.mean(), target, unit, variance)
+    return Frame(*(v.float().contiguous() for v in fields))

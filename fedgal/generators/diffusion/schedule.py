@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ...core.errors import FedgalError, did_you_mean
+from ...core.errors import FedgalError, unknown_name
 
 # %% auto #0
 __all__ = ['TARGETS', 'cosine_schedule', 'Tables', 'Schedule', 'check_target', 'factors', 'add_noise', 'target_of', 'recover',
@@ -72,10 +72,11 @@ TARGETS = ("v", "eps", "x0")
 def check_target(target: str, schedule: Schedule) -> None:
     "Raise FedgalError for an unknown target, or one that the schedule's last step leaves undetermined."
     if target not in TARGETS:
-        raise FedgalError(f"unknown target {target!r}{did_you_mean(target, TARGETS)}; known: {', '.join(TARGETS)}")
+        unknown_name("target", target, TARGETS)
     if target == "eps" and schedule.zero_terminal:
         raise FedgalError(
-            "target 'eps' says nothing about x0 at a last step of pure noise; use target 'v' or 'x0', or Schedule(zero_terminal=False)"
+            "target 'eps' says nothing about x0 at a last step of pure noise; "
+            "use target 'v' or 'x0', or Schedule(zero_terminal=False)"
         )
 
 def factors(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:  # [B, 1] each
@@ -83,6 +84,7 @@ def factors(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:  # [B, 1] e
     signal, noise = (table.to(t.device)[t][..., None] for table in (schedule.signal, schedule.noise))
     return signal, noise
 
+# %% ../../../nbs/generators/diffusion/01_schedule.ipynb #0b20a4eb
 def add_noise(x: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     "The latents `x` [B, d] at the steps `t` [B]."
     a, s = factors(schedule, t)
@@ -92,8 +94,11 @@ def target_of(x: Tensor, noise: Tensor, t: Tensor, schedule: Schedule, target: s
     "What the network should predict, [B, d]."
     check_target(target, schedule)
     a, s = factors(schedule, t)
-    return {"v": lambda: a * noise - s * x, "eps": lambda: noise, "x0": lambda: x}[target]()
+    if target == "v":
+        return a * noise - s * x
+    return noise if target == "eps" else x
 
+# %% ../../../nbs/generators/diffusion/01_schedule.ipynb #3e7da245
 def recover(
     prediction: Tensor,  # [B, d] of the network
     z_t: Tensor,  # [B, d] what it saw
