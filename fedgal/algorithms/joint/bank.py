@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import JointConfig
+from .options import JointOptions
 from .networks import Networks
 from ...core.errors import FedgalError
 from ...generators.diffusion.samplers import ddim
@@ -50,6 +50,7 @@ def gaussian_latents(
 # %% ../../../nbs/algorithms/joint/08_bank.ipynb #03eb9d00
 class LatentBank(NamedTuple):
     "Latents with their classes."
+
     z: Tensor  # [N, d]
     y: Tensor  # int64 [N]
 
@@ -61,37 +62,39 @@ class LatentBank(NamedTuple):
 # %% ../../../nbs/algorithms/joint/08_bank.ipynb #7db4f811
 class BankMaker:
     "Makes banks in the way that the options name; raises FedgalError for bank 'real' without a pool."
-    def __init__(self,
+
+    def __init__(
+        self,
         networks: Networks,
         x: Tensor,  # [N, ...] training samples, as stored
         y: Tensor,  # int64 [N]
-        config: JointConfig,
+        options: JointOptions,
         seed: int,
         pool: tuple[Tensor, Tensor] | None = None,  # samples as stored and classes, behind the bank "real"
     ):
-        if config.bank == "real" and pool is None:
+        if options.bank == "real" and pool is None:
             raise FedgalError("bank = 'real' needs the pool of samples that it is made of")
         self.networks = networks
         self.x, self.y, self.pool = x, y, pool
-        self.config = config
+        self.options = options
         self.seed = seed
         self.counts = torch.bincount(y, minlength=networks.n_classes)
 
     def make(self, epoch: int) -> LatentBank:
         "A bank for the epochs from this one on."
-        if self.config.bank == "real":
+        if self.options.bank == "real":
             return self._of_pool()
         present = self.counts.nonzero().flatten()
-        labels = present.repeat_interleave(self.config.bank_per_class)
+        labels = present.repeat_interleave(self.options.bank_per_class)
         generator = stream(self.seed, "joint bank", epoch)
         return LatentBank(self._latents(labels, generator), labels.to(self.networks.device))
 
     def _latents(self, labels, generator):
-        networks, config = self.networks, self.config
-        if config.bank == "denoiser":
-            return denoiser_latents(networks, labels.to(networks.device), config.sampling_steps, generator)
+        networks, options = self.networks, self.options
+        if options.bank == "denoiser":
+            return denoiser_latents(networks, labels.to(networks.device), options.sampling_steps, generator)
         z = networks.encode(self.x).cpu()
-        z_hat = gaussian_latents(z, self.y, labels, len(self.counts), config.widen, generator)
+        z_hat = gaussian_latents(z, self.y, labels, len(self.counts), options.widen, generator)
         return z_hat.to(networks.device)
 
     def _of_pool(self):

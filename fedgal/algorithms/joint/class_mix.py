@@ -19,12 +19,14 @@ __all__ = ['ClassMix']
 @dataclass(frozen=True, eq=False)
 class ClassMix:
     "Samples of every class, and how often they are drawn."
+
     counts: Tensor  # int64 [C] samples of every class
     share: Tensor  # float64 [C] of every class in a batch
     weight: Tensor  # float64 [N] of every sample in the draw, up to a factor
 
     @classmethod
-    def of(cls,
+    def of(
+        cls,
         y: Tensor,  # int64 [N]
         n_classes: int,
         power: float,  # 1: as they come; 0: all classes alike

@@ -44,6 +44,7 @@ def collapsed(
 # %% ../../../nbs/algorithms/joint/02_collapse.ipynb #50a258fd
 class LatentNorm(nn.BatchNorm1d):
     "Batch normalisation without weights between encoder and denoiser, and its inverse for samples."
+
     def __init__(self, dim: int):
         super().__init__(dim, eps=1e-4, momentum=0.05, affine=False)
 
@@ -72,5 +73,5 @@ def equal_radius_loss(
     member = torch.nn.functional.one_hot(y, len(prototypes)).to(z) * has_prototype[:, None]  # [B, C]
     n = member.sum(0)
     mean_square = square @ member / n.clamp(min=1)  # [C]
-    radius = mean_square.clamp(min=torch.finfo(z.dtype).tiny).sqrt()    # at 0 the slope of a root is infinite
+    radius = mean_square.clamp(min=torch.finfo(z.dtype).tiny).sqrt()  # at 0 the slope of a root is infinite
     return ((radius - r).square() * (n > 0)).sum() / ((n > 0).sum().clamp(min=1) * r.square())

@@ -9,50 +9,76 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.errors import FedgalError, did_you_mean
+from ...core.registry import Registry
 
 # %% auto #0
-__all__ = ['COMBINE', 'dot', 'combine', 'Gradients', 'split_gradients', 'clipped']
+__all__ = ['JOINT_RULES', 'dot', 'add', 'real_only', 'semantic_only', 'normalised', 'pcgrad', 'combine', 'Gradients',
+           'split_gradients', 'clipped']
 
 # %% ../../../nbs/algorithms/joint/01_gradients.ipynb #fa2a71ec
-COMBINE = ("sum", "real_only", "semantic_only", "normalised", "pcgrad")
+JOINT_RULES = Registry(
+    "joint_rule",
+    {
+        "sum": "fedgal.algorithms.joint.gradients:add",
+        "real_only": "fedgal.algorithms.joint.gradients:real_only",
+        "semantic_only": "fedgal.algorithms.joint.gradients:semantic_only",
+        "normalised": "fedgal.algorithms.joint.gradients:normalised",
+        "pcgrad": "fedgal.algorithms.joint.gradients:pcgrad",
+    },
+)
 
 def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
     "Inner product of two lists of tensors, taken as one long vector each."
     return torch.stack([(u * v).sum() for u, v in zip(a, b, strict=True)]).sum()
 
 # %% ../../../nbs/algorithms/joint/01_gradients.ipynb #fa2a71ee
-def _weights(a, b, rule):
-    "What each of two gradients is multiplied by before they are added."
-    if rule == "sum":
-        return 1.0, 1.0
-    tiny = torch.finfo(a[0].dtype).tiny
-    aa = dot(a, a).clamp(min=tiny)
-    bb = dot(b, b).clamp(min=tiny)
-    if rule == "normalised":
-        mean_length = (aa.sqrt() + bb.sqrt()) / 2
-        return mean_length / aa.sqrt(), mean_length / bb.sqrt()
-    conflict = dot(a, b).clamp(max=0)
-    return 1 - conflict / aa, 1 - conflict / bb    # a' + b', collected by a and b
+def add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    "Both gradients as they are."
+    return [p + q for p, q in zip(a, b, strict=True)]
 
+def real_only(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    "The gradient of the real loss: a stop-gradient for the semantic ones."
+    return list(a)
+
+def semantic_only(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    "The gradient of the semantic losses."
+    return list(b)
+
+# %% ../../../nbs/algorithms/joint/01_gradients.ipynb #0686fb4f
+def _squares(a, b):
+    "Squared lengths of two gradients, never zero."
+    tiny = torch.finfo(a[0].dtype).tiny
+    return dot(a, a).clamp(min=tiny), dot(b, b).clamp(min=tiny)
+
+def _weighted(a, b, u, v):
+    return [u * p + v * q for p, q in zip(a, b, strict=True)]
+
+def normalised(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    "Both gradients at their mean length, then added."
+    aa, bb = _squares(a, b)
+    mean_length = (aa.sqrt() + bb.sqrt()) / 2
+    return _weighted(a, b, mean_length / aa.sqrt(), mean_length / bb.sqrt())
+
+# %% ../../../nbs/algorithms/joint/01_gradients.ipynb #0d376b17
+def pcgrad(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    "Each gradient projected off the other where the two conflict, then added (Yu et al. 2020)."
+    aa, bb = _squares(a, b)
+    conflict = dot(a, b).clamp(max=0)
+    return _weighted(a, b, 1 - conflict / aa, 1 - conflict / bb)  # a' + b', collected by a and b
+
+# %% ../../../nbs/algorithms/joint/01_gradients.ipynb #cc887fb2
 def combine(
     a: list[Tensor],  # gradient of the real loss, one tensor a parameter
     b: list[Tensor],  # gradient of the semantic losses, the same shapes
-    rule: str = "sum",  # one of `COMBINE`
+    rule: str = "sum",  # one of `JOINT_RULES`
 ) -> list[Tensor]:
     "One gradient out of two, without waiting for the device; raises FedgalError for an unknown rule."
-    if rule not in COMBINE:
-        raise FedgalError(f"unknown rule {rule!r}{did_you_mean(rule, COMBINE)}; known: {', '.join(COMBINE)}")
-    if rule == "real_only":
-        return list(a)
-    if rule == "semantic_only":
-        return list(b)
-    u, v = _weights(a, b, rule)
-    return [u * p + v * q for p, q in zip(a, b, strict=True)]
+    return JOINT_RULES[rule](a, b)
 
 # %% ../../../nbs/algorithms/joint/01_gradients.ipynb #61ca158d
 class Gradients(NamedTuple):
     "What each network gets of each loss; one tensor a parameter."
+
     real: list[Tensor]  # encoder, real loss
     semantic: list[Tensor]  # encoder, semantic losses
     head: list[Tensor]  # real and generated loss

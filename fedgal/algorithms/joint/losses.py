@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bank import LatentBank
 from .collapse import equal_radius_loss
-from .config import JointConfig
+from .options import JointOptions
 from .moving_geometry import MovingGeometry
 from .networks import Networks
 from ...generators.diffusion.schedule import denoising_loss
@@ -24,6 +24,7 @@ from ...models.losses.base import cross_entropy
 # %% ../../../nbs/algorithms/joint/09_losses.ipynb #e5454d7e
 class Batch(NamedTuple):
     "All that a step draws, on the device of the networks."
+
     x: Tensor  # [B, ...] float samples
     y: Tensor  # int64 [B]
     t: Tensor  # int64 [B] steps of the diffusion
@@ -37,13 +38,13 @@ def joint_losses(
     geometry: MovingGeometry,  # of normalised latents
     head_classes: Tensor,  # bool [C] classes whose mean radius is the prior radius
     log_prior: Tensor,  # [C]
-    config: JointConfig,
+    options: JointOptions,
     loss: Callable = cross_entropy,  # (logits, y, log prior) -> [B]
 ) -> tuple[dict[str, Tensor], Tensor]:  # name -> scalar, and normalised latents [B, d] without gradient
     "Every loss of one batch from one forward pass."
     features = networks.model(batch.x)
     z = networks.norm(features.high)
-    z_in = z if config.ldm_to_encoder else z.detach()
+    z_in = z.detach() if options.guard else z
     ldm, z_0 = denoising_loss(networks.denoiser, z_in, batch.y, batch.t, batch.noise, networks.schedule)
     prototypes, radius, unit = geometry.anchors()
     abar_t = networks.schedule.alpha_bar.to(batch.t.device)[batch.t]
@@ -55,7 +56,8 @@ def joint_losses(
         "real": loss(features.logits, batch.y, log_prior).mean(),
         "ldm": ldm.mean(),
         "radius": equal_radius_loss(z, batch.y, prototypes, radius[head_classes].nanmean()),
-        "prototype": pull(z, torch.ones_like(ldm)) + pull(z_0, timestep_weight(abar_t))}
+        "prototype": pull(z, torch.ones_like(ldm)) + pull(z_0, timestep_weight(abar_t)),
+    }
     if batch.generated is not None:
         logits = networks.model.head(batch.generated.z)
         terms["generated"] = loss(logits, batch.generated.y, log_prior).mean()
@@ -64,8 +66,11 @@ def joint_losses(
 # %% ../../../nbs/algorithms/joint/09_losses.ipynb #3c910cfb
 def semantic_loss(
     terms: dict[str, Tensor],  # of `joint_losses`
-    config: JointConfig,
+    options: JointOptions,
 ) -> Tensor:  # scalar
     "Weighted sum of the losses that are no cross-entropy."
-    return (config.weight_ldm * terms["ldm"] + config.weight_radius * terms["radius"]
-            + config.weight_prototype * terms["prototype"])
+    return (
+        options.weight_ldm * terms["ldm"]
+        + options.weight_radius * terms["radius"]
+        + options.weight_prototype * terms["prototype"]
+    )

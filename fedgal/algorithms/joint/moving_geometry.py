@@ -17,6 +17,7 @@ __all__ = ['MovingGeometry']
 # %% ../../../nbs/algorithms/joint/03_moving_geometry.ipynb #168e2f78
 class MovingGeometry(NamedTuple):
     "Prototypes and squared radii that follow a moving encoder; a value, so that it maps over clients."
+
     prototypes: Tensor  # [C, d], NaN until a sample came
     square: Tensor  # [C] squared rms radius, NaN until measurable
     noise: Tensor  # [C] variance of the prototype, in squared radii

@@ -5,14 +5,14 @@
 # %% ../../../nbs/algorithms/joint/11_result.ipynb #b002e3ab
 from __future__ import annotations
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
 from .bank import LatentBank
 from .collapse import LatentNorm
-from .config import JointConfig
+from .options import JointOptions
 from ...core.errors import FedgalError
 from ...generators.diffusion.denoiser import Denoiser
 from ...models.init import initialised
@@ -30,6 +30,7 @@ _TEXT = ("history", "epochs", "start", "recipe")
 @dataclass(frozen=True, eq=False)
 class JointResult:
     "What joint training leaves."
+
     model: SplitModel  # encoder and head, in evaluation mode
     denoiser: nn.Module  # averaged
     norm: LatentNorm  # between the two
@@ -37,7 +38,7 @@ class JointResult:
     history: list[dict]  # a row every few steps
     epochs: list[dict]  # a row an epoch
     start: dict  # radius and rank before the first step
-    config: JointConfig
+    options: JointOptions
     recipe: dict | None = None  # arguments of `build_model` for this kind of model; needed to be saved
 
     @property
@@ -54,14 +55,18 @@ class JointResult:
     def save(self, folder: Path) -> None:
         "Write all of it into a folder; raises FedgalError without a recipe of the model."
         if self.recipe is None:
-            raise FedgalError("a result without the recipe of its model cannot be read back; "
-                              "give the arguments of build_model as recipe")
+            raise FedgalError(
+                "a result without the recipe of its model cannot be read back; "
+                "give the arguments of build_model as recipe"
+            )
         folder = Path(folder)
         save_tensors(folder / "model.safetensors", self.model.state_dict())
         save_tensors(folder / "generator.safetensors", generator_tensors(self))
         if self.bank is not None:
             save_tensors(folder / "bank.safetensors", self.bank._asdict())
-        save_json(folder / "result.json", {"config": asdict(self.config), **{n: getattr(self, n) for n in _TEXT}})
+        save_json(
+            folder / "result.json", {"options": self.options.model_dump(), **{n: getattr(self, n) for n in _TEXT}}
+        )
 
     @classmethod
     def load(cls, folder: Path) -> JointResult:
@@ -79,14 +84,14 @@ def generator_tensors(
 def _load(folder):
     "A result out of its folder."
     text, tensors = load_json(folder / "result.json"), load_tensors(folder / "generator.safetensors")
-    config = JointConfig(**text.pop("config"))
+    options = JointOptions(**text.pop("options"))
     model = build_model(**text["recipe"], generator=stream(0, "overwritten"))
     model.load_state_dict(load_tensors(folder / "model.safetensors"))
     dim, n_classes = model.dims["high"], text["recipe"]["n_classes"]
-    denoiser = initialised(lambda: Denoiser(dim, n_classes, config.width, config.blocks), stream(0, "overwritten"))
+    denoiser = initialised(lambda: Denoiser(dim, n_classes, options.width, options.blocks), stream(0, "overwritten"))
     norm = LatentNorm(dim)
     for name, module in (("denoiser", denoiser), ("norm", norm)):
         module.load_state_dict({n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")})
     bank = folder / "bank.safetensors"
     bank = LatentBank(**load_tensors(bank)) if bank.is_file() else None
-    return JointResult(model.eval(), denoiser.eval(), norm.eval(), bank, config=config, **text)
+    return JointResult(model.eval(), denoiser.eval(), norm.eval(), bank, options=options, **text)

@@ -8,7 +8,7 @@ __all__ = ['plateaued', 'at_rest', 'encoder_rate', 'ema_decay']
 # %% ../../../nbs/algorithms/joint/05_schedules.ipynb #27e3165a
 import math
 
-from .config import JointConfig
+from .options import JointOptions
 
 # %% ../../../nbs/algorithms/joint/05_schedules.ipynb #219fe456
 def plateaued(
@@ -29,21 +29,21 @@ def plateaued(
 def at_rest(
     epoch: int,  # from 0
     losses: list[float],  # diffusion loss of every epoch before this one
-    config: JointConfig,
+    options: JointOptions,
 ) -> bool:
     "Whether the encoder is still frozen in this epoch; once it moves it never rests again."
-    share = math.ceil(config.warmup_share * config.epochs)
-    if config.warmup == "share":
+    share = math.ceil(options.warmup_share * options.epochs)
+    if options.warmup == "share":
         return epoch < share
     return epoch < 2 * share and not any(plateaued(losses[:e]) for e in range(epoch + 1))
 
 # %% ../../../nbs/algorithms/joint/05_schedules.ipynb #6c8b0b17
 def encoder_rate(
     moved: int,  # steps in which the encoder has moved, this one included
-    config: JointConfig,
+    options: JointOptions,
 ) -> float:
     "Learning rate of the encoder."
-    return config.lr_encoder * min(1.0, moved / max(1, config.ramp))
+    return options.lr_encoder * min(1.0, moved / max(1, options.ramp))
 
 # %% ../../../nbs/algorithms/joint/05_schedules.ipynb #93887d1c
 def ema_decay(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bank import BankMaker, LatentBank
 from .class_mix import ClassMix
-from .config import JointConfig
+from .options import JointOptions
 from .gradients import Gradients, clipped, combine, split_gradients
 from .losses import Batch, joint_losses, semantic_loss
 from .moving_geometry import MovingGeometry
@@ -32,23 +32,25 @@ from ...stats.radius import head_classes
 # %% ../../../nbs/algorithms/joint/12_trainer.ipynb #12000002
 def network_gradients(
     gradients: Gradients,
-    config: JointConfig,
+    options: JointOptions,
     moving: bool = True,  # whether the encoder is trained
 ) -> dict[str, list[Tensor]]:  # of encoder, head and denoiser
     "The gradient of each network, clipped."
-    encoder = combine(gradients.real, gradients.semantic, config.rule) if moving else []
+    encoder = combine(gradients.real, gradients.semantic, options.rule) if moving else []
     parts = {"encoder": encoder, "head": gradients.head, "denoiser": gradients.denoiser}
-    return {name: clipped(part, config.clip) for name, part in parts.items()}
+    return {name: clipped(part, options.clip) for name, part in parts.items()}
 
 # %% ../../../nbs/algorithms/joint/12_trainer.ipynb #7e1bc641
 class Trainer:
     "Trains networks together, a batch at a time."
-    def __init__(self,
+
+    def __init__(
+        self,
         networks: Networks,
         maker: BankMaker,
         x: Tensor,  # [N, ...] samples, as stored
         y: Tensor,  # int64 [N]
-        config: JointConfig,
+        options: JointOptions,
         seed: int,
         loss: Callable = cross_entropy,  # (logits, y, log prior) -> [B]
         augment: Callable | None = None,  # (x, generator) -> x, on a whole batch as stored
@@ -56,24 +58,24 @@ class Trainer:
         self.networks = networks
         self.maker = maker
         self.x, self.y = x, y
-        self.config = config
+        self.options = options
         self.seed = seed
         self.loss, self.augment = loss, augment
-        self.mix = ClassMix.of(y, networks.n_classes, config.power)
+        self.mix = ClassMix.of(y, networks.n_classes, options.power)
         self.head_classes = head_classes(self.mix.counts).to(networks.device)
         z = networks.encode(x)
         networks.norm.measure(z)
         empty = MovingGeometry.start(networks.n_classes, networks.dim, networks.device)
-        self.geometry = empty.update(networks.norm.eval()(z), y.to(networks.device), config.rate)
+        self.geometry = empty.update(networks.norm.eval()(z), y.to(networks.device), options.rate)
         self.watch = Watch(networks, x, y, seed)
         self.use(None)
         self.steps = 0
-        self.moved = 0    # steps with a moving encoder
+        self.moved = 0  # steps with a moving encoder
 
     def use(self, bank: LatentBank | None) -> None:
         "Train the head with this bank from now on."
         self.bank = bank
-        gamma = 0.0 if bank is None else self.config.gamma
+        gamma = 0.0 if bank is None else self.options.gamma
         self.log_prior = self.mix.log_prior(gamma).to(self.networks.device)
 
 # %% ../../../nbs/algorithms/joint/12_trainer.ipynb #be4fd4dd
@@ -82,18 +84,20 @@ def train_step(
     batch: Batch,
 ) -> tuple[dict[str, Tensor], Gradients]:
     "One step of all three networks; the losses before it, and their gradients."
-    networks, config = trainer.networks, trainer.config
-    terms, z = joint_losses(networks, batch, trainer.geometry, trainer.head_classes, trainer.log_prior, config,
-                            trainer.loss)
+    networks, options = trainer.networks, trainer.options
+    terms, z = joint_losses(
+        networks, batch, trainer.geometry, trainer.head_classes, trainer.log_prior, options, trainer.loss
+    )
     parameters = trained_parameters(networks)
-    gradients = split_gradients(terms["real"], semantic_loss(terms, config), terms.get("generated"),
-                                *parameters.values(), gamma=config.gamma)
+    gradients = split_gradients(
+        terms["real"], semantic_loss(terms, options), terms.get("generated"), *parameters.values(), gamma=options.gamma
+    )
     if networks.moving:
         trainer.moved += 1
         trainer.watch.note(gradients)
-    moves = network_gradients(gradients, config, networks.moving)
-    take_step(networks, moves, encoder_rate(trainer.moved, config))
-    trainer.geometry = trainer.geometry.update(z, batch.y, config.rate)
+    moves = network_gradients(gradients, options, networks.moving)
+    take_step(networks, moves, encoder_rate(trainer.moved, options))
+    trainer.geometry = trainer.geometry.update(z, batch.y, options.rate)
     trainer.steps += 1
     return {name: v.detach() for name, v in terms.items()}, gradients
 
@@ -103,7 +107,7 @@ def batches(
     epoch: int,  # from 0
 ) -> Iterator[Batch]:
     "The batches of an epoch, as many samples as there are, classes drawn by the mix."
-    size, device = trainer.config.batch_size, trainer.networks.device
+    size, device = trainer.options.batch_size, trainer.networks.device
     picks, noises, shifts = (stream(trainer.seed, f"joint {what}", epoch) for what in ("batches", "noise", "augment"))
     n = -(-len(trainer.y) // size) * size
     for rows in trainer.mix.draw(n, picks).split(size):
@@ -121,26 +125,26 @@ def train_epoch(
     epoch: int,  # from 0
 ) -> float:  # mean diffusion loss
     "One pass over the samples; leaves a row of the history every `watch` steps and after the last of all."
-    config, losses = trainer.config, []
+    options, losses = trainer.options, []
     for batch in batches(trainer, epoch):
         terms, gradients = train_step(trainer, batch)
         losses.append(terms["ldm"])
-        if trainer.steps % config.watch == 0:
+        if trainer.steps % options.watch == 0:
             _look(trainer, epoch, terms, gradients)
-    if epoch + 1 == config.epochs and trainer.steps % config.watch:
+    if epoch + 1 == options.epochs and trainer.steps % options.watch:
         _look(trainer, epoch, terms, gradients)
     return float(sum(losses, 0.0)) / len(losses)
 
 def _look(trainer, epoch, terms, gradients):
     "Leave a row of the history."
-    trainer.watch.look(epoch + 1, trainer.steps, terms, gradients, encoder_rate(trainer.moved, trainer.config))
+    trainer.watch.look(epoch + 1, trainer.steps, terms, gradients, encoder_rate(trainer.moved, trainer.options))
 
 # %% ../../../nbs/algorithms/joint/12_trainer.ipynb #693a0b58
 def fit_joint(
     model: SplitModel,  # trained before, or not; it is not changed
     x: Tensor,  # [N, ...] samples, as stored
     y: Tensor,  # int64 [N]
-    config: JointConfig,
+    options: JointOptions,
     seed: int,  # of denoiser, batches, noise and banks
     loss: Callable = cross_entropy,  # (logits, y, log prior) -> [B]
     augment: Callable | None = None,  # (x, generator) -> x, on a whole batch as stored
@@ -148,18 +152,26 @@ def fit_joint(
     pool: tuple[Tensor, Tensor] | None = None,  # samples as stored and classes, behind the bank "real"
 ) -> JointResult:
     "Train encoder, head and denoiser together; a pure function of its arguments."
-    networks = Networks(model, config, seed)
-    maker = BankMaker(networks, x, y, config, seed, pool)
-    trainer = Trainer(networks, maker, x, y, config, seed, loss, augment)
+    networks = Networks(model, options, seed)
+    maker = BankMaker(networks, x, y, options, seed, pool)
+    trainer = Trainer(networks, maker, x, y, options, seed, loss, augment)
     losses, epochs = [], []
-    for epoch in progress(range(config.epochs), "epoch"):
-        resting = at_rest(epoch, losses, config)
+    for epoch in progress(range(options.epochs), "epoch"):
+        resting = at_rest(epoch, losses, options)
         networks.rest(resting)
-        if config.gamma and epoch and epoch % config.refresh == 0:
+        if options.gamma and epoch and epoch % options.refresh == 0:
             trainer.use(maker.make(epoch))
         losses.append(train_epoch(trainer, epoch))
         judged = judge(networks.model) if judge else {}
         epochs.append({"epoch": epoch + 1, "resting": resting, "ldm": losses[-1], **judged})
     watch = trainer.watch
-    return JointResult(networks.model.eval(), networks.averaged.module.eval(), networks.norm.eval(), trainer.bank,
-                       watch.history, epochs, watch.start, config)
+    return JointResult(
+        networks.model.eval(),
+        networks.averaged.module.eval(),
+        networks.norm.eval(),
+        trainer.bank,
+        watch.history,
+        epochs,
+        watch.start,
+        options,
+    )

@@ -63,7 +63,9 @@ def head_row(
 # %% ../../../nbs/algorithms/joint/10_watch.ipynb #01a17995
 class Watch:
     "Keeps the rows of the history, and what happened between two of them."
-    def __init__(self,
+
+    def __init__(
+        self,
         networks: Networks,
         x: Tensor,  # [N, ...] training samples, as stored
         y: Tensor,  # int64 [N]
@@ -88,8 +90,10 @@ class Watch:
         row |= gradient_row(gradients)
         finite = [v for name, v in row.items() if name.startswith("norm_")] + [row["loss_real"], row["loss_ldm"]]
         if not all(map(math.isfinite, finite)):
-            raise FedgalError(f"joint training diverged at step {step}: a loss or gradient is not finite; "
-                              "lower the learning rates, or clip")
+            raise FedgalError(
+                f"joint training diverged at step {step}: a loss or gradient is not finite; "
+                "lower the learning rates, or clip"
+            )
         row["conflicts"] = float(self.conflicts) / self.moved_since if self.moved_since else None
         row["lr_encoder"] = lr_encoder
         self.conflicts = self.conflicts * 0
