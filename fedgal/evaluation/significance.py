@@ -13,40 +13,43 @@ from .metrics import _number
 
 # %% ../../nbs/evaluation/03_significance.ipynb #ae74bc5c
 def gap_closed(
-    value: float | Sequence[float],  # accuracy of the arm, one value or one per seed
-    refit: float | Sequence[float],
-    oracle: float | Sequence[float],
+    value: float | Sequence[float | None],  # accuracy of the arm, one value or one per seed; None: failed run
+    refit: float | Sequence[float | None],
+    oracle: float | Sequence[float | None],
 ) -> float | None:  # 0: no better than `refit`, 1: as good as `oracle`, below 0: worse than `refit`
-    "Share of the distance from `refit` to `oracle` that an arm closes; None where that is under a point, a share of noise."
-    low, high = np.mean(refit), np.mean(oracle)
-    return float((np.mean(value) - low) / (high - low)) if high - low >= 0.01 else None
+    "Share of the distance from `refit` to `oracle` that an arm closes, over seeds that have all three; None under a point."
+    arms = [_floats([x] if np.ndim(x) == 0 else x) for x in (value, refit, oracle)]
+    if len({len(x) for x in arms}) > 1:
+        raise FedgalError(
+            f"arms of {', '.join(str(len(x)) for x in arms)} seeds: one value per seed, None if it failed"
+        )
+    whole = ~np.isnan(arms).any(0)
+    if not whole.any():
+        return None
+    mean, low, high = (np.mean(x[whole]) for x in arms)
+    return float((mean - low) / (high - low)) if high - low >= 0.01 else None
+
+def _floats(x):
+    return np.array([np.nan if a is None else a for a in x], float)
 
 # %% ../../nbs/evaluation/03_significance.ipynb #8264ffa9
 def paired_interval(
     difference: Sequence[float],  # [S] one paired difference per seed
-    method: str = "t",  # "t" or "bootstrap"
-    seed: int = 0,  # of the bootstrap
-) -> tuple[float | None, list[float | None], float | None]:  # mean, [low, high] of the 95 % interval, two-sided p
+) -> tuple[float | None, list[float | None], float | None]:  # mean, [low, high] of the 95 % t interval, two-sided p
     "Mean difference with interval and p value; interval and p are None below two seeds."
     from scipy import stats as scipy_stats  # half a second that most callers do not need
 
     d = np.asarray(difference, float)
-    if method not in ("t", "bootstrap"): raise FedgalError(f"method = {method!r}: allowed are 't' and 'bootstrap'")
     if len(d) < 2:
         return (float(d[0]) if len(d) else None), [None, None], None
     mean = float(d.mean())
     if np.ptp(d) < 1e-12:  # no spread between seeds: nothing to test with, unless the arms are the same
         return (mean, [mean, mean], 1.0) if abs(mean) < 1e-12 else (mean, [None, None], None)
-    if method == "t":
-        test = scipy_stats.ttest_1samp(d, 0)
-        low, high = test.confidence_interval(0.95)
-    else:
-        boot = scipy_stats.bootstrap((d,), np.mean, method="percentile", n_resamples=10_000, rng=seed)
-        low, high = boot.confidence_interval
-        change = lambda a, b: (a - b).mean()
-        test = scipy_stats.permutation_test((d, 0 * d), change, permutation_type="samples", rng=seed)
+    test = scipy_stats.ttest_1samp(d, 0)
+    low, high = test.confidence_interval(0.95)
     return mean, [float(low), float(high)], float(test.pvalue)
 
+# %% ../../nbs/evaluation/03_significance.ipynb #4c5dc481
 def holm(
     p: Sequence[float | None],  # None is passed through and not counted
 ) -> list[float | None]:
@@ -63,8 +66,6 @@ def paired_comparison(
     baseline: str,  # the arm that the others are compared with
     few: dict[str, Sequence[float | None]] | None = None,  # accuracy of the few classes per arm and seed
     params: dict[str, dict] | None = None,  # what distinguishes each arm
-    method: str = "t",  # see `paired_interval`
-    seed: int = 0,
 ) -> list[dict]:  # the "rows" of comparison.json
     "Means over seeds and paired, Holm-corrected differences from the baseline."
     if baseline not in values:
@@ -74,10 +75,11 @@ def paired_comparison(
     if len(set(lengths.values())) > 1:
         raise FedgalError(f"arms differ in seeds {lengths}: pairing needs one value per seed, None for a failed run")
     v = {arm: _floats(x) for arm, x in values.items()}
-    tests, keys = {}, ("difference", "ci95", "p")
+    keys = ("difference", "ci95", "p")
+    tests = {}
     for arm in v:
         d = v[arm] - v[baseline]
-        tests[arm] = (None, [None, None], None) if arm == baseline else paired_interval(d[~np.isnan(d)], method, seed)
+        tests[arm] = (None, [None, None], None) if arm == baseline else paired_interval(d[~np.isnan(d)])
     p_holm = dict(zip(tests, holm([t[2] for t in tests.values()]), strict=True))
     return [
         {
@@ -91,9 +93,6 @@ def paired_comparison(
         }
         for arm, x in v.items()
     ]
-
-def _floats(x):
-    return np.array([np.nan if a is None else a for a in x], float)
 
 def _spread(x):
     ok = x[~np.isnan(x)]
