@@ -157,7 +157,7 @@ def test_a_parameter_means_the_same_in_every_stage(schemas):
 
 def registries():
     from fedgal.federated.algorithm import ALGORITHMS
-    from fedgal.data.sources import SOURCES
+    from fedgal.data.sources import DATASETS
     from fedgal.finetune.mix import ARMS
     from fedgal.generators.base import GENERATORS
     from fedgal.gradients import COMBINE
@@ -165,7 +165,7 @@ def registries():
     from fedgal.joint import WARMUPS
     from fedgal.models.losses.local import LOCAL_LOSSES
     from fedgal.models.networks import MODELS, NORMS
-    return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": ["digits", *SOURCES],
+    return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": [name for name in DATASETS if "*" not in name],
             "joint_rule": COMBINE, "joint_warmup": WARMUPS}
 
 
@@ -198,7 +198,7 @@ def test_every_partition_choice_divides(schemas):
     import torch
 
     from fedgal.core.errors import FedgalError
-    from fedgal.data.split import partition
+    from fedgal.data.divide import partition
     y = torch.arange(600) % 10
     for kind in (c.strip() for c in schemas["10_data"]["partition"].rule.split("|")):
         if "*" not in kind: assert len(partition(y, 3, kind, 0, shots=10)) == 3, kind
