@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from ..data.datasets import Dataset
+from ..data.dataset import Dataset
 from ..data.split import Split
 from .metrics import EvalResult, evaluate
 from ..federated.ledger import Ledger

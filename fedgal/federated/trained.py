@@ -15,7 +15,8 @@ from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.random import stream
 from ..core.store import by_first, load_tensors
-from ..data.datasets import Dataset, load_dataset
+from ..data.dataset import Dataset
+from ..data.datasets import load_dataset
 from ..data.split import Split
 from ..data.transforms import augmentation_for
 from .algorithm import get_algorithm

@@ -15,8 +15,7 @@ from pathlib import Path
 from ..core.errors import FedgalError
 from ..core.settings import device_class, root, settings
 from ..core.store import canonical, load_json, save_json, sha256
-from ..data.sources import dataset_files
-from .catalogue import catalogue
+from .catalogue import catalogue, entry_of
 from .schema import cells, inputs, schema
 
 # %% ../../nbs/pipeline/06_keys.ipynb #0ce50002
@@ -127,7 +126,8 @@ def chosen_entries(stage: str, params: dict) -> frozenset:
     for row in schema(stage).values():
         value = params.get(row.name)
         if row.registry:
-            pairs |= {f"{row.registry}:{name}" for name in (value if isinstance(value, list) else [value])}
+            given = value if isinstance(value, list) else [value]
+            pairs |= {f"{row.registry}:{entry_of(row.registry, name)}" for name in given}
     return frozenset(pairs)
 
 # %% ../../nbs/pipeline/06_keys.ipynb #c833c2ee
@@ -154,8 +154,11 @@ def _file_hash(path: Path) -> str:
 def data_files(params: dict) -> dict:  # "parameter/value/file" -> hash
     "The files that parameters name, by content."
     files = {}
-    if dataset := params.get("dataset"):
-        files |= {f"dataset/{dataset}/{f.name}": f for f in dataset_files(dataset)}
+    if "dataset" in params:
+        from fedgal.data.sources import source_of
+
+        dataset = params["dataset"]
+        files |= {f"dataset/{dataset}/{f.name}": f for f in source_of(dataset).files(dataset)}
     if split_file := params.get("split_file"):
         places = [root() / split_file, settings().data_root / split_file]
         files |= {f"split_file/{split_file}": next((f for f in places if f.is_file()), places[0])}

@@ -53,7 +53,7 @@ class Data(StageParameters):
         "digits",
         "data set, a file in the hub's schema, or a function that returns tensors",
         registry="dataset",
-        one_of=lambda: (*names("dataset"), "*.parquet", "*:*"),
+        one_of=lambda: names("dataset"),
     )
     fraction: float = option(1.0, "share of the training samples that is used at all", gt=0, le=1)
     imbalance: float = option(50.0, "most frequent / rarest class; 1 keeps the data as they are", ge=1)
@@ -63,7 +63,7 @@ class Data(StageParameters):
         "dirichlet",
         "how samples are dealt to clients",
         registry="partition",
-        one_of=lambda: (*names("partition"), "flwr:*"),
+        one_of=lambda: names("partition"),
     )
     alpha: float = option(0.3, "Dirichlet concentration; small is heterogeneous", gt=0)
     min_size: int = option(10, "samples that every client gets at least", ge=1)
@@ -177,6 +177,7 @@ class Joint(StageParameters):
     joint_width: int = option(128, "width of the denoiser, even", ge=2)
     joint_blocks: int = option(3, "residual blocks of the denoiser", ge=1)
     joint_sampling: int = option(20, "steps of the sampler", ge=1, le=1000)
+    joint_options: dict = option({}, "further options of joint training, for example {power: 1.0}; see fedgal params")
     bank_per_class: int = BANK_PER_CLASS
     guard: bool = option(True, "keep the diffusion loss away from the encoder; without it the latents may collapse")
     joint_arms: list[str] = option(

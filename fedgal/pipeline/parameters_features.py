@@ -69,7 +69,7 @@ class Generate(StageParameters):
         0.0, "above 0: this share of every class's training samples instead, at least 5 (LDMLR)", ge=0
     )
     shrink: str = option(
-        "ratio", "how class covariances are pulled towards the pooled one", one_of=("ratio", "oas", "none")
+        "ratio", "how class covariances are pulled towards the pooled one", one_of=("ratio", "pooled_oas", "none")
     )
     kappa: float = KAPPA
     widen: float = option(
@@ -141,6 +141,12 @@ class Finetune(StageParameters):
     encoder_lr: float = option(0.0, "relative learning rate of the part below the level; 0 freezes it", ge=0)
     oracle_per_class: int = option(200, "real features of every class in the oracle's bank, at most", ge=1)
     virtual_per_class: int = option(500, "ccvr: virtual features of every class", ge=1)
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        from fedgal.finetune.arms import check_arms
+
+        check_arms(params)
 
 # %% ../../nbs/pipeline/03_parameters_features.ipynb #fa2a0015
 class Evaluate(StageParameters):

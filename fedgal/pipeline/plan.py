@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.errors import FedgalError, did_you_mean
 from ..core.text import member_name, spelt
-from ..data.sources import ensure_data
 from .check import check_run
 from .keys import keys
 from .schema import RESERVED, flat, grid, grids, inputs, load_params, resolve, schema
@@ -136,6 +135,11 @@ def check_row(row: str, arms: list[str], merged: list[dict]) -> None:
             raise FedgalError(f"contest row {row!r}: no member has {name}={value}{there}")
 
 # %% ../../nbs/pipeline/12_plan.ipynb #9415453b
+def _ensure_data(dataset: str) -> None:
+    from fedgal.data.datasets import ensure_data
+
+    ensure_data(dataset)
+
 def plan(
     file: Path,  # a YAML file
     overrides: dict | None = None,  # name -> value, as with papermill's -p
@@ -151,7 +155,7 @@ def plan(
         if COMPARE in source.stages and (source.swept or "contests" in source.values):
             check_comparison(source, members)
     for dataset in dict.fromkeys(m.params["10_data"]["dataset"] for m in members if "10_data" in m.params):
-        ensure_data(dataset)
+        _ensure_data(dataset)
     chain = [s for s in source.stages if s != COMPARE or not source.swept]
     for member in members:
         member.keys = keys(chain, member.params)

@@ -174,7 +174,7 @@ def server_losses(
 
 def training_curves(
     history: list[dict],  # of a generator
-) -> list[tuple[list[dict], str]]:  # rows, and the curve that the title speaks of
+) -> list[tuple[list[dict], str | None]]:  # rows, and the curve that the title speaks of; None: the first
     "The losses of a generator, and apart from them the gradients of its terms."
     gradient = "gradient of denoising"
 
@@ -182,5 +182,5 @@ def training_curves(
         axes = ("step", "round")
         return [{n: v for n, v in r.items() if n in axes or n.startswith("gradient") == gradients} for r in history]
 
-    curves = [(pick(False), "total")] if history else []
+    curves = [(pick(False), None)] if history else []
     return curves + ([(pick(True), gradient)] if any(gradient in row for row in history) else [])
