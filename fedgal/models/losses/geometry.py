@@ -4,15 +4,15 @@
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #5bab75d3
 from __future__ import annotations
-from dataclasses import dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ...core.errors import FedgalError, one_of
+from ...core.errors import one_of
+from ...core.options import Options, option
 
 # %% auto #0
-__all__ = ['WEIGHT_KINDS', 'RADIUS_MODES', 'PROTOTYPE_FORMS', 'timestep_weight', 'radius_factor', 'Anchors', 'members',
+__all__ = ['WEIGHT_KINDS', 'PROTOTYPE_FORMS', 'RADIUS_MODES', 'timestep_weight', 'radius_factor', 'Anchors', 'members',
            'prototype_loss', 'radius_loss', 'margin_loss', 'Geometry', 'gald_loss']
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #c090bef5
@@ -35,8 +35,6 @@ def radius_factor(
     return (variance * alpha_bar / (variance * alpha_bar + 1 - alpha_bar)).sqrt()
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #2765e355
-RADIUS_MODES = ("mean", "rms", "sample")
-
 class Anchors(NamedTuple):
     "Where classes lie and how wide they should be; tensors only, so that it maps over clients."
 
@@ -48,15 +46,12 @@ def members(y: Tensor, n_classes: int) -> Tensor:  # [B, C] bool
     "Which sample is of which class; `one_hot` looks at values and so cannot be mapped together with a gradient."
     return y[:, None] == torch.arange(n_classes, device=y.device)
 
-def _deviations(x0, y, prototypes, weight):
-    "Estimate minus own prototype [B, d], weight [B], weighted membership [B, C]; zero for a sample that does not count."
-    known = prototypes.isfinite().all(1)
-    w = torch.where(known[y], weight.to(x0), 0)
-    return (
-        torch.where(w[:, None] > 0, x0 - prototypes.detach().to(x0)[y], 0),
-        w,
-        members(y, len(prototypes)) * w[:, None],
-    )
+def _deviations(x0, y, prototypes, weight):  # [B, d], [B], [B, C]; zero for a sample that does not count
+    "Estimate minus own prototype, weight, weighted membership."
+    has_prototype = prototypes.isfinite().all(1)
+    w = torch.where(has_prototype[y], weight.to(x0), 0)
+    deviation = torch.where(w[:, None] > 0, x0 - prototypes.detach().to(x0)[y], 0)
+    return deviation, w, members(y, len(prototypes)) * w[:, None]
 
 def _mean(values, counted):
     "Mean of the values that count; 0 if none does."
@@ -82,7 +77,8 @@ def prototype_loss(
     delta, w, member = _deviations(x0, y, prototypes, weight)
     if form == "sample":
         return _mean(w * delta.square().sum(1), w > 0) / unit
-    counted, pairs = (member > 0).sum(0) > 1, member.sum(0).square()
+    counted = (member > 0).sum(0) > 1
+    pairs = member.sum(0).square()
     square = (member.T @ delta).square().sum(1)
     if form == "unbiased":
         pairs = pairs - member.square().sum(0)
@@ -90,6 +86,8 @@ def prototype_loss(
     return _mean(square / torch.where(counted, pairs, 1), counted) / unit
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #cd5456cf
+RADIUS_MODES = ("mean", "rms", "sample")
+
 def radius_loss(
     x0: Tensor,  # [B, d] estimates of clean latents
     y: Tensor,  # [B] int64
@@ -103,21 +101,21 @@ def radius_loss(
     "Squared difference between radius and target at the sample's noise level, in squared radii."
     one_of("radius mode", mode, RADIUS_MODES)
     delta, w, member = _deviations(x0, y, torch.where(target.isfinite()[:, None], prototypes, torch.nan), weight)
-    target, factor, square = (
-        target.detach().to(x0).nan_to_num(),
-        torch.where(w > 0, factor.to(x0), 0),
-        delta.square().sum(1),
-    )
+    target = target.detach().to(x0).nan_to_num()
+    factor = torch.where(w > 0, factor.to(x0), 0)
+    square = delta.square().sum(1)
     if mode == "sample":
         return _mean(w * (_root(square) - target[y] * factor).square(), w > 0) / unit
     counted = member.sum(0) > 0
-    average = lambda v: member.T @ v / torch.where(counted, member.sum(0), 1)
-    made, wanted = (
-        (average(_root(square)), average(factor))
-        if mode == "mean"
-        else (_root(average(square)), _root(average(factor.square())))
-    )
-    return _mean((made - target * wanted).square(), counted) / unit
+
+    def average(v):  # over the samples of a class [C]
+        return member.T @ v / torch.where(counted, member.sum(0), 1)
+
+    if mode == "mean":
+        measured, share = average(_root(square)), average(factor)
+    else:
+        measured, share = _root(average(square)), _root(average(factor.square()))
+    return _mean((measured - target * share).square(), counted) / unit
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #1c92f5b5
 def margin_loss(
@@ -129,35 +127,27 @@ def margin_loss(
     margin: float = 0.5,  # m, in squared radii
 ) -> Tensor:  # scalar
     "Hinge that keeps a latent closer to its own prototype than to the nearest other one."
-    known = prototypes.isfinite().all(1)
-    mu = torch.where(known[:, None], prototypes.detach().to(x0), 0)
-    centre = mu.sum(0) / known.sum().clamp(min=1)
-    w = torch.where(known[y], weight.to(x0), 0)
-    mu, x = mu - centre, torch.where(w[:, None] > 0, x0 - centre, 0)
+    has_prototype = prototypes.isfinite().all(1)
+    mu = torch.where(has_prototype[:, None], prototypes.detach().to(x0), 0)
+    centre = mu.sum(0) / has_prototype.sum().clamp(min=1)
+    w = torch.where(has_prototype[y], weight.to(x0), 0)
+    mu = mu - centre
+    x = torch.where(w[:, None] > 0, x0 - centre, 0)
     score = mu.square().sum(1) - 2 * x @ mu.T  # [B, C], squared distance less |x|^2
-    rival = score.masked_fill(members(y, len(prototypes)) | ~known, torch.inf).amin(1)
+    rival = score.masked_fill(members(y, len(prototypes)) | ~has_prototype, torch.inf).amin(1)
     return _mean(w * F.relu(margin + (score.gather(1, y[:, None])[:, 0] - rival) / unit), w > 0)
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #ea5daed9
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(Options):
     "Strengths and forms of the three geometry losses."
 
-    prototype: float = 0.1  # eta_p
-    radius: float = 0.1  # eta_r
-    margin: float = 0.05  # eta_m
-    width: float = 0.5  # margin m in squared radii
-    form: str = "mean"  # of the prototype loss
-    mode: str = "mean"  # of the radius loss
-    at: str = "k"  # weight over noise levels
-
-    def __post_init__(self):
-        for name in ("prototype", "radius", "margin", "width"):
-            if not getattr(self, name) >= 0:
-                raise FedgalError(f"geometry: {name} = {getattr(self, name)}: must be >= 0")
-        one_of("prototype form", self.form, PROTOTYPE_FORMS)
-        one_of("radius mode", self.mode, RADIUS_MODES)
-        one_of("timestep weight", self.at, WEIGHT_KINDS)
+    prototype: float = option(0.1, "strength eta_p of the prototype loss", ge=0)
+    radius: float = option(0.1, "strength eta_r of the radius loss", ge=0)
+    margin: float = option(0.05, "strength eta_m of the margin loss", ge=0)
+    width: float = option(0.5, "margin m, in squared radii", ge=0)
+    form: str = option("mean", "of the prototype loss", one_of=PROTOTYPE_FORMS)
+    mode: str = option("mean", "of the radius loss", one_of=RADIUS_MODES)
+    at: str = option("k", "weight over noise levels", one_of=WEIGHT_KINDS)
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #0c7d637e
 def gald_loss(
@@ -167,19 +157,18 @@ def gald_loss(
     anchors: Anchors,
     geometry: Geometry = Geometry(),
     mask: Tensor | None = None,  # [B]; 0 or False: padding
-    variance: Tensor
-    | float
-    | None = None,  # [C] or a number: of a class per dimension in the coordinates that noise is added to; None: target^2 / d
+    variance: Tensor | float | None = None,  # [C] or a number: of a class per dimension, see above; None: target^2 / d
 ) -> dict[str, Tensor]:  # scalars "prototype", "radius", "margin", times their strength
     "The geometry losses of GALD-DC; their sum is added to the diffusion loss."
     mu, target, unit = anchors
     w = timestep_weight(alpha_bar, geometry.at)
     if mask is not None:
         w = torch.where(mask.bool(), w, 0)
-    own = (
-        target.square() / x0.shape[1] if variance is None else torch.as_tensor(variance).to(target).expand(len(target))
-    )
-    factor = radius_factor(alpha_bar, own[y])
+    if variance is None:
+        variance = target.square() / x0.shape[1]
+    else:
+        variance = torch.as_tensor(variance).to(target).expand(len(target))
+    factor = radius_factor(alpha_bar, variance[y])
     return {
         "prototype": geometry.prototype * prototype_loss(x0, y, mu, w, unit, geometry.form),
         "radius": geometry.radius * radius_loss(x0, y, mu, target, w, factor, unit, geometry.mode),
