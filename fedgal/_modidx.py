@@ -2134,8 +2134,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fedgal/models/losses/geometry.py'),
                                                'fedgal.models.losses.geometry.Geometry': ( 'models/losses/geometry.html#geometry',
                                                                                            'fedgal/models/losses/geometry.py'),
-                                               'fedgal.models.losses.geometry.Geometry.__post_init__': ( 'models/losses/geometry.html#geometry.__post_init__',
-                                                                                                         'fedgal/models/losses/geometry.py'),
                                                'fedgal.models.losses.geometry._deviations': ( 'models/losses/geometry.html#_deviations',
                                                                                               'fedgal/models/losses/geometry.py'),
                                                'fedgal.models.losses.geometry._mean': ( 'models/losses/geometry.html#_mean',

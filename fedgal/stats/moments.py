@@ -40,7 +40,7 @@ def shrink_covariance(
 def _unknown_shrink(method) -> str:
     if method == "oas":
         return (
-            "shrink = 'oas': the rule of that name is now spelt 'pooled_oas', as it shrinks towards the pooled covariance; "
+            "shrink = 'oas': that rule is now spelt 'pooled_oas', as it shrinks towards the pooled covariance; "
             "OAS (Chen et al. 2010) shrinks towards tr(S)/d times the identity, and fedgal does not have it"
         )
     return f"shrink = {method!r}: one of {', '.join(SHRINK)} or a number in [0, 1]{did_you_mean(method, SHRINK)}"

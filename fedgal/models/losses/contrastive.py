@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ...core.errors import FedgalError, did_you_mean
+from ...core.errors import FedgalError, one_of
 
 # %% ../../../nbs/models/losses/04_contrastive.ipynb #d87881c1
 def stand_in(
@@ -72,11 +72,11 @@ def soft_label_loss(
     known: Tensor,  # [C] bool, classes that have a soft label
     temperature: float = 5.0,  # T
 ) -> Tensor:  # [B]; 0 where the class has no soft label
-    "Divergence of a sample's prediction from the soft label of its class, at temperature T, not multiplied by T^2 (FedMPS)."
-    own = known[y]
-    log_q = (soft_logits[y].detach().to(logits).masked_fill(~own[:, None], 0) / temperature).log_softmax(1)
+    "Divergence of a prediction from the soft label of its class, at temperature T, not multiplied by T^2 (FedMPS)."
+    labelled = known[y]
+    log_q = (soft_logits[y].detach().to(logits).masked_fill(~labelled[:, None], 0) / temperature).log_softmax(1)
     divergence = (log_q.exp() * (log_q - (logits / temperature).log_softmax(1))).sum(1)  # F.kl_div is slow under vmap
-    return torch.where(own, divergence, 0)
+    return torch.where(labelled, divergence, 0)
 
 # %% ../../../nbs/models/losses/04_contrastive.ipynb #55fc35a4
 SCL_FORMS = ("paper", "code")
@@ -90,8 +90,7 @@ def adjusted_contrastive(
     mask: Tensor | None = None,  # [B] bool; False: padding
 ) -> Tensor:  # [B]; 0 for padding and for an anchor without a positive
     "Supervised contrast of a batch with itself, denominators weighted by local class counts (ABBL, L_A-SCL)."
-    if form not in SCL_FORMS:
-        raise FedgalError(f"unknown form {form!r}{did_you_mean(form, SCL_FORMS)}; known: {', '.join(SCL_FORMS)}")
+    one_of("form", form, SCL_FORMS)
     u, keep = _unit(z, mask)
     weight = log_counts[y].to(z).expand(len(y), -1)
     if form == "code":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ...core.errors import FedgalError, did_you_mean
+from ...core.errors import FedgalError, one_of
 from .base import cross_entropy, weighted_mean
 
 # %% ../../../nbs/models/losses/03_matching.ipynb #2d7720bc
@@ -36,8 +36,7 @@ def teacher_cross_entropy(
     weight: Tensor | None = None,  # [B]
 ) -> Tensor:  # scalar
     "Cross-entropy of the teachers chosen for each sample's class; classes without a teacher are left out."
-    if form not in FORMS:
-        raise FedgalError(f"unknown form {form!r}{did_you_mean(form, FORMS)}; known: {', '.join(FORMS)}")
+    one_of("form", form, FORMS)
     share, judged = _shares(logits, y, judges)
     log_p = -cross_entropy(logits.flatten(0, 1), y.repeat(len(logits))).view(share.shape)  # [T, B]
     loss = -(share * log_p).sum(0) if form == "each" else -(share.log() + log_p).logsumexp(0)
@@ -107,8 +106,8 @@ def class_covariance_gap(
     member, r = _members(y, mean, mask, z)
     n = member.sum(0)
     target = torch.where((n > 0)[:, None, None], covariance.to(z), torch.zeros((), dtype=z.dtype, device=z.device))
-    rows = member.T[..., None] * r  # [C, B, d]
-    moment = rows.transpose(1, 2) @ rows  # [C, d, d]; a 0/1 mask is its own square
+    apart = member.T[..., None] * r  # [C, B, d]
+    moment = apart.transpose(1, 2) @ apart  # [C, d, d]; a 0/1 mask is its own square
     sum_squared = (moment - n[:, None, None] * target).square().sum((1, 2))
     squares = (
         member.T @ r.square().sum(1).square() - 2 * (moment * target).sum((1, 2)) + n * target.square().sum((1, 2))
