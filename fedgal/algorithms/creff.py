@@ -155,6 +155,10 @@ def server_round(
     return CReFFState(features, weight, bias), {"match_first": losses[0], "match_last": losses[-1]}
 
 # %% ../../nbs/algorithms/05_creff.ipynb #4a2751eb
+def _check_head(head):
+    if head not in (None, "linear"):
+        raise FedgalError(f"algorithm creff retrains a linear classifier; head = {head} is none")
+
 def _not_linear(head):
     wanted = "choose a model without hidden layers in its head, and head linear"
     return f"creff retrains a linear classifier on high features, and this head is a {type(head).__name__}; {wanted}"
@@ -171,8 +175,7 @@ class CReFF(Algorithm):
 
     @classmethod
     def check_run(cls, params: dict) -> None:
-        if (head := params.get("head")) not in (None, "linear"):
-            raise FedgalError(f"algorithm creff retrains a linear classifier; head = {head} is none")
+        _check_head(params.get("head"))
 
     def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
         return self.reports + lone_samples(client.y)
@@ -205,5 +208,4 @@ class CReFF(Algorithm):
         return state.classifier, state.tensors, numbers
 
     def finish(self, model: nn.Module, payload: ServerPayload, server: Tensors) -> ServerPayload:
-        retrained = {f"head.{n}": server[n] for n in ("weight", "bias")}
-        return replace(payload, parameters={**payload.parameters, **retrained})
+        return replace(payload, parameters=payload.parameters | {f"head.{n}": server[n] for n in ("weight", "bias")})

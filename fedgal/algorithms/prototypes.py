@@ -42,6 +42,14 @@ def _average(previous, updates, n_classes):
     }
     return fresh | {"known": present | before}
 
+def _distance_term(weight, received):
+    return lambda out, y, mask: weight * prototype_distance(out.high, y, received["high"], received["known"])
+
+def _refuse_mixup(name, mixup):
+    if mixup:
+        compared = f"{name} compares samples with the prototype of their label"
+        raise FedgalError(f"mixup gives every example two labels, and {compared}; leave one of them out")
+
 # %% ../../nbs/algorithms/03_prototypes.ipynb #86db29fe
 class FedProto(Local):
     "Local training tied to global prototypes."
@@ -53,16 +61,11 @@ class FedProto(Local):
     @classmethod
     def check_run(cls, params: dict) -> None:
         super().check_run(params)
-        if params.get("mixup"):
-            compared = f"{cls.name} compares samples with the prototype of their label"
-            raise FedgalError(f"mixup gives every example two labels, and {compared}; leave one of them out")
+        _refuse_mixup(cls.name, params.get("mixup"))
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
-        received, base = payload.extras, super().loss(payload, loss)
-        if not received:
-            return base
-        weight, prototypes, present = self.options.weight, received["high"], received["known"]
-        return plus(base, lambda out, y, mask: weight * prototype_distance(out.high, y, prototypes, present))
+        base = super().loss(payload, loss)
+        return plus(base, _distance_term(self.options.weight, payload.extras)) if payload.extras else base
 
     def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
         raw = " and raw at level high" if "raw" in (update.statistics or {}) else ""

@@ -23,6 +23,7 @@ class LedgerRow:
     first_round: int = 0
     last_round: int = 0
 
+# %% ../../nbs/federated/05_ledger.ipynb #0db4754b
 class Ledger:
     "Bytes and disclosures of all messages of a run."
 
@@ -31,10 +32,11 @@ class Ledger:
 
     def record(self, sender: str, receiver: str, round: int, kind: str, bytes: int, discloses: str) -> None:
         "Count one message."
-        row = self.rows.setdefault(
-            (sender, receiver, kind, discloses), LedgerRow(sender, receiver, kind, discloses, first_round=round)
-        )
-        row.messages, row.bytes, row.last_round = row.messages + 1, row.bytes + bytes, round
+        key = (sender, receiver, kind, discloses)
+        row = self.rows.setdefault(key, LedgerRow(*key, first_round=round))
+        row.messages += 1
+        row.bytes += bytes
+        row.last_round = round
 
     def down(self, payload: ServerPayload, client: int, what: str = "global model") -> int:
         "A payload went to a client; returns its bytes."
@@ -43,25 +45,18 @@ class Ledger:
 
     def up(self, update: ClientUpdate, round: int, statistics: str = "statistics") -> int:
         "An update came from a client, with statistics of this kind; returns its bytes."
-        self.record(
-            f"client {update.client}",
-            "server",
-            round,
-            update.kind if update.tensors else "message",
-            update.n_bytes,
-            update.discloses.replace("statistics", statistics),
-        )
+        kind = update.kind if update.tensors else "message"
+        words = update.discloses.replace("statistics", statistics)
+        self.record(f"client {update.client}", "server", round, kind, update.n_bytes, words)
         return update.n_bytes
 
     def totals(self) -> dict:  # JSON: bytes and messages, up (to the server) and down
         "Sums over all rows."
-        side = lambda up: [r for r in self.rows.values() if (r.receiver == "server") == up]
-        return {
-            "up": sum(r.bytes for r in side(True)),
-            "down": sum(r.bytes for r in side(False)),
-            "messages_up": sum(r.messages for r in side(True)),
-            "messages_down": sum(r.messages for r in side(False)),
-        }
+        sides = {"up": [], "down": []}
+        for row in self.rows.values():
+            sides["up" if row.receiver == "server" else "down"].append(row)
+        sizes = {side: sum(r.bytes for r in rows) for side, rows in sides.items()}
+        return sizes | {f"messages_{side}": sum(r.messages for r in rows) for side, rows in sides.items()}
 
     def to_json(self) -> list[dict]:
         return [asdict(r) for r in self.rows.values()]

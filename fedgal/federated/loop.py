@@ -20,7 +20,7 @@ from .checkpoint import load_state, save_state
 from .engines.base import payload_of, resolve_engine
 from .identity import identity
 from .ledger import Ledger
-from .messages import ClientUpdate, ServerPayload, payload_from
+from .messages import ClientUpdate, payload_from
 from .result import FederationResult, delivered, judged, last_round_of_all, last_round_of_own
 from .state import FederationOptions, State, choose
 from .work import as_deltas, kept_private, local_work, record_messages

@@ -92,8 +92,7 @@ class ClientUpdate:
 
     @property
     def n_bytes(self) -> int:
-        extra = {} if self.labels is None else {"labels": self.labels}
-        return n_bytes(self.tensors, self.buffers, self.statistics, extra)
+        return n_bytes(self.tensors, self.buffers, self.statistics, {} if self.labels is None else {"y": self.labels})
 
     @property
     def discloses(self) -> str:

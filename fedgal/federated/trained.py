@@ -19,7 +19,7 @@ from ..data.dataset import Dataset
 from ..data.datasets import load_dataset
 from ..data.split import Split
 from ..data.transforms import augmentation_for
-from .algorithm import get_algorithm
+from .algorithm import ALGORITHMS
 from ..models.encode import encode, encode_from
 from ..models.networks import build_model
 from ..models.split import SplitModel
@@ -40,13 +40,8 @@ class TrainedRun:
 
     def space(self, level: str) -> Space:
         "The tag of these encoders' features; both trainable levels end in a ReLU."
-        return Space(
-            f"{'clients' if self.personal else 'global'} {self.key[:8]}",
-            level,
-            False,
-            level != "projected",
-            self.model.dims[level],
-        )
+        encoder = f"{'clients' if self.personal else 'global'} {self.key[:8]}"
+        return Space(encoder, level, False, level != "projected", self.model.dims[level])
 
     @property
     def with_model(self) -> list[int]:
@@ -59,23 +54,17 @@ class TrainedRun:
         counts = self.split.client_counts()
         return (counts > 0) & torch.zeros(len(counts), 1).index_fill(0, torch.tensor(self.with_model), 1).bool()
 
+# %% ../../nbs/federated/09_trained.ipynb #7448d6c5
 def load_run(stage) -> TrainedRun:  # a stage with `10_data` and `20_train` among its inputs
     "Data, split and models."
     folder, d, t = stage.input("20_train"), stage.upstream("10_data"), stage.upstream("20_train")
     data, split = load_dataset(d["dataset"], d["seed"]), Split.load(stage.input("10_data"))
-    model = build_model(
-        t["model"], data.in_shape, data.n_classes, head=t["head"], norm=t["norm"], generator=stream(0, "overwritten")
-    )
+    kinds = {"head": t["head"], "norm": t["norm"]}
+    model = build_model(t["model"], data.in_shape, data.n_classes, **kinds, generator=stream(0, "overwritten"))
     model.load_state_dict(load_tensors(folder / "model.safetensors"))
     clients = {int(k): t for k, t in by_first(load_tensors(folder / "clients.safetensors")).items()}
-    return TrainedRun(
-        data,
-        split,
-        model.eval().requires_grad_(True),
-        dict(sorted(clients.items())),
-        stage.keys["20_train"],
-        get_algorithm(t["algorithm"]).personal,
-    )
+    clients, personal = dict(sorted(clients.items())), ALGORITHMS[t["algorithm"]].personal
+    return TrainedRun(data, split, model.eval().requires_grad_(True), clients, stage.keys["20_train"], personal)
 
 # %% ../../nbs/federated/09_trained.ipynb #43f0b517
 def owners_in_turn(
@@ -100,6 +89,7 @@ def client_model(run: TrainedRun, client: int) -> SplitModel | None:
     model.load_state_dict(run.clients[client])
     return model.eval()
 
+# %% ../../nbs/federated/09_trained.ipynb #c69689a0
 def pass_through(
     run: TrainedRun,
     rows: Tensor,  # [N, ...] samples, or features
@@ -131,6 +121,7 @@ def client_samples(
         out.append((torch.cat([x, *(shake(x, stream(seed, "views", v, k)) for v in range(1, views))]), y.repeat(views)))
     return out
 
+# %% ../../nbs/federated/09_trained.ipynb #b145bba0
 def client_features(
     run: TrainedRun,
     level: str,
@@ -167,22 +158,21 @@ def view_statistics(
         fourier=None if s.fourier is None else s.fourier / views,
     )
 
+# %% ../../nbs/federated/09_trained.ipynb #5f9502a0
 def told_by(s: ClassStatistics, views: int = 1) -> str:
     "What the receiver of a client's statistics learns beyond averages, in words for the ledger."
     if views == 1:
         return "; ".join(s.disclosures()) or "sums over several samples"
-    pick = lambda mask: ", ".join(map(str, torch.nonzero(mask)[:, 0].tolist()))
     one, few = s.count.round() == 1, s.present & (s.count * views <= s.space.dim)
     notes = [
         (one, "n = 1: the mean is that of the views of one sample"),
         (few, f"at most {s.space.dim} views: the covariance gives the subspace spanned by the samples and their views"),
     ]
-    return "; ".join(
-        [
-            f"label counts of {int(s.present.sum())} classes",
-            *(f"{text} (class {pick(mask)})" for mask, text in notes if mask.any()),
-        ]
-    )
+    words = [f"label counts of {int(s.present.sum())} classes"]
+    for mask, text in notes:
+        if mask.any():
+            words.append(f"{text} (class {', '.join(map(str, torch.nonzero(mask)[:, 0].tolist()))})")
+    return "; ".join(words)
 
 # %% ../../nbs/federated/09_trained.ipynb #f6349e77
 def held_out(
@@ -191,24 +181,26 @@ def held_out(
 ) -> tuple[
     Tensor, Tensor, Tensor | None
 ]:  # features [N, d], labels [N], and whose encoder saw them [N] (None: the global one)
-    "The balanced test set at a level; where every client has its own encoder, the owners of a class look at its samples in turn."
+    "The balanced test set at a level; under own encoders the owners of a class look at its samples in turn."
     x, y = run.data.x_test, run.data.y_test
     client = owners_in_turn(y, run.owned)
-    seen = client >= 0 if run.personal else torch.ones_like(y, dtype=torch.bool)
-    z = pass_through(run, x[seen], client[seen], level, lambda m, v: encode(m, v, level))
-    return z, y[seen], client[seen] if run.personal else None
+    usable = client >= 0 if run.personal else torch.ones_like(y, dtype=torch.bool)
+    z = pass_through(run, x[usable], client[usable], level, lambda m, v: encode(m, v, level))
+    return z, y[usable], client[usable] if run.personal else None
 
+# %% ../../nbs/federated/09_trained.ipynb #f6349e78
 def lift(
     run: TrainedRun,
     z: Tensor,  # [N, d] generated features
     y: Tensor,  # [N] their classes
     level: str,  # where they live, "low" or "high"
 ) -> Tensor:  # [N, d_high]
-    "Generated features at level high; where every client has its own model, the owners of a class lift its features in turn."
+    "Generated features at level high; under own models the owners of a class lift its features in turn."
     client = owners_in_turn(y, run.owned)
     if run.personal and (client < 0).any():
+        classes = y[client < 0].unique().tolist()
         raise FedgalError(
-            f"features of classes {y[client < 0].unique().tolist()}, which no client with a model owns; leave them out of the bank"
+            f"features of classes {classes}, which no client with a model owns; leave them out of the bank"
         )
     return pass_through(run, z, client, "high", lambda m, v: encode_from(m, v, level))
 
