@@ -158,7 +158,7 @@ def test_a_parameter_means_the_same_in_every_stage(schemas):
 def registries():
     from fedgal.federated.algorithm import ALGORITHMS
     from fedgal.data.sources import SOURCES
-    from fedgal.finetune.mix import ARMS
+    from fedgal.finetune.arms import ARMS
     from fedgal.generators.base import GENERATORS
     from fedgal.gradients import COMBINE
     from fedgal.models.heads import HEADS
@@ -177,10 +177,10 @@ def test_choices_are_those_of_the_library(schemas):
 
 def test_combinations_are_refused_for_what_the_library_has():
     from fedgal.federated.algorithm import ALGORITHMS, get_algorithm
+    from fedgal.finetune.arms import ARMS
     from fedgal.finetune.mix import ONE_HEAD
     from fedgal.pipeline.plan import PERSONAL
-    from fedgal.finetune.repairs import REPAIRS
-    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr"}
+    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {n for n in ARMS if ARMS[n].one_head}
 
 
 def test_every_generator_and_model_can_be_made():
