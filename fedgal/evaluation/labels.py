@@ -55,7 +55,7 @@ def _spoken(name, value):
     return f"{name} {value}"
 
 def pooled(row: dict) -> bool:
-    "Whether a row needed features of several clients in one place, and is not `oracle`, which nobody takes for a method."
+    "Whether a row needed features of several clients in one place and is not `oracle`, an upper bound by its name."
     return row["arm"] != "oracle" and not row.get("federated", True)
 
 # %% ../../nbs/evaluation/12_labels.ipynb #134e802f

@@ -47,15 +47,12 @@ def setup_sentence(
     "Data, clients, training, seed and fingerprint."
     d, t = stage.upstream("10_data"), stage.upstream("20_train")
     how = {"dirichlet": f" {d['alpha']:g}", "ways": f" {d['ways']}, shots {d['shots']}"}.get(d["partition"], "")
-    who = (
-        "all samples in one place"
-        if run.split.n_clients == 1
-        else f"{run.split.n_clients} clients ({d['partition']}{how})"
-    )
-    return (
-        f"**Setup.** {d['dataset']}, imbalance factor {d['imbalance']:g}, {who}, {int(run.split.class_counts().sum()):,} training samples; "
-        f"{t['algorithm']} over {t['rounds']} rounds, {t['model']}{then}. Seed {stage.params['seed']}, fingerprint `{tag_of(run)}`."
-    )
+    many = f"{run.split.n_clients} clients ({d['partition']}{how})"
+    who = "all samples in one place" if run.split.n_clients == 1 else many
+    samples = f"{int(run.split.class_counts().sum()):,} training samples"
+    trained = f"{t['algorithm']} over {t['rounds']} rounds, {t['model']}{then}"
+    setup = f"{d['dataset']}, imbalance factor {d['imbalance']:g}, {who}, {samples}; {trained}"
+    return f"**Setup.** {setup}. Seed {stage.params['seed']}, fingerprint `{tag_of(run)}`."
 
 # %% ../../nbs/evaluation/08_results.ipynb #94a24b52
 def metrics_record(

@@ -17,7 +17,7 @@ def gap_closed(
     refit: float | Sequence[float | None],
     oracle: float | Sequence[float | None],
 ) -> float | None:  # 0: no better than `refit`, 1: as good as `oracle`, below 0: worse than `refit`
-    "Share of the distance from `refit` to `oracle` that an arm closes, over seeds that have all three; None under a point."
+    "Share of the distance from `refit` to `oracle` that an arm closes, over seeds with all three; None under a point."
     arms = [_floats([x] if np.ndim(x) == 0 else x) for x in (value, refit, oracle)]
     if len({len(x) for x in arms}) > 1:
         raise FedgalError(
