@@ -264,6 +264,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fedgal/algorithms/joint/result.py'),
                                                 'fedgal.algorithms.joint.result._load': ( 'algorithms/joint/result.html#_load',
                                                                                           'fedgal/algorithms/joint/result.py'),
+                                                'fedgal.algorithms.joint.result._save': ( 'algorithms/joint/result.html#_save',
+                                                                                          'fedgal/algorithms/joint/result.py'),
                                                 'fedgal.algorithms.joint.result.generator_tensors': ( 'algorithms/joint/result.html#generator_tensors',
                                                                                                       'fedgal/algorithms/joint/result.py')},
             'fedgal.algorithms.joint.schedules': { 'fedgal.algorithms.joint.schedules.at_rest': ( 'algorithms/joint/schedules.html#at_rest',

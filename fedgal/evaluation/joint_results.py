@@ -108,7 +108,7 @@ def recall_table(
 def arm_records(
     run: TrainedRun,
     evaluations: dict[str, EvalResult],  # on the test set
-    group_many: float,  # see `fedgal.metrics.class_groups`: two shares, or two numbers of samples
+    group_many: float,  # see `fedgal.evaluation.metrics.class_groups`: two shares, or two numbers of samples
     group_few: float,
     rare_at: int,  # a class is rare for a client that has 1 to this many samples of it
 ) -> dict[str, dict]:  # "arms" of metrics.json

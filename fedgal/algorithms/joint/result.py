@@ -54,19 +54,7 @@ class JointResult:
 
     def save(self, folder: Path) -> None:
         "Write all of it into a folder; raises FedgalError without a recipe of the model."
-        if self.recipe is None:
-            raise FedgalError(
-                "a result without the recipe of its model cannot be read back; "
-                "give the arguments of build_model as recipe"
-            )
-        folder = Path(folder)
-        save_tensors(folder / "model.safetensors", self.model.state_dict())
-        save_tensors(folder / "generator.safetensors", generator_tensors(self))
-        if self.bank is not None:
-            save_tensors(folder / "bank.safetensors", self.bank._asdict())
-        save_json(
-            folder / "result.json", {"options": self.options.model_dump(), **{n: getattr(self, n) for n in _TEXT}}
-        )
+        _save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: Path) -> JointResult:
@@ -80,6 +68,20 @@ def generator_tensors(
     "All weights of the averaged denoiser and of the normalisation before it."
     parts = {"denoiser": result.denoiser, "norm": result.norm}
     return {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+
+# %% ../../../nbs/algorithms/joint/11_result.ipynb #ee6e84c8
+def _save(result, folder):
+    "A result into its folder."
+    if result.recipe is None:
+        raise FedgalError(
+            "a result without the recipe of its model cannot be read back; give the arguments of build_model as recipe"
+        )
+    save_tensors(folder / "model.safetensors", result.model.state_dict())
+    save_tensors(folder / "generator.safetensors", generator_tensors(result))
+    if result.bank is not None:
+        save_tensors(folder / "bank.safetensors", result.bank._asdict())
+    texts = {name: getattr(result, name) for name in _TEXT}
+    save_json(folder / "result.json", {"options": result.options.model_dump(), **texts})
 
 def _load(folder):
     "A result out of its folder."
