@@ -596,6 +596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fedgal.data.split.SplitOptions': ('data/split.html#splitoptions', 'fedgal/data/split.py'),
                                    'fedgal.data.split.SplitOptions.check': ('data/split.html#splitoptions.check', 'fedgal/data/split.py'),
                                    'fedgal.data.split.SplitOptions.kind': ('data/split.html#splitoptions.kind', 'fedgal/data/split.py'),
+                                   'fedgal.data.split._checked': ('data/split.html#_checked', 'fedgal/data/split.py'),
                                    'fedgal.data.split._drawn': ('data/split.html#_drawn', 'fedgal/data/split.py'),
                                    'fedgal.data.split._order': ('data/split.html#_order', 'fedgal/data/split.py'),
                                    'fedgal.data.split._pack': ('data/split.html#_pack', 'fedgal/data/split.py'),

@@ -51,6 +51,12 @@ def _unpack(t, name):
 def _drawn(train, val):
     return content_hash(*train, *val)[:16]
 
+def _checked(split, folder):
+    as_read = {**split.components, "drawn": _drawn(split.train, split.val)}
+    if fingerprint(as_read) != split.fingerprint:
+        raise FedgalError(f"{folder}: the split does not match its fingerprint; make it again")
+    return split
+
 # %% ../../nbs/data/16_split.ipynb #b955219f
 @dataclass(frozen=True, eq=False, repr=False)
 class Split:
@@ -95,10 +101,7 @@ class Split:
         "Read a split; raises `FedgalError` if it does not match its own fingerprint."
         t, facts = load_tensors(Path(folder) / _TENSORS), load_json(Path(folder) / _FACTS)
         split = cls(train=_unpack(t, "train"), val=_unpack(t, "val"), pool=t["pool"], labels=t["labels"], **facts)
-        found = {**split.components, "drawn": _drawn(split.train, split.val)}
-        if fingerprint(found) != split.fingerprint:
-            raise FedgalError(f"{folder}: the split does not match its fingerprint; make it again")
-        return split
+        return _checked(split, folder)
 
 # %% ../../nbs/data/16_split.ipynb #3017892d
 class SplitOptions(Options):
