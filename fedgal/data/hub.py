@@ -7,7 +7,6 @@ __all__ = ['MNIST', 'FASHION_MNIST', 'CIFAR10', 'CIFAR100', 'HubData']
 
 # %% ../../nbs/data/05_hub.ipynb #cb794e0b
 import os
-from pathlib import Path
 from ..core.errors import FedgalError, require
 from ..core.progress import progress
 from ..core.settings import settings

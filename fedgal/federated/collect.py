@@ -6,7 +6,6 @@
 __all__ = ['collect_statistics', 'radii_of']
 
 # %% ../../nbs/federated/10_collect.ipynb #c0110004
-import torch
 from torch import Tensor
 from .ledger import Ledger
 from .trained import TrainedRun, client_features, told_by, view_statistics

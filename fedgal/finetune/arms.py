@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Arm', 'arm_result', 'arm_messages', 'is_personal', 'check_high', 'check_one_head', 'check_arms', 'arm_banks',
-           'run_arm']
+           'arm_facts', 'run_arm']
 
 # %% ../../nbs/finetune/07_arms.ipynb #a99f8ed8
 from abc import ABC, abstractmethod
@@ -12,6 +12,7 @@ from ..core.errors import FedgalError
 from ..core.options import Options
 from ..core.registry import Registry
 from ..federated.algorithm import get_algorithm
+from ..core.store import content_hash
 from ..federated.ledger import Ledger
 from ..federated.result import FederationResult
 from .clients import FinetuneOptions
@@ -181,6 +182,27 @@ def arm_banks(
     "The banks of those arms that add one."
     banked = [arm for arm in arms if ARMS[arm].banked]
     return {arm: ARMS.make(arm, **context.params).bank(context) for arm in banked}
+
+def _bank_hash(bank: Bank | dict[int, Bank] | None):
+    if isinstance(bank, dict):
+        return {str(client): _bank_hash(one) for client, one in bank.items()}
+    return None if bank is None else content_hash(bank.z, bank.y)
+
+def arm_facts(
+    name: str,  # see `ARMS`
+    context: ArmContext,
+) -> dict:  # JSON values
+    "What an arm's result depends on, beside the models and statistics that it starts from."
+    arm, source = ARMS[name], ARMS[name].adjusts or name
+    facts = {
+        "arm": name,
+        "options": context.options.model_dump(),
+        "own": ARMS.options(name, **context.params).model_dump(),
+        "seed": context.seed,
+        "bank": _bank_hash(context.banks.get(source)),
+        "pools": context.pools_features and ARMS[source].banked == "generator",
+    }
+    return facts | ({"of": arm_facts(arm.adjusts, context)} if arm.adjusts else {})
 
 def run_arm(
     name: str,  # see `ARMS`

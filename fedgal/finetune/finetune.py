@@ -9,7 +9,6 @@ __all__ = ['RefitPrior', 'WithDrift', 'trained_part', 'finetune_global', 'own_mo
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-import torch
 from torch import Tensor, nn
 from ..core.errors import FedgalError
 from ..core.tensors import Tensors

@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+import fedgal
 from ..core.errors import FedgalError, unknown_name
 from ..core.registry import REGISTRIES, Registry, entries_of
-from ..core.settings import root
 
 # %% ../../nbs/pipeline/01_catalogue.ipynb #ca7a0006
 @dataclass(frozen=True)
@@ -24,9 +24,12 @@ class Table:
     home: str  # dotted module with the `Registry(...)` line
     entries: dict  # name -> "package.module:Class"
 
+def _package() -> Path:
+    return Path(fedgal.__file__).parent
+
 def catalogue() -> dict[str, Table]:  # kind -> table
-    "All registries of the library in the project's root."
-    files = sorted((root() / "fedgal").rglob("*.py"))
+    "All registries of the library."
+    files = sorted(_package().rglob("*.py"))
     return _catalogue(tuple((str(f), f.stat().st_mtime_ns) for f in files))
 
 @cache
@@ -36,7 +39,7 @@ def _catalogue(files) -> dict[str, Table]:
         source = Path(name).read_text(encoding="utf-8")
         if "= Registry(" not in source:
             continue
-        home = ".".join(Path(name).relative_to(root()).with_suffix("").parts)
+        home = ".".join(Path(name).relative_to(_package().parent).with_suffix("").parts)
         for kind, entries in entries_of(source).items():
             if kind in tables: raise FedgalError(f"two registries of kind {kind!r}, in {tables[kind].home} and {home}")
             tables[kind] = Table(kind, home, entries)

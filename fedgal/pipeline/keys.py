@@ -125,7 +125,7 @@ def chosen_entries(stage: str, params: dict) -> frozenset:
     pairs = set()
     for row in schema(stage).values():
         value = params.get(row.name)
-        if row.registry:
+        if row.registry and value is not None:
             given = value if isinstance(value, list) else [value]
             pairs |= {f"{row.registry}:{entry_of(row.registry, name)}" for name in given}
     return frozenset(pairs)
@@ -234,7 +234,7 @@ def part_facts(
     stage: str,
     kind: str,  # of the registry that the part is an entry of: "arm", "generator"
     name: str,  # which entry
-    module: str,  # where the function lies that computes it
+    modules: set[str],  # where the functions lie that compute it
     params: dict,  # JSON values that it depends on
     upstream: dict,  # keys or hashes of what it loads
     stage_params: dict,  # of the stage, for the entries of other kinds
@@ -246,7 +246,7 @@ def part_facts(
     return {
         "stage": stage,
         "part": f"{kind}:{name}",
-        **reached({module}, frozenset(others | {f"{kind}:{name}"})),
+        **reached(modules, frozenset(others | {f"{kind}:{name}"})),
         "params": params,
         "versions": versions(params),
         "machine": machine(),

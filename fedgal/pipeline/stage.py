@@ -92,14 +92,15 @@ def part(
     stage: StageInputs,
     kind: str,  # "arm" or "generator": the registry that the part is an entry of
     name: str,  # which entry
-    result: type,  # with `save(folder)` and `load(folder)`; its module is the one that computes
+    result: type,  # with `save(folder)` and `load(folder)`; its module and the entry's are those that compute
     compute: Callable,  # called without arguments where the part is missing
     params: dict,  # JSON values that it depends on
     upstream: dict,  # keys or hashes of what it loads
+    also: tuple[str, ...] = (),  # further modules that compute, which the result's own do not import
 ) -> object:  # a `result`
     "A part of a stage, from the store or computed."
-    module = result.__module__
-    what = part_facts(stage.name, kind, name, module, params, upstream, stage.params)
+    modules = {result.__module__, *also}
+    what = part_facts(stage.name, kind, name, modules, params, upstream, stage.params)
     key = key_of(what)
     folder = settings().artifacts / stage.name / "parts" / key
     stage.parts[f"{kind}:{name}"] = key
@@ -130,9 +131,9 @@ class Stage(StageInputs):
         "Where work in progress is kept; removed by `finish`, found again after a crash."
         return self.work / "checkpoint"
 
-    def part(self, kind: str, name: str, result: type, compute: Callable, params: dict, upstream: dict) -> object:
+    def part(self, *args) -> object:
         "An arm or a generator as an artifact of its own; see the function `part`."
-        return part(self, kind, name, result, compute, params, upstream)
+        return part(self, *args)
 
     def save_as(self, name: str) -> Path:
         "Write `params/<name>.yaml` with everything that differs from the defaults; the next stage takes it as `params_file`."
