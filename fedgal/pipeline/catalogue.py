@@ -24,22 +24,16 @@ class Table:
     home: str  # dotted module with the `Registry(...)` line
     entries: dict  # name -> "package.module:Class"
 
-def _package() -> Path:
-    return Path(fedgal.__file__).parent
-
-def catalogue() -> dict[str, Table]:  # kind -> table
-    "All registries of the library."
-    files = sorted(_package().rglob("*.py"))
-    return _catalogue(tuple((str(f), f.stat().st_mtime_ns) for f in files))
-
 @cache
-def _catalogue(files) -> dict[str, Table]:
+def catalogue() -> dict[str, Table]:  # kind -> table
+    "All registries of the library, read once in a process."
+    package = Path(fedgal.__file__).parent
     tables = {}
-    for name, _ in files:
-        source = Path(name).read_text(encoding="utf-8")
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
         if "= Registry(" not in source:
             continue
-        home = ".".join(Path(name).relative_to(_package().parent).with_suffix("").parts)
+        home = ".".join(path.relative_to(package.parent).with_suffix("").parts)
         for kind, entries in entries_of(source).items():
             if kind in tables: raise FedgalError(f"two registries of kind {kind!r}, in {tables[kind].home} and {home}")
             tables[kind] = Table(kind, home, entries)

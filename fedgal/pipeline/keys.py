@@ -16,7 +16,7 @@ from ..core.errors import FedgalError
 from ..core.settings import device_class, root, settings
 from ..core.store import canonical, load_json, save_json, sha256
 from .catalogue import catalogue, entry_of
-from .schema import cells, inputs, schema
+from .schema import cells, inputs, schema, stage_path
 
 # %% ../../nbs/pipeline/06_keys.ipynb #0ce50002
 _SHOWS = ("fedgal.report", "fedgal.pipeline", "fedgal.cli", "fedgal._modidx")
@@ -45,6 +45,7 @@ def _without_words(tree: ast.Module) -> ast.Module:
     tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")]
     return tree
 
+@cache
 def code_hash(source: str) -> str:  # 16 hex digits
     "Hash of what a piece of code does; words and layout do not count."
     text = ast.dump(_without_words(ast.parse(source)))
@@ -52,7 +53,7 @@ def code_hash(source: str) -> str:  # 16 hex digits
 
 # %% ../../nbs/pipeline/06_keys.ipynb #0ce50005
 @cache
-def _parsed(path, mtime) -> tuple[str, frozenset, frozenset]:
+def _parsed(path) -> tuple[str, frozenset, frozenset]:
     "A module's hash, the names it imports, and the texts that may choose an entry."
     source = Path(path).read_text(encoding="utf-8")
     package = ".".join(Path(path).relative_to(root()).parent.parts)
@@ -75,13 +76,15 @@ def _reads(tree, package="") -> tuple[frozenset, frozenset]:
             texts.add(node.value)
     return frozenset(m for m in modules if m.split(".")[0] == "fedgal"), frozenset(texts)
 
+@cache
 def _module_file(name: str) -> Path | None:
     path = root() / (name.replace(".", "/") + ".py")
     return path if path.is_file() else None
 
 # %% ../../nbs/pipeline/06_keys.ipynb #0ce50006
+@cache
 def reached(
-    modules: set[str],  # dotted names that code imports
+    modules: frozenset[str],  # dotted names that code imports
     chosen: frozenset = frozenset(),  # "kind:name" of registry entries
 ) -> dict:  # "modules": module -> hash, "entries": "kind:name" -> target
     "Everything that a computation rests on: modules, followed through their imports, and the entries it uses."
@@ -95,7 +98,7 @@ def reached(
         path = _module_file(module)
         if not computes(module) or path is None:
             continue
-        hashes[module], imports, texts = _parsed(str(path), path.stat().st_mtime_ns)
+        hashes[module], imports, texts = _parsed(str(path))
         used = {name: tables[name] for name in texts if name in tables}
         entries |= used
         todo |= (set(imports) | {t.partition(":")[0] for t in used.values()}) - tried
@@ -111,14 +114,18 @@ def _imported(tree) -> dict[str, str]:  # name in the notebook -> module
                 found[alias.asname or alias.name] = inner if _module_file(inner) else node.module
     return found
 
-def stage_code(stage: str) -> tuple[str, set[str]]:  # code that computes, modules that it uses
+def stage_code(stage: str) -> tuple[str, frozenset[str]]:  # code that computes, modules that it uses
     "What a stage's notebook computes with: without imports and without cells tagged `show` or `parameters`."
+    return _stage_code(stage, stage_path(stage).stat().st_mtime_ns)
+
+@cache
+def _stage_code(stage, mtime):
     sources = [re.sub(r"(?m)^\s*[%!].*$", "", s) for s, tags in cells(stage) if not {"parameters", "show"} & set(tags)]
     tree = ast.parse("\n".join(sources))
     imported = _imported(tree)
     tree.body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    return ast.unparse(tree), {module for name, module in imported.items() if name in used}
+    return ast.unparse(tree), frozenset(module for name, module in imported.items() if name in used)
 
 def chosen_entries(stage: str, params: dict) -> frozenset:
     "The registry entries that a stage's parameters name."
@@ -199,18 +206,18 @@ def hashed_params(stage: str, params: dict) -> dict:
     return {name: params[name] for name, row in schema(stage).items() if not row.text}
 
 # %% ../../nbs/pipeline/06_keys.ipynb #0ce50014
-def facts(stage: str, params: dict, upstream: dict) -> dict:
+def facts(stage: str, params: dict, upstream: dict, here: dict | None = None) -> dict:
     "Everything that determines a stage's result; its hash is the key."
     code, modules = stage_code(stage)
     given = hashed_params(stage, params)
     return {
         "stage": stage,
         "code": code_hash(code),
-        **reached(modules, chosen_entries(stage, params)),
+        **reached(frozenset(modules), chosen_entries(stage, params)),
         "params": given,
         "data": data_files(params),
         "versions": versions(given),
-        "machine": machine(),
+        "machine": here or machine(),
         "inputs": upstream,
     }
 
@@ -224,9 +231,9 @@ def keys(
 ) -> dict[str, str]:  # stage -> key
     "The keys of stages and of all that they rest on."
     check_same_code()
-    out = {}
+    out, here = {}, machine()
     for s in stages:
-        out[s] = key_of(facts(s, params[s], {u: out[u] for u in inputs(s)}))
+        out[s] = key_of(facts(s, params[s], {u: out[u] for u in inputs(s)}, here))
     return out
 
 # %% ../../nbs/pipeline/06_keys.ipynb #0ce50016
@@ -246,7 +253,7 @@ def part_facts(
     return {
         "stage": stage,
         "part": f"{kind}:{name}",
-        **reached(modules, frozenset(others | {f"{kind}:{name}"})),
+        **reached(frozenset(modules), frozenset(others | {f"{kind}:{name}"})),
         "params": params,
         "versions": versions(params),
         "machine": machine(),

@@ -8,6 +8,7 @@ __all__ = ['STAGES', 'RESERVED', 'RENAMED', 'schema', 'inputs', 'lineage', 'stag
 
 # %% ../../nbs/pipeline/04_schema.ipynb #c1d6db7a
 import itertools, json
+from functools import cache
 from pathlib import Path
 import yaml
 from ..core.errors import FedgalError, did_you_mean, unknown_name
@@ -32,6 +33,7 @@ STAGES = Registry(
     },
 )
 
+@cache
 def schema(stage: str) -> dict[str, OptionRow]:  # name -> row
     "What a stage declares; an unknown name lists the known ones."
     return {row.name: row for row in describe(STAGES[stage])}
