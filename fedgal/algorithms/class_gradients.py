@@ -63,8 +63,10 @@ def class_gradients(
     "Mean gradient of the softmax cross-entropy on every class in closed form."
     if repeats and generator is None:
         raise FedgalError(f"repeats = {repeats} draws need a generator; use repeats = 0 for the mean over all features")
-    C, n = len(weight), torch.bincount(y, minlength=len(weight))
-    uses, size = torch.ones_like(y), n
+    C = len(weight)
+    n = torch.bincount(y, minlength=len(weight))
+    uses = torch.ones_like(y)
+    size = n
     if repeats:
         uses = draw_per_class(y, C, repeats, per_class, generator).sum(0)
         size = repeats * n.clamp(max=per_class)

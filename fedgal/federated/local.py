@@ -107,7 +107,8 @@ def _optimiser(model, weights, options, round):
 
 def _batch(client, index, rng, device):
     "Inputs and targets of a step and, with mixup, the second targets and the share of the first."
-    x, y = client.x[index], client.y[index].to(device)
+    x = client.x[index]
+    y = client.y[index].to(device)
     if client.augment:
         x = client.augment(x, rng)
     x = to_float(x.to(device))

@@ -60,7 +60,8 @@ def validation_judge(
 ) -> Callable:  # model -> {name: number}; nothing without validation data
     "Accuracy and loss of a model on the clients' validation samples."
     rows = torch.cat(run.split.val)
-    x, y = run.data.x_train[rows], run.data.y_train[rows]
+    x = run.data.x_train[rows]
+    y = run.data.y_train[rows]
 
     def judge(model):
         return _accuracy_and_loss(model, x, y, run.data.n_classes) if len(y) else {}
@@ -70,7 +71,8 @@ def validation_judge(
 @torch.inference_mode()
 def _accuracy_and_loss(model: nn.Module, x, y, n_classes) -> dict[str, float]:
     device = next(model.parameters()).device
-    hits, loss = 0, torch.zeros(n_classes, dtype=torch.float64)
+    hits = 0
+    loss = torch.zeros(n_classes, dtype=torch.float64)
     with evaluation_mode(model):
         for xb, yb in zip(x.split(128), y.split(128), strict=True):
             logits = model(to_float(xb.to(device))).logits.float().cpu()
@@ -109,7 +111,8 @@ def joint_inputs(
         "norm": training["norm"],
     }
     rows = torch.cat([of_client for of_client in run.split.train if len(of_client)])
-    x, y = run.data.x_train[rows], run.data.y_train[rows]
+    x = run.data.x_train[rows]
+    y = run.data.y_train[rows]
     augment = augmentation_for(run.data) if training["augment"] else None
     pool = oracle_pool(run, pool_per_class, seed) if pool_per_class else None
     model = start_model(run, recipe, start, seed).to(device)
