@@ -207,7 +207,7 @@ class FedGenTraining(Algorithm):
         _refuse_mixup(cls.name, params.get("mixup"))
 
     def generator_config(self) -> FedGenOptions:
-        return replace(VARIANTS[self.name][0], steps=self.options.steps)
+        return VARIANTS[self.name][0].replace(steps=self.options.steps)
 
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight, beta=self.options.weight)

@@ -23,6 +23,7 @@ from .algorithm import ALGORITHMS
 from ..models.encode import encode, encode_from
 from ..models.networks import build_model
 from ..models.split import SplitModel
+from ..stats.blocks import rank_in_class
 from ..stats.class_statistics import ClassStatistics
 from ..stats.space import RFF, Space
 
@@ -77,11 +78,7 @@ def owners_in_turn(
 ) -> Tensor:  # [N] client ids; -1 where nobody owns the class
     "The owners of every class, in turn over its samples."
     n = owned.sum(0)
-    order = torch.argsort(y, stable=True)
-    count = torch.bincount(y, minlength=len(n))
-    rank = torch.empty_like(y).index_copy(
-        0, order, torch.arange(len(y)) - (count.cumsum(0) - count)[y[order]]
-    )  # position within its class
+    rank = rank_in_class(y, len(n))
     owners = torch.argsort((~owned).byte(), dim=0, stable=True)  # [K, C], those of a class first
     return torch.where(n[y] > 0, owners[rank % n[y].clamp(min=1), y], -1)
 

@@ -19,6 +19,7 @@ from ...data.transforms import augmentation_for, to_float
 from ...federated.trained import TrainedRun, balanced_pool
 from ...models.networks import build_model
 from ...models.split import SplitModel
+from ...stats.blocks import class_sum
 
 # %% auto #0
 __all__ = ['STARTS', 'start_model', 'oracle_pool', 'validation_judge', 'JointInputs', 'joint_inputs']
@@ -78,7 +79,7 @@ def _accuracy_and_loss(model: nn.Module, x, y, n_classes) -> dict[str, float]:
             logits = model(to_float(xb.to(device))).logits.float().cpu()
             hits += int((logits.argmax(1) == yb).sum())
             losses = F.cross_entropy(logits, yb, reduction="none").double()
-            loss = loss + torch.zeros_like(loss).index_add_(0, yb, losses)
+            loss = loss + class_sum(losses, yb, n_classes)
     return {"val_accuracy": float(torch.tensor(hits) / len(y)), "val_loss": float(loss.sum() / len(y))}
 
 # %% ../../../nbs/algorithms/joint/13_inputs.ipynb #6b969152
