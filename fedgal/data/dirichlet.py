@@ -27,7 +27,8 @@ def largest_remainder(
 # %% ../../nbs/data/12_dirichlet.ipynb #02b360c0
 def _repair(count, least):
     "Move examples from the largest to the smallest client until all have `least`, [C, K]."
-    count, size = count.copy(), count.sum(0)
+    count = count.copy()
+    size = count.sum(0)
     while size.min() < least:
         small = size.argmin()
         large = size.argmax()
