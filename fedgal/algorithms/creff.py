@@ -190,13 +190,7 @@ class CReFF(Algorithm):
         return state.classifier, state.tensors, {}
 
     def report(
-        self,
-        model: nn.Module,
-        client: MultiStepClient,
-        payload: ServerPayload,
-        update: ClientUpdate,
-        own: Tensors,
-        seed,
+        self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
         z = features_of(model, payload, client.x)["high"]
         weight, bias = payload.extras["weight"], payload.extras["bias"]

@@ -82,13 +82,7 @@ class FedProto(Local):
         return {"high": class_prototypes(features["high"], y, n_classes)}
 
     def report(
-        self,
-        model: nn.Module,
-        client: MultiStepClient,
-        payload: ServerPayload,
-        update: ClientUpdate,
-        own: Tensors,
-        seed,
+        self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
         features = features_of(model, weights_after(payload, update), client.x)
         messages = self.messages(model, features, client.y, n_classes(model))
