@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.errors import FedgalError
-from ..stats.blocks import class_blocks
+from ..stats.blocks import class_blocks, class_sum, rank_in_class
 
 # %% auto #0
 __all__ = ['ClassGradients', 'draw_per_class', 'class_gradients', 'aggregate_gradients']
@@ -42,12 +42,10 @@ def draw_per_class(
     generator: torch.Generator,
 ) -> Tensor:  # [repeats, n] bool
     "Which samples each draw uses: from every class a uniform subset without replacement."
-    count = torch.bincount(y, minlength=n_classes)
     draws = torch.rand(repeats, len(y), generator=generator, dtype=torch.float64)
     keys = y + draws.to(y.device)  # sorts by class, then at random
     order = keys.argsort(dim=1)
-    first = count.cumsum(0) - count
-    rank = torch.arange(len(y), device=y.device) - first[y.sort().values]  # [n] place within the class
+    rank = rank_in_class(y.sort().values, n_classes)  # [n]
     return torch.zeros_like(keys, dtype=torch.bool).scatter_(1, order, (rank < per_class).expand(repeats, -1))
 
 # %% ../../nbs/algorithms/04a_class_gradients.ipynb #041f0641
@@ -63,8 +61,10 @@ def class_gradients(
     "Mean gradient of the softmax cross-entropy on every class in closed form."
     if repeats and generator is None:
         raise FedgalError(f"repeats = {repeats} draws need a generator; use repeats = 0 for the mean over all features")
-    C, n = len(weight), torch.bincount(y, minlength=len(weight))
-    uses, size = torch.ones_like(y), n
+    C = len(weight)
+    n = torch.bincount(y, minlength=len(weight))
+    uses = torch.ones_like(y)
+    size = n
     if repeats:
         uses = draw_per_class(y, C, repeats, per_class, generator).sum(0)
         size = repeats * n.clamp(max=per_class)
@@ -74,7 +74,7 @@ def class_gradients(
     index = samples.clamp(min=0)
     r = residual[index] * (samples >= 0)[..., None]  # [B, block, C]
     x = F.pad(z, (0, 1), value=1.0)[index]  # [B, block, d + 1]
-    return ClassGradients(z.new_zeros(C, C, z.shape[1] + 1).index_add_(0, owner, r.mT @ x), n > 0)
+    return ClassGradients(class_sum(r.mT @ x, owner, C), n > 0)
 
 # %% ../../nbs/algorithms/04a_class_gradients.ipynb #7d808b8a
 def aggregate_gradients(

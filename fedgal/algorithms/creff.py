@@ -68,7 +68,8 @@ def match_features(
     lr: float = 0.1,
 ) -> tuple[Tensor, list[float]]:  # moved features and the loss before each step
     "Move federated features by SGD until their gradients point where the real ones do; classes not owned stay."
-    x, losses = features.detach(), []
+    x = features.detach()
+    losses = []
     for _ in range(steps):
         x.requires_grad_()
         loss = (matching_loss(feature_gradients(x, weight, bias), target.mean) * target.owned).sum()
@@ -168,9 +169,12 @@ class CReFF(Algorithm):
     "FedAvg whose classifier is retrained on federated features."
 
     Options = CReFFOptions
-    name, reference = "creff", "Shang et al., IJCAI 2022"
+    name = "creff"
+    reference = "Shang et al., IJCAI 2022"
     summary = "the server retrains the classifier on features that match the clients' gradients"
-    sends, reports, cpu_only = "global model and retrained classifier", "class gradients of the classifier", True
+    sends = "global model and retrained classifier"
+    reports = "class gradients of the classifier"
+    cpu_only = True
     history_columns = ("match_",)
 
     @classmethod
@@ -186,13 +190,7 @@ class CReFF(Algorithm):
         return state.classifier, state.tensors, {}
 
     def report(
-        self,
-        model: nn.Module,
-        client: MultiStepClient,
-        payload: ServerPayload,
-        update: ClientUpdate,
-        own: Tensors,
-        seed,
+        self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
         z = features_of(model, payload, client.x)["high"]
         weight, bias = payload.extras["weight"], payload.extras["bias"]

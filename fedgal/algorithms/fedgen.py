@@ -119,7 +119,8 @@ def with_generated(
 
     def total(out, y, mask=None, context=None):
         generated = next(batches)
-        logits, m = view(torch.cat([generated.z, generated.own])).logits, len(generated.z)
+        logits = view(torch.cat([generated.z, generated.own])).logits
+        m = len(generated.z)
         value = per_example(loss, out, y, mask, context) + a * F.cross_entropy(logits[:m], generated.y)
         if not b:
             return value
@@ -147,7 +148,8 @@ def train_with_generator(
     if a + b:
         labels = [client.y[i] if b else client.y[:0] for i in batches]
         size = local.batch_size or client.config.batch_size
-        rng, device = stream(seed, "fedgen client", payload.round, client.id), next(model.parameters()).device
+        rng = stream(seed, "fedgen client", payload.round, client.id)
+        device = next(model.parameters()).device
         generated = generate_batches(tensors, labels, size, rng, device)
         loss = with_generated(loss, model.view(level), generated, a * size / client.config.batch_size, b)
     update = train_locally(client, model, payload, seed, loss)
@@ -192,9 +194,12 @@ class FedGenTraining(Algorithm):
     "FedAvg with a generator that the server trains on the clients' heads and the clients learn from."
 
     Options = FedGenOptions
-    name, reference = "fedgen", "Zhu et al., ICML 2021"
+    name = "fedgen"
+    reference = "Zhu et al., ICML 2021"
     summary = "the server trains a generator on the clients' heads, clients learn from its features"
-    sends, reports, cpu_only = "global model, generator and which classes there are", "label counts", True
+    sends = "global model, generator and which classes there are"
+    reports = "label counts"
+    cpu_only = True
     history_columns = ("generator_",)
 
     @classmethod
@@ -202,7 +207,7 @@ class FedGenTraining(Algorithm):
         _refuse_mixup(cls.name, params.get("mixup"))
 
     def generator_config(self) -> FedGenOptions:
-        return replace(VARIANTS[self.name][0], steps=self.options.steps)
+        return VARIANTS[self.name][0].replace(steps=self.options.steps)
 
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight, beta=self.options.weight)
@@ -214,7 +219,8 @@ class FedGenTraining(Algorithm):
         return FedGenClient(**shared, local=self.local_options(), level=self.options.level)
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
-        width, rng = model.dims[self.options.level], stream(seed, "fedgen weights")
+        width = model.dims[self.options.level]
+        rng = stream(seed, "fedgen weights")
         tensors = init_generator(self.generator_config(), n_classes(model), width, rng)
         return sent(tensors), tensors, {}
 
@@ -231,7 +237,8 @@ class FedGenPFLTraining(FedGenTraining):
     "The same in PFLlib's form."
 
     Options = FedGenPFLOptions
-    name, reference = "fedgen_pfllib", "PFLlib (Zhang et al., JMLR 2025)"
+    name = "fedgen_pfllib"
+    reference = "PFLlib (Zhang et al., JMLR 2025)"
     summary = "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity"
     sends = "global model, generator and label counts of the round's clients together"
 

@@ -55,8 +55,12 @@ class FedProto(Local):
     "Local training tied to global prototypes."
 
     Options = FedProtoOptions
-    name, summary, reference = "fedproto", "class prototypes are averaged, weights are not", "Tan et al., AAAI 2022"
-    sends, reports, cpu_only = "class prototypes", "class prototypes", True
+    name = "fedproto"
+    summary = "class prototypes are averaged, weights are not"
+    reference = "Tan et al., AAAI 2022"
+    sends = "class prototypes"
+    reports = "class prototypes"
+    cpu_only = True
 
     @classmethod
     def check_run(cls, params: dict) -> None:
@@ -78,13 +82,7 @@ class FedProto(Local):
         return {"high": class_prototypes(features["high"], y, n_classes)}
 
     def report(
-        self,
-        model: nn.Module,
-        client: MultiStepClient,
-        payload: ServerPayload,
-        update: ClientUpdate,
-        own: Tensors,
-        seed,
+        self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
         features = features_of(model, weights_after(payload, update), client.x)
         messages = self.messages(model, features, client.y, n_classes(model))
@@ -110,7 +108,8 @@ def _contrastive_terms(options, received):
     "What is added to the local loss: (output, targets, mask) -> [B]."
 
     def level_term(out, y, mask, level):
-        prototypes, present = received[level], received["known"]
+        prototypes = received[level]
+        present = received["known"]
         return supervised_contrastive(
             getattr(out, level), y, prototypes, present, renormalise=options.renormalise, mask=mask
         )
@@ -129,7 +128,8 @@ class FedMPS(FedProto):
     "Multi-level prototypes, contrastive terms and soft labels."
 
     Options = FedMPSOptions
-    name, reference = "fedmps", "Yang et al., IEEE TNNLS 2025"
+    name = "fedmps"
+    reference = "Yang et al., IEEE TNNLS 2025"
     summary = "prototypes at two levels and soft labels, no weights"
     reports = "class prototypes at two levels"
     normalised_prototypes = True
@@ -159,7 +159,8 @@ class FedMPS(FedProto):
         extras, server, numbers = super().serve(model, payload, updates, server, seed)
         if not self.options.weight_soft:
             return extras, server, numbers
-        level, width = "raw" if "raw" in extras else "high", n_classes(model)
+        level = "raw" if "raw" in extras else "high"
+        width = n_classes(model)
         prototypes, owned = map(torch.stack, zip(*(over_all_classes(u, level, width) for u in updates), strict=True))
         server = train_soft_head(model.head, prototypes, owned, server, seed, payload.round)
         soft, present = soft_labels(soft_head(model.head, server), prototypes, owned)

@@ -54,7 +54,9 @@ def train_soft_head(
     adam = torch.optim.Adam(head.parameters(), lr)
     for n, p in head.named_parameters():
         adam.state[p] = {"step": state["step"].clone(), **{m: state[f"{m}.{n}"].clone() for m in _MOMENTS}}
-    z, y, rng = prototypes[owned].detach(), owned.nonzero()[:, 1], stream(seed, "soft head", round)
+    z = prototypes[owned].detach()
+    y = owned.nonzero()[:, 1]
+    rng = stream(seed, "soft head", round)
     for _ in range(epochs):
         for i in torch.randperm(len(y), generator=rng).split(batch):
             adam.zero_grad()

@@ -20,7 +20,9 @@ __all__ = ['FedProx', 'Scaffold', 'Local']
 class FedProx(Algorithm):
     "FedAvg with a proximal term, which local SGD adds from `LocalOptions.prox_mu`."
 
-    name, summary, reference = "fedprox", "FedAvg with mu/2 ||w - w_g||^2 in the local loss", "Li et al., MLSys 2020"
+    name = "fedprox"
+    summary = "FedAvg with mu/2 ||w - w_g||^2 in the local loss"
+    reference = "Li et al., MLSys 2020"
 
     @classmethod
     def check_run(cls, params: dict) -> None:
@@ -36,9 +38,11 @@ class FedProx(Algorithm):
 class Scaffold(Algorithm):
     "Control variates against client drift."
 
-    name, reference = "scaffold", "Karimireddy et al., ICML 2020"
+    name = "scaffold"
+    reference = "Karimireddy et al., ICML 2020"
     summary = "control variates take the drift out of local gradients"
-    sends, reports = "global model and control variate", "change of its control variate"
+    sends = "global model and control variate"
+    reports = "change of its control variate"
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
         zeros = {f"c/{n}": torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
@@ -74,8 +78,12 @@ class Scaffold(Algorithm):
 class Local(Algorithm):
     "Every client trains alone."
 
-    name, summary, reference = "local", "every client trains alone; nothing is sent", "baseline"
-    personal, sends, reports = True, "nothing", "nothing"
+    name = "local"
+    summary = "every client trains alone; nothing is sent"
+    reference = "baseline"
+    personal = True
+    sends = "nothing"
+    reports = "nothing"
 
     @classmethod
     def check_run(cls, params: dict) -> None:

@@ -62,7 +62,8 @@ def _rule_text(facts) -> str:
     return ", ".join(f"{sign} {number.removesuffix('.0')}" for sign, number in bounds)
 
 def _type_text(kind) -> str:
-    origin, args = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    args = get_args(kind)
     inner = " | ".join(dict.fromkeys(_type_text(a) for a in args if a is not ...))
     if origin in (Union, UnionType):
         return inner
@@ -121,7 +122,8 @@ def _row(name, field) -> OptionRow:
 # %% ../../nbs/core/04_options.ipynb #e6106dc2
 def _coerced(kind, value):
     "Numbers for text and tuples for lists where the type asks for them; anything else as it is."
-    origin, args = get_origin(kind) or kind, get_args(kind)
+    origin = get_origin(kind) or kind
+    args = get_args(kind)
     if origin in (Union, UnionType) and not (isinstance(value, str) and str in args):
         for one in args:
             value = _coerced(one, value)
@@ -151,7 +153,8 @@ def _allows(facts, value) -> bool:
 
 # %% ../../nbs/core/04_options.ipynb #e7f8da03
 def _refusal(owner, noun, name, field, values, shared, leaf=None) -> FedgalError:
-    row, facts = _row(name, field), _facts(field)
+    row = _row(name, field)
+    facts = _facts(field)
     rule = _rule_text(facts) or row.rule
     value = repr(values.get(name, row.default)).replace("\n", " ")
     source = f" (from {row.shared})" if name in shared else ""

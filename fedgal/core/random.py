@@ -45,7 +45,8 @@ class Runtime:
 
 def runtime() -> Runtime:
     "Resolve `auto` in the settings by the fixed rule."
-    s, device = settings(), device_class()
+    s = settings()
+    device = device_class()
     if s.device == "cuda" and not torch.cuda.is_available():
         raise FedgalError("device = cuda, but torch sees no CUDA device; use device = auto or cpu")
     precision = ("bf16" if device == "cuda" else "fp32") if s.precision == "auto" else s.precision

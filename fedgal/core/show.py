@@ -12,19 +12,45 @@ from .errors import FedgalError
 # %% ../../nbs/core/10_show.ipynb #f9ed7163
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5F6B7A", "#000000"]
 _LOOK = {
-    "font.family": "DejaVu Sans", "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True,
-    "font.size": 10.5, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
-    "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
-    "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "xtick.bottom": True, "ytick.left": True, "xtick.color": "#8A94A0", "ytick.color": "#8A94A0",
-    "xtick.labelcolor": "#333333", "ytick.labelcolor": "#333333", "xtick.major.size": 4, "ytick.major.size": 4,
-    "xtick.major.width": 0.8, "ytick.major.width": 0.8, "axes.edgecolor": "#8A94A0", "axes.linewidth": 0.8,
-    "axes.labelcolor": "#333333", "grid.color": "#E3E6EA", "grid.linewidth": 0.8, "lines.linewidth": 1.8}
+    "font.family": "DejaVu Sans",
+    "figure.figsize": (6.4, 3.6),
+    "figure.constrained_layout.use": True,
+    "font.size": 10.5,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.bottom": True,
+    "ytick.left": True,
+    "xtick.color": "#8A94A0",
+    "ytick.color": "#8A94A0",
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+    "xtick.major.size": 4,
+    "ytick.major.size": 4,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+    "axes.edgecolor": "#8A94A0",
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": "#333333",
+    "grid.color": "#E3E6EA",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+}
 
 def theme() -> None:
     "Set fedgal's look for matplotlib and seaborn in this kernel."
     import matplotlib as mpl
     import seaborn as sns
+
     mpl.rcParams.update(mpl.rcParamsDefault | {"backend": mpl.rcParams["backend"]})
     sns.set_theme(style="whitegrid", palette=PALETTE, rc=_LOOK)
 

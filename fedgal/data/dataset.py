@@ -64,7 +64,8 @@ def balance(
     "Thin a labelled set to equal counts, evenly in file order."
     y = y.numpy()
     n = np.bincount(y)
-    r, m = rank_in_class(y, np.arange(len(y))), n.min()
+    r = rank_in_class(y, np.arange(len(y)))
+    m = n.min()
     return torch.from_numpy(np.flatnonzero((r + 1) * m // n[y] > r * m // n[y]))
 
 # %% ../../nbs/data/02_dataset.ipynb #4ccb3bd5

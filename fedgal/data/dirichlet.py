@@ -27,9 +27,11 @@ def largest_remainder(
 # %% ../../nbs/data/12_dirichlet.ipynb #02b360c0
 def _repair(count, least):
     "Move examples from the largest to the smallest client until all have `least`, [C, K]."
-    count, size = count.copy(), count.sum(0)
+    count = count.copy()
+    size = count.sum(0)
     while size.min() < least:
-        small, large = size.argmin(), size.argmax()
+        small = size.argmin()
+        large = size.argmax()
         c = count[:, large].argmax()
         n = min(least - size[small], size[large] - least, count[c, large])
         count[c, [large, small]] += -n, n
@@ -54,7 +56,8 @@ def dirichlet(
             f"min_size = {min_size}: {n_clients} clients need {n_clients * min_size} examples, there are {len(y)}; "
             "take fewer clients, a smaller min_size or a smaller imbalance"
         )
-    total, best = np.bincount(y), None
+    total = np.bincount(y)
+    best = None
     rng = np_stream(seed, "dirichlet")
     concentration = np.full(n_clients, np.clip(alpha, 1e-300, 1e300))  # the draw over- or underflows beyond
     for _ in range(20):
@@ -63,7 +66,8 @@ def dirichlet(
             best = count
         if best.sum(0).min() >= min_size:
             break
-    owner, in_class = np.empty(len(y), np.int64), np.lexsort((rng.random(len(y)), y))
+    owner = np.empty(len(y), np.int64)
+    in_class = np.lexsort((rng.random(len(y)), y))
     owner[in_class] = np.tile(np.arange(n_clients), len(total)).repeat(_repair(best, min_size).ravel())
     return by_owner(owner, n_clients)
 

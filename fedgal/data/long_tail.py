@@ -55,7 +55,8 @@ def long_tail_indices(
     shuffle_classes: bool = True,  # draw which classes are rare
 ) -> Tensor:  # indices that stay, ascending
     "Thin a training set to the long-tail profile."
-    order, n_max = class_order(y, imbalance, seed, shuffle_classes), int(y.bincount().min())
+    order = class_order(y, imbalance, seed, shuffle_classes)
+    n_max = int(y.bincount().min())
     if imbalance == 1:
         return torch.arange(len(y))
     keep = np.empty(len(order), np.int64)

@@ -72,7 +72,8 @@ def _features(table, path):
     return torch.from_numpy(x)
 
 # %% ../../nbs/data/01_parquet.ipynb #631da90a
-_GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+_GREY = {"1", "L", "LA"}
+_COLOUR = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 def _decode(first, blobs, path):
     "Image files to one uint8 array [n, H, W, 1 or 3]; grey stays grey unless a colour image is among them."
@@ -114,7 +115,8 @@ def _images(column, path, block=512):
         column = column.field("bytes")
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise FedgalError(f"{path}: the image column is {column.type}; needed: a struct of bytes and path")
-    blobs, starts = column.to_pylist(), range(0, len(column), block)
+    blobs = column.to_pylist()
+    starts = range(0, len(column), block)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         blocks = pool.map(lambda i: _decode(i, blobs[i : i + block], path), starts)
         parts = list(progress(blocks, f"decode {path.name}, block", len(starts)))
@@ -163,7 +165,8 @@ def read_cached(
     cache = settings().artifacts / "data" / f"{key}.safetensors"
     if cache.is_file():
         try:
-            meta, t = load_meta(cache), load_tensors(cache)
+            meta = load_meta(cache)
+            t = load_tensors(cache)
             if content_hash(t["x"], t["y"]) == meta["sha256"]:
                 return Part(t["x"], t["y"], tuple(meta["names"]), meta["sha256"])
         except (FedgalError, KeyError):

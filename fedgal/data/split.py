@@ -39,7 +39,8 @@ def validation_split(
     return tuple(list(torch.from_numpy(index[mask]).split(s)) for mask, s in zip((~aside, aside), sizes, strict=True))
 
 # %% ../../nbs/data/16_split.ipynb #f61ed069
-_TENSORS, _FACTS = "split.safetensors", "split.json"
+_TENSORS = "split.safetensors"
+_FACTS = "split.json"
 _FIELDS = ("class_order", "n_classes", "fingerprint", "protocol", "components")
 
 def _pack(lists, name):
@@ -99,7 +100,8 @@ class Split:
     @classmethod
     def load(cls, folder: Path) -> "Split":
         "Read a split; raises `FedgalError` if it does not match its own fingerprint."
-        t, facts = load_tensors(Path(folder) / _TENSORS), load_json(Path(folder) / _FACTS)
+        t = load_tensors(Path(folder) / _TENSORS)
+        facts = load_json(Path(folder) / _FACTS)
         split = cls(train=_unpack(t, "train"), val=_unpack(t, "val"), pool=t["pool"], labels=t["labels"], **facts)
         return _checked(split, folder)
 

@@ -40,9 +40,11 @@ def augment(
     b, c, h, w = x.shape
     dy, dx = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=generator)
     mirror = torch.rand(b, 1, generator=generator) < 0.5 * flip
-    rows, columns = torch.arange(h) + dy, torch.arange(w)
+    rows = torch.arange(h) + dy
+    columns = torch.arange(w)
     columns = torch.where(mirror, w - 1 - columns, columns) + dx
-    image, channel = torch.arange(b).view(b, 1, 1, 1), torch.arange(c).view(c, 1, 1)
+    image = torch.arange(b).view(b, 1, 1, 1)
+    channel = torch.arange(c).view(c, 1, 1)
     index = [i.to(x.device) for i in (image, channel, rows[:, None, :, None], columns[:, None, None, :])]
     return F.pad(x, [crop] * 4)[tuple(index)]
 

@@ -43,7 +43,8 @@ def local_modules(
     module: str,  # dotted name
 ) -> dict[str, Path]:  # module -> its file
     "A module of the user's and the local modules that it imports, directly or through others."
-    files, todo = {}, {module}
+    files = {}
+    todo = {module}
     while todo:
         name = todo.pop()
         path = None if name in files else _local_file(name)
@@ -135,7 +136,8 @@ class UserFunction(DataSource):
         return [root() / f"{module.replace('.', '/')}.py"]
 
     def fetch(self, name):
-        module, path = name.partition(":")[0], self.files(name)[0]
+        module = name.partition(":")[0]
+        path = self.files(name)[0]
         if not path.is_file():
             raise FedgalError(f"{name}: ModuleNotFoundError: No module named {module!r}; put {path.name} into {root()}")
 

@@ -41,7 +41,8 @@ def save_state(
     last: LastRound | None = None,  # with the final state only
 ) -> None:
     "Write `round-<n>` atomically and remove what is older than the last two."
-    folder, name = Path(folder), f"round-{state.payload.round:06d}"
+    folder = Path(folder)
+    name = f"round-{state.payload.round:06d}"
     work = folder / f".{name}.part"
     shutil.rmtree(work, ignore_errors=True)
     record = {

@@ -23,7 +23,8 @@ _SHARED = ("labels", "hyperparams")  # what a client may choose to disclose
 
 def _check_client(client):
     "Raise for examples, disclosures or sampling weights that a client cannot have."
-    n, w = len(client.x), client.sample_weights
+    n = len(client.x)
+    w = client.sample_weights
     if not n == len(client.y) > 0:
         sizes = f"{n} inputs and {len(client.y)} targets"
         raise FedgalError(f"client {client.id}: {sizes}; equal numbers above 0 are needed (leave empty clients out)")

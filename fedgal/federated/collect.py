@@ -23,8 +23,10 @@ def collect_statistics(
     seed: int = 0,
 ) -> ClassStatistics:
     "The class statistics of all clients together, as the sum of what each sends."
-    n_classes, space = run.data.n_classes, run.space(level)
-    parts, rff = client_features(run, level, views=views, seed=seed), None
+    n_classes = run.data.n_classes
+    space = run.space(level)
+    parts = client_features(run, level, views=views, seed=seed)
+    rff = None
     if rff_dim:
         first = [view_statistics(z, y, n_classes, space, views=views) for z, y in parts]
         rff = RFF(space.dim, rff_dim, bandwidth(sum(first[1:], first[0])), seed)

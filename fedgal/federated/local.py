@@ -4,13 +4,13 @@
 
 # %% ../../nbs/federated/02_local.ipynb #2c43e7f8
 from __future__ import annotations
-import math
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..core.random import own_rng, stream
+from ..core.schedules import half_cosine
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
 from .messages import ClientUpdate, ServerPayload, _buffers, _trainable, load_payload
@@ -21,17 +21,14 @@ from ..models.losses.protocol import blend, context_of, mixed_loss, task_loss
 __all__ = ['SCHEDULES', 'LocalOptions', 'draw_batches', 'draw_mixup', 'train_locally']
 
 # %% ../../nbs/federated/02_local.ipynb #3204b7e4
-def _fall(p):
-    return (1 + math.cos(math.pi * p)) / 2  # 1 at p = 0, 0 at p = 1
-
 def _one_cycle(p):
     rising = p < 0.3
     low = 1 / 25 if rising else 1 / 250_000
-    return low + (1 - low) * _fall(1 - p / 0.3 if rising else (p - 0.3) / 0.7)
+    return low + (1 - low) * half_cosine(1 - p / 0.3 if rising else (p - 0.3) / 0.7)
 
 SCHEDULES = {
     "constant": lambda t, n: 1.0,
-    "cosine": lambda t, n: _fall(t / n),
+    "cosine": lambda t, n: half_cosine(t / n),
     "one_cycle": lambda t, n: _one_cycle((t + 0.5) / n),
     "step": lambda t, n: 0.1 ** ((2 * t >= n) + (4 * t >= 3 * n)),
 }
@@ -107,7 +104,8 @@ def _optimiser(model, weights, options, round):
 
 def _batch(client, index, rng, device):
     "Inputs and targets of a step and, with mixup, the second targets and the share of the first."
-    x, y = client.x[index], client.y[index].to(device)
+    x = client.x[index]
+    y = client.y[index].to(device)
     if client.augment:
         x = client.augment(x, rng)
     x = to_float(x.to(device))

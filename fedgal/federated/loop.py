@@ -67,7 +67,9 @@ def run_round(
     weights: dict[int, float] | None = None,  # of the clients in the average; default: their numbers of examples
 ) -> tuple[State, list[ClientUpdate]]:  # new state, accepted updates
     "One communication round; `state` is not changed."
-    payload, ledger, algorithm = state.payload, Ledger(state.ledger), options.make_algorithm()
+    payload = state.payload
+    ledger = Ledger(state.ledger)
+    algorithm = options.make_algorithm()
     chosen = [clients[i] for i in choose(len(clients), options.participation, seed, payload.round)]
     updates, keeps = local_work(algorithm, engine, model, chosen, state, seed, loss)
     accepted, rejected = check_updates(as_deltas(chosen, updates, payload.round), payload, options.norm_factor)
@@ -110,8 +112,10 @@ def start_state(
     "The state before the first round; raises FedgalError for start tensors that cannot be used."
     _check_start(algorithm, model, own)
     extras, server, keeps = algorithm.start(model, clients, seed)
-    payload, device = replace(payload_from(model), extras=extras), next(model.parameters()).device
-    schema, starts = {**payload.parameters, **payload.buffers}, {}
+    payload = replace(payload_from(model), extras=extras)
+    device = next(model.parameters()).device
+    schema = {**payload.parameters, **payload.buffers}
+    starts = {}
     for k in [c.id for c in clients if c.id in (own or {})]:
         starts[k] = {n: t.to(device, copy=True) for n, t in own[k].items()}
         if wrong := check_schema(starts[k], schema):
@@ -135,9 +139,12 @@ def fit(
 ) -> FederationResult:
     "Run a federation, or what is left of it."
     if not clients: raise FedgalError("a federation needs at least one client")
-    model, algorithm = copy.deepcopy(model), options.make_algorithm()
+    model = copy.deepcopy(model)
+    algorithm = options.make_algorithm()
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
-    state, last, who = start_state(algorithm, model, clients, seed, own), None, {}
+    state = start_state(algorithm, model, clients, seed, own)
+    last = None
+    who = {}
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     engine, reason = resolve_engine(engine, model, first)
     if checkpoint:
@@ -145,7 +152,8 @@ def fit(
         state, last = load_state(checkpoint, who, next(model.parameters()).device) or (state, None)
     done = state.payload.round
     for r in progress(range(done, options.rounds), f"resumed after round {done}: round" if done else "round"):
-        base, final = state.payload, r + 1 == options.rounds
+        base = state.payload
+        final = r + 1 == options.rounds
         state, accepted = run_round(state, model, clients, options, seed, engine, loss, weights)
         if evaluate and (final or (r + 1) % options.eval_every == 0):
             row = {**state.history[-1], **judged(evaluate, algorithm, model, state, clients)}

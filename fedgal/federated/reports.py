@@ -48,6 +48,7 @@ def over_all_classes(
     n_classes: int,
 ) -> tuple[Tensor, Tensor]:  # [C, ...], zero where not owned; owned [C] bool
     "A client's message, spread over all classes."
-    values, classes = update.statistics[name], update.statistics["classes"].long()
+    values = update.statistics[name]
+    classes = update.statistics["classes"].long()
     spread = values.new_zeros(n_classes, *values.shape[1:]).index_copy(0, classes, values)
     return spread, torch.zeros(n_classes, dtype=torch.bool).index_fill(0, classes, True)

@@ -55,7 +55,8 @@ class FederationResult:
         if client is None:
             return load_payload(model, self.payload)
         if client in self.excluded: raise FedgalError(f"client {client} has no model: {self.excluded[client]}")
-        updates, base = {u.client: u for u in self.last.updates}, self.last.base
+        updates = {u.client: u for u in self.last.updates}
+        base = self.last.base
         if client not in updates:
             unknown_name("client", client, sorted(updates))
         tensors = self._model_of(updates[client])
@@ -77,7 +78,8 @@ def last_round_of_all(
     "Let the clients that sat out the last round train too; their messages join the ledger."
     took_part = choose(len(clients), options.participation, seed, base.round)
     rest = [c for i, c in enumerate(clients) if i not in took_part]
-    ledger, algorithm = Ledger(state.ledger), options.make_algorithm()
+    ledger = Ledger(state.ledger)
+    algorithm = options.make_algorithm()
     late = local_work(algorithm, engine, model, rest, replace(state, payload=base), seed, loss)[0] if rest else []
     for c, u in zip(rest, late, strict=True):
         record_messages(ledger, algorithm, c, base, u, options.bn)
@@ -88,7 +90,8 @@ def last_round_of_all(
 
 def last_round_of_own(state: State, clients: list) -> LastRound:
     "The models that clients keep, as changes of the first one; a client that never took part still has that."
-    first, updates = state.payload, []
+    first = state.payload
+    updates = []
     for c in clients:
         now = payload_of(first, state.own.get(c.id))
         change = {n: t - first.parameters[n] for n, t in now.parameters.items()}

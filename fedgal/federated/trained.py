@@ -23,6 +23,7 @@ from .algorithm import ALGORITHMS
 from ..models.encode import encode, encode_from
 from ..models.networks import build_model
 from ..models.split import SplitModel
+from ..stats.blocks import rank_in_class
 from ..stats.class_statistics import ClassStatistics
 from ..stats.space import RFF, Space
 
@@ -57,13 +58,17 @@ class TrainedRun:
 # %% ../../nbs/federated/09_trained.ipynb #7448d6c5
 def load_run(stage) -> TrainedRun:  # a stage with `10_data` and `20_train` among its inputs
     "Data, split and models."
-    folder, d, t = stage.input("20_train"), stage.upstream("10_data"), stage.upstream("20_train")
-    data, split = load_dataset(d["dataset"], d["seed"]), Split.load(stage.input("10_data"))
+    folder = stage.input("20_train")
+    d = stage.upstream("10_data")
+    t = stage.upstream("20_train")
+    data = load_dataset(d["dataset"], d["seed"])
+    split = Split.load(stage.input("10_data"))
     kinds = {"head": t["head"], "norm": t["norm"]}
     model = build_model(t["model"], data.in_shape, data.n_classes, **kinds, generator=stream(0, "overwritten"))
     model.load_state_dict(load_tensors(folder / "model.safetensors"))
     clients = {int(k): t for k, t in by_first(load_tensors(folder / "clients.safetensors")).items()}
-    clients, personal = dict(sorted(clients.items())), ALGORITHMS[t["algorithm"]].personal
+    clients = dict(sorted(clients.items()))
+    personal = ALGORITHMS[t["algorithm"]].personal
     return TrainedRun(data, split, model.eval().requires_grad_(True), clients, stage.keys["20_train"], personal)
 
 # %% ../../nbs/federated/09_trained.ipynb #43f0b517
@@ -72,11 +77,8 @@ def owners_in_turn(
     owned: Tensor,  # [K, C] bool
 ) -> Tensor:  # [N] client ids; -1 where nobody owns the class
     "The owners of every class, in turn over its samples."
-    n, order = owned.sum(0), torch.argsort(y, stable=True)
-    count = torch.bincount(y, minlength=len(n))
-    rank = torch.empty_like(y).index_copy(
-        0, order, torch.arange(len(y)) - (count.cumsum(0) - count)[y[order]]
-    )  # position within its class
+    n = owned.sum(0)
+    rank = rank_in_class(y, len(n))
     owners = torch.argsort((~owned).byte(), dim=0, stable=True)  # [K, C], those of a class first
     return torch.where(n[y] > 0, owners[rank % n[y].clamp(min=1), y], -1)
 
@@ -114,7 +116,8 @@ def client_samples(
 ) -> list[tuple[Tensor, Tensor]]:  # (inputs [views * n_k, ...], labels [views * n_k]) per client
     "Every client's own samples, view after view; a client that has no model of its own has none."
     if views < 1: raise FedgalError(f"views = {views}: at least 1, the image itself")
-    lists, shake = {"train": run.split.train, "val": run.split.val}[part], augmentation_for(run.data)
+    lists = {"train": run.split.train, "val": run.split.val}[part]
+    shake = augmentation_for(run.data)
     out = []
     for k, i in enumerate(lists):
         x, y = (t[i if k in run.with_model else i[:0]] for t in (run.data.x_train, run.data.y_train))
@@ -163,7 +166,8 @@ def told_by(s: ClassStatistics, views: int = 1) -> str:
     "What the receiver of a client's statistics learns beyond averages, in words for the ledger."
     if views == 1:
         return "; ".join(s.disclosures()) or "sums over several samples"
-    one, few = s.count.round() == 1, s.present & (s.count * views <= s.space.dim)
+    one = s.count.round() == 1
+    few = s.present & (s.count * views <= s.space.dim)
     notes = [
         (one, "n = 1: the mean is that of the views of one sample"),
         (few, f"at most {s.space.dim} views: the covariance gives the subspace spanned by the samples and their views"),
@@ -182,7 +186,8 @@ def held_out(
     Tensor, Tensor, Tensor | None
 ]:  # features [N, d], labels [N], and whose encoder saw them [N] (None: the global one)
     "The balanced test set at a level; under own encoders the owners of a class look at its samples in turn."
-    x, y = run.data.x_test, run.data.y_test
+    x = run.data.x_test
+    y = run.data.y_test
     client = owners_in_turn(y, run.owned)
     usable = client >= 0 if run.personal else torch.ones_like(y, dtype=torch.bool)
     z = pass_through(run, x[usable], client[usable], level, lambda m, v: encode(m, v, level))

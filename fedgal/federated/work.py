@@ -28,7 +28,8 @@ def local_work(
     algorithm: Algorithm, engine: str, model: nn.Module, clients: list, state: State, seed: int, loss: Callable
 ) -> tuple[list[ClientUpdate], dict[int, Tensors]]:
     "Updates of some clients, with what the algorithm lets them report, and what each client is to keep."
-    payload, own = state.payload, {c.id: state.own.get(c.id, {}) for c in clients}
+    payload = state.payload
+    own = {c.id: state.own.get(c.id, {}) for c in clients}
     pushes = {k: algorithm.correction(payload, tensors) for k, tensors in own.items()}
     corrections = {k: push for k, push in pushes.items() if push is not None}
     updates = run_clients(engine, model, clients, payload, seed, algorithm.loss(payload, loss), own, corrections)
@@ -36,7 +37,8 @@ def local_work(
     for i, (c, u) in enumerate(zip(clients, updates, strict=True)):
         if u.failure:
             continue
-        start, delta = payload_of(payload, own[c.id]), as_deltas([c], [u], payload.round)[0]
+        start = payload_of(payload, own[c.id])
+        delta = as_deltas([c], [u], payload.round)[0]
         report, keeps[c.id] = algorithm.report(model, c, start, delta, own[c.id], seed)
         if report:
             updates[i] = replace(u, statistics=report)
@@ -58,7 +60,8 @@ def record_messages(
     if bn == "local":
         payload, update = replace(payload, buffers={}), replace(update, buffers={})
     if algorithm.personal:
-        payload, update = replace(payload, parameters={}, buffers={}), replace(update, tensors={}, buffers={})
+        payload = replace(payload, parameters={}, buffers={})
+        update = replace(update, tensors={}, buffers={})
     down = ledger.down(payload, update.client, algorithm.sends) if payload.n_bytes else 0
     if not (update.n_bytes or update.failure):
         return down, 0

@@ -108,7 +108,8 @@ def build_model(
         low, high, stem = network.parts(in_shape, norm)
         low_shape = out_shape(low, in_shape)
         d = out_shape(high, low_shape)[0]
-        hidden, out = min(256, d), min(128, d // 2)
+        hidden = min(256, d)
+        out = min(128, d // 2)
         projector = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, out))
         top = build_head(head, out_shape(nn.Sequential(*stem), (d,))[0], n_classes, stem=stem)
         dims = {"low": prod(low_shape), "high": d, "projected": out}

@@ -56,7 +56,9 @@ class SplitModel(_FromLevel):
     ):
         super().__init__()
         self.low, self.high, self.projector, self.head = low, high, projector, head
-        self.in_shape, self.low_shape, self.dims = tuple(in_shape), tuple(low_shape), dict(dims)
+        self.in_shape = tuple(in_shape)
+        self.low_shape = tuple(low_shape)
+        self.dims = dict(dims)
 
     def forward(self, x: Tensor) -> Features:
         if tuple(x.shape[1:]) != self.in_shape or not x.is_floating_point():
@@ -88,7 +90,9 @@ class LevelView(_FromLevel):
         super().__init__()
         if level not in _ABOVE:
             raise FedgalError(f"no trainable part lies above level {level!r}; levels with one: {', '.join(_ABOVE)}")
-        self.level, self.low_shape, self.dims = level, model.low_shape, dict(model.dims)
+        self.level = level
+        self.low_shape = model.low_shape
+        self.dims = dict(model.dims)
         self.in_shape = (model.dims[level],)
         self.projector = None
         for name in _ABOVE[level]:

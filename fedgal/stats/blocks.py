@@ -56,7 +56,8 @@ def class_sums(
     memory: int = 2**26,  # bytes that one chunk may take
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # count [C], sum [C, d], second [C, d, d], RFF sum [C, D]
     "Float64 sums per class, in chunks of bounded memory."
-    d, kw = z.shape[1], {"dtype": torch.float64, "device": z.device}
+    d = z.shape[1]
+    kw = {"dtype": torch.float64, "device": z.device}
     total = torch.zeros(n_classes, d, **kw)
     second = torch.zeros(n_classes, d, d, **kw)
     fourier = None if rff is None else torch.zeros(n_classes, rff.n_features, **kw)

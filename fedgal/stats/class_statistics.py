@@ -136,7 +136,8 @@ def save_statistics(s: ClassStatistics, path: Path) -> None:
 
 def load_statistics(path: Path) -> ClassStatistics:
     "Read what `save_statistics` wrote."
-    t, meta = load_tensors(path), load_meta(path)
+    t = load_tensors(path)
+    meta = load_meta(path)
     space = Space.from_dict(meta["space"])
     rff = RFF(**meta["rff"]) if meta["rff"] else None
     i, j = torch.triu_indices(space.dim, space.dim)

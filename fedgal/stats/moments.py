@@ -120,7 +120,8 @@ def disclosures(
     s,  # ClassStatistics
 ) -> list[str]:
     "What the receiver of this message learns beyond averages, one line per kind of leak."
-    n, d = s.count.round(), s.space.dim
+    n = s.count.round()
+    d = s.space.dim
     leaks = [
         (n == 1, "n = 1: the mean is the sample"),
         (n == 2, "n = 2: mean and second moment give both samples"),

@@ -64,7 +64,8 @@ class RFF:
         object.__setattr__(self, "_weight", self._draw())
 
     def _draw(self) -> Tensor:  # W [D/2, d]
-        rows, d = self.n_features // 2, self.dim_in
+        rows = self.n_features // 2
+        d = self.dim_in
         g = stream(self.seed, "rff")
         scale = math.sqrt(2 * self.gamma)
         if self.kind == "iid":

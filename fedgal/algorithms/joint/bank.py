@@ -90,7 +90,8 @@ class BankMaker:
         return LatentBank(self._latents(labels, generator), labels.to(self.networks.device))
 
     def _latents(self, labels, generator):
-        networks, options = self.networks, self.options
+        networks = self.networks
+        options = self.options
         if options.bank == "denoiser":
             return denoiser_latents(networks, labels.to(networks.device), options.sampling_steps, generator)
         z = networks.encode(self.x).cpu()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ...stats.blocks import class_sum
+
 # %% auto #0
 __all__ = ['effective_rank', 'mean_radius', 'collapsed', 'LatentNorm', 'equal_radius_loss']
 
@@ -27,8 +29,8 @@ def mean_radius(
 ) -> Tensor:  # scalar; NaN if no class has two samples
     "Mean distance to the class mean, averaged over the classes with two samples or more."
     n = torch.bincount(y)
-    centre = z.new_zeros(len(n), z.shape[1]).index_add(0, y, z) / n.clamp(min=1)[:, None]
-    radius = z.new_zeros(len(n)).index_add(0, y, (z - centre[y]).norm(dim=1)) / n.clamp(min=1)
+    centre = class_sum(z, y, len(n)) / n.clamp(min=1)[:, None]
+    radius = class_sum((z - centre[y]).norm(dim=1), y, len(n)) / n.clamp(min=1)
     return radius[n > 1].mean()
 
 # %% ../../../nbs/algorithms/joint/02_collapse.ipynb #e3f5dff6

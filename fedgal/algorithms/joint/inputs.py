@@ -19,6 +19,7 @@ from ...data.transforms import augmentation_for, to_float
 from ...federated.trained import TrainedRun, balanced_pool
 from ...models.networks import build_model
 from ...models.split import SplitModel
+from ...stats.blocks import class_sum
 
 # %% auto #0
 __all__ = ['STARTS', 'start_model', 'oracle_pool', 'validation_judge', 'JointInputs', 'joint_inputs']
@@ -60,7 +61,8 @@ def validation_judge(
 ) -> Callable:  # model -> {name: number}; nothing without validation data
     "Accuracy and loss of a model on the clients' validation samples."
     rows = torch.cat(run.split.val)
-    x, y = run.data.x_train[rows], run.data.y_train[rows]
+    x = run.data.x_train[rows]
+    y = run.data.y_train[rows]
 
     def judge(model):
         return _accuracy_and_loss(model, x, y, run.data.n_classes) if len(y) else {}
@@ -70,13 +72,14 @@ def validation_judge(
 @torch.inference_mode()
 def _accuracy_and_loss(model: nn.Module, x, y, n_classes) -> dict[str, float]:
     device = next(model.parameters()).device
-    hits, loss = 0, torch.zeros(n_classes, dtype=torch.float64)
+    hits = 0
+    loss = torch.zeros(n_classes, dtype=torch.float64)
     with evaluation_mode(model):
         for xb, yb in zip(x.split(128), y.split(128), strict=True):
             logits = model(to_float(xb.to(device))).logits.float().cpu()
             hits += int((logits.argmax(1) == yb).sum())
             losses = F.cross_entropy(logits, yb, reduction="none").double()
-            loss = loss + torch.zeros_like(loss).index_add_(0, yb, losses)
+            loss = loss + class_sum(losses, yb, n_classes)
     return {"val_accuracy": float(torch.tensor(hits) / len(y)), "val_loss": float(loss.sum() / len(y))}
 
 # %% ../../../nbs/algorithms/joint/13_inputs.ipynb #6b969152
@@ -109,7 +112,8 @@ def joint_inputs(
         "norm": training["norm"],
     }
     rows = torch.cat([of_client for of_client in run.split.train if len(of_client)])
-    x, y = run.data.x_train[rows], run.data.y_train[rows]
+    x = run.data.x_train[rows]
+    y = run.data.y_train[rows]
     augment = augmentation_for(run.data) if training["augment"] else None
     pool = oracle_pool(run, pool_per_class, seed) if pool_per_class else None
     model = start_model(run, recipe, start, seed).to(device)

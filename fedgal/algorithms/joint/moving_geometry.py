@@ -53,7 +53,8 @@ class MovingGeometry(NamedTuple):
 # %% ../../../nbs/algorithms/joint/03_moving_geometry.ipynb #f31e82c0
 def _after(g, z, y, member, rate):
     "Geometry `g` after samples z [B, d] of classes y [B], with `member` [B, C] 0 for padding."
-    n, seen_before = member.sum(0), g.count > 0
+    n = member.sum(0)
+    seen_before = g.count > 0
     mean = member.T @ z / n.clamp(min=1)[:, None]
     centre = torch.where(seen_before[:, None], g.prototypes, mean)
     freedom = torch.where(seen_before, n * (1 + g.noise), n - 1)

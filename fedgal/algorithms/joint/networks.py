@@ -16,13 +16,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from .collapse import LatentNorm
 from .options import JointOptions
-from .schedules import ema_decay
+from ...core.random import stream
+from ...core.schedules import ema_decay
 from ...data.transforms import to_float
 from ...generators.diffusion.denoiser import Denoiser
 from ...generators.diffusion.schedule import Schedule
 from ...models.init import decay_groups, initialised
 from ...models.split import SplitModel
-from ...core.random import stream
 
 # %% ../../../nbs/algorithms/joint/06_networks.ipynb #58a64530
 def running_average(

@@ -85,11 +85,13 @@ def _save(result, folder):
 
 def _load(folder):
     "A result out of its folder."
-    text, tensors = load_json(folder / "result.json"), load_tensors(folder / "generator.safetensors")
+    text = load_json(folder / "result.json")
+    tensors = load_tensors(folder / "generator.safetensors")
     options = JointOptions(**text.pop("options"))
     model = build_model(**text["recipe"], generator=stream(0, "overwritten"))
     model.load_state_dict(load_tensors(folder / "model.safetensors"))
-    dim, n_classes = model.dims["high"], text["recipe"]["n_classes"]
+    dim = model.dims["high"]
+    n_classes = text["recipe"]["n_classes"]
     denoiser = initialised(lambda: Denoiser(dim, n_classes, options.width, options.blocks), stream(0, "overwritten"))
     norm = LatentNorm(dim)
     for name, module in (("denoiser", denoiser), ("norm", norm)):

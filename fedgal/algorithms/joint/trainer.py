@@ -84,7 +84,8 @@ def train_step(
     batch: Batch,
 ) -> tuple[dict[str, Tensor], Gradients]:
     "One step of all three networks; the losses before it, and their gradients."
-    networks, options = trainer.networks, trainer.options
+    networks = trainer.networks
+    options = trainer.options
     terms, z = joint_losses(
         networks, batch, trainer.geometry, trainer.head_classes, trainer.log_prior, options, trainer.loss
     )
@@ -107,7 +108,8 @@ def batches(
     epoch: int,  # from 0
 ) -> Iterator[Batch]:
     "The batches of an epoch, as many samples as there are, classes drawn by the mix."
-    size, device = trainer.options.batch_size, trainer.networks.device
+    size = trainer.options.batch_size
+    device = trainer.networks.device
     picks, noises, shifts = (stream(trainer.seed, f"joint {what}", epoch) for what in ("batches", "noise", "augment"))
     n = -(-len(trainer.y) // size) * size
     for rows in trainer.mix.draw(n, picks).split(size):
@@ -125,7 +127,8 @@ def train_epoch(
     epoch: int,  # from 0
 ) -> float:  # mean diffusion loss
     "One pass over the samples; leaves a row of the history every `watch` steps and after the last of all."
-    options, losses = trainer.options, []
+    options = trainer.options
+    losses = []
     for batch in batches(trainer, epoch):
         terms, gradients = train_step(trainer, batch)
         losses.append(terms["ldm"])

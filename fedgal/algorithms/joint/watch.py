@@ -72,7 +72,9 @@ class Watch:
         seed: int,  # of the rows that are watched
     ):
         rows = watched_rows(len(y), seed)
-        self.networks, self.x, self.y = networks, x[rows], y[rows]
+        self.networks = networks
+        self.x = x[rows]
+        self.y = y[rows]
         self.start = latent_shape(networks, self.x, self.y)
         self.history = []
         self.conflicts = torch.zeros((), device=networks.device)

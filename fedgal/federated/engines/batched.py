@@ -51,10 +51,13 @@ class Batches:
     "The stacked batches of some clients, step by step; `work` is sorted by decreasing number of batches."
 
     def __init__(self, work: list[tuple[MultiStepClient, list]], seed: int, round: int, device):
-        self.work, self.device, self.mixup = work, device, work[0][0].config.mixup
+        self.work = work
+        self.device = device
+        self.mixup = work[0][0].config.mixup
         # row of each client's first example in x
         self.first = torch.tensor([0] + [len(c.x) for c, _ in work[:-1]]).cumsum(0)
-        self.x, self.y = torch.cat([c.x for c, _ in work]), torch.cat([c.y for c, _ in work])
+        self.x = torch.cat([c.x for c, _ in work])
+        self.y = torch.cat([c.y for c, _ in work])
         self.rng = [stream(seed, "augment", round, c.id) for c, _ in work]
 
     def __len__(self):
@@ -70,7 +73,9 @@ class Batches:
             if c.augment:
                 of_client[: len(b)] = c.augment(c.x[b], rng)
                 of_client[len(b) :] = of_client[:1]
-        x, y, mask = to_float(x.to(self.device)), self.y[index].to(self.device), mask.to(self.device)
+        x = to_float(x.to(self.device))
+        y = self.y[index].to(self.device)
+        mask = mask.to(self.device)
         if not self.mixup:
             return x, y, mask, ()
         x, *mixed = blend_stacked(x, y, [draw_mixup(len(b), self.mixup, rng) for _, b, rng in active])
@@ -90,7 +95,8 @@ class Weights:
         self, trained: list[str], clients: list, payload: ServerPayload, undecayed, own=None, corrections=None
     ):
         starts = [{**payload.parameters, **(own or {}).get(c.id, {})} for c in clients]
-        self.options, self.undecayed = clients[0].config, undecayed
+        self.options = clients[0].config
+        self.undecayed = undecayed
         self.rate = self.options.rate(payload.round)
         self.start = {n: _stack([start[n] for start in starts]) for n in trained}
         self.w = {n: p.clone() for n, p in self.start.items()}
@@ -105,7 +111,8 @@ class Weights:
 
     def descend(self, grads: Tensors) -> None:
         "One step of SGD for the first clients; `grads` has one row for each."
-        c, k = self.options, len(next(iter(grads.values())))
+        c = self.options
+        k = len(next(iter(grads.values())))
         for n, g in grads.items():
             w = self.w[n][:k]
             if c.prox_mu:
@@ -138,13 +145,16 @@ def _contexts(clients, loss):
 def _train(batches, weights, gradients, context):
     "All steps of a chunk: the mean loss of each client, and its first step that was not finite (-1: none)."
     k = len(batches.work)
-    total, examples, broken = torch.zeros(k, dtype=torch.float64), torch.zeros(k), torch.full((k,), -1)
+    total = torch.zeros(k, dtype=torch.float64)
+    examples = torch.zeros(k)
+    broken = torch.full((k,), -1)
     for step in range(len(batches)):
         x, y, mask, mixed = batches.at(step)
         active = len(x)
         grads, values = gradients(weights.first(active), x, y, mask, context[:active], *mixed)
         weights.descend(grads)
-        values, count = values.cpu(), mask.sum(1).cpu()
+        values = values.cpu()
+        count = mask.sum(1).cpu()
         total[:active] += values * count
         examples[:active] += count
         bad = ~values.isfinite() & (broken[:active] < 0)

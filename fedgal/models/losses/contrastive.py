@@ -7,11 +7,11 @@ __all__ = ['SCL_FORMS', 'stand_in', 'prototype_distance', 'supervised_contrastiv
            'cosine_weight']
 
 # %% ../../../nbs/models/losses/04_contrastive.ipynb #172da883
-import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ...core.errors import FedgalError, one_of
+from ...core.schedules import half_cosine
 
 # %% ../../../nbs/models/losses/04_contrastive.ipynb #d87881c1
 def stand_in(
@@ -108,4 +108,4 @@ def cosine_weight(
         raise FedgalError(
             f"cosine_weight: round {round} of {rounds}; needed is 0 <= round <= rounds with at least one round"
         )
-    return start * (1 + math.cos(math.pi * round / rounds)) / 2
+    return start * half_cosine(round, rounds)

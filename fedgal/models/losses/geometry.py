@@ -112,9 +112,11 @@ def radius_loss(
         return member.T @ v / torch.where(counted, member.sum(0), 1)
 
     if mode == "mean":
-        measured, share = average(_root(square)), average(factor)
+        measured = average(_root(square))
+        share = average(factor)
     else:
-        measured, share = _root(average(square)), _root(average(factor.square()))
+        measured = _root(average(square))
+        share = _root(average(factor.square()))
     return _mean((measured - target * share).square(), counted) / unit
 
 # %% ../../../nbs/models/losses/05_geometry.ipynb #1c92f5b5

@@ -82,7 +82,8 @@ def class_mean_gap(
     return _gap((member.T @ u).square().sum(1), member.T @ u.square().sum(1), member.sum(0), debias)
 
 def _members(y, target, mask, v):
-    member, u = F.one_hot(y, len(target)).to(v), v - target.to(v)[y]  # [B, C], [B, D]
+    member = F.one_hot(y, len(target)).to(v)
+    u = v - target.to(v)[y]  # [B, C], [B, D]
     if mask is None:
         return member, u
     left_out = ~mask.bool()[:, None]
@@ -137,7 +138,8 @@ def statistics_loss(
         raise FedgalError("statistics_loss needs both rff (the target) and phi (the map that made it), or neither")
     gaps, counted = class_mean_gap(z, y, mean, mask, debias)
     gaps2, _ = class_covariance_gap(z, y, mean, covariance, mask, debias)
-    spread, size = covariance.diagonal(dim1=-2, dim2=-1).sum(-1), covariance.square().sum((-2, -1))
+    spread = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    size = covariance.square().sum((-2, -1))
     third = _relative(*class_mean_gap(phi(z), y, rff, mask, debias)) if phi is not None else z.new_zeros(())
     return StatisticsTerms(_relative(gaps, counted, spread), _relative(gaps2, counted, size), third)
 
