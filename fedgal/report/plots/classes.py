@@ -79,7 +79,7 @@ def per_class(
 
 # %% ../../../nbs/report/plots/07_classes.ipynb #7371d210
 def gain_heatmap(
-    gain,  # [K, C] paired gain in recall (`fedgal.metrics.gains`)
+    gain,  # [K, C] paired gain in recall (`fedgal.evaluation.clients.gains`)
     client_counts,  # [K, C] training samples
     classes: Sequence[str] | None = None,
     rare_at: int = 5,

@@ -77,30 +77,15 @@ def long_tail(
     held = ratio(n[order][:k].sum(), n.sum())
     imbalance = n.max() / max(n.min(), 1)
     fig, ax = new_figure(f"Imbalance {imbalance:.0f}: {k} of {len(n)} classes hold {percent(held)} of the samples")
-    sns.barplot(
-        x=np.arange(len(n)),
-        y=n[order],
-        hue=[owner[c] for c in order],
-        palette=GROUP_COLORS,
-        saturation=1,
-        legend=False,
-        ax=ax,
-    )
+    look = dict(hue=[owner[c] for c in order], palette=GROUP_COLORS, saturation=1, legend=False)
+    sns.barplot(x=np.arange(len(n)), y=n[order], ax=ax, **look)
     say = []
     for i, (g, members) in enumerate(groups.items()):
         share = percent(ratio(n[members].sum(), n.sum()))
         some = f"{len(members)} {{}}class{'es' * (len(members) > 1)}"
-        ax.text(
-            0.98,
-            0.95 - 0.11 * i,
-            f"{g}: {some.format('')}, {share} of samples",
-            color=GROUP_COLORS[g],
-            ha="right",
-            va="top",
-            transform=ax.transAxes,
-            fontweight="bold",
-            fontsize=10.5,
-        )
+        bold = dict(color=GROUP_COLORS[g], fontweight="bold", fontsize=10.5, ha="right", va="top")
+        text = f"{g}: {some.format('')}, {share} of samples"
+        ax.text(0.98, 0.95 - 0.11 * i, text, transform=ax.transAxes, **bold)
         say.append(f"{some.format(g + ' ')} with {share} of the samples")
     if len(n) <= 20:
         for i, c in enumerate(order):

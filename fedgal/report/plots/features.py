@@ -145,6 +145,10 @@ def _nearest_own(real, y_real, fake, y_fake, order):  # share of generated featu
     return (np.array(order)[near] == y_fake[inside]).mean()
 
 # %% ../../../nbs/report/plots/04_features.ipynb #804d10e6
+def _drawn(y, order, per_class, rng):
+    "Indices of at most `per_class` points of every class."
+    return np.concatenate([rng.permutation(np.flatnonzero(y == c))[:per_class] for c in order])
+
 def projection(
     real,  # [N, d] real features
     y_real,  # [N]
@@ -166,8 +170,7 @@ def projection(
     order = _spaced(order, max_classes)
     right = percent(_nearest_own(real, y_real, fake, y_fake, order))
     pick = np.random.default_rng(seed)
-    draw = lambda y: np.concatenate([pick.permutation(np.flatnonzero(y == c))[:per_class] for c in order])
-    i, j = draw(y_real), draw(y_fake)
+    i, j = (_drawn(y, order, per_class, pick) for y in (y_real, y_fake))
     views = _views(real[i], fake[j], seed, tsne)
     title = f"{right} of the generated features are nearest to their own real class mean"
     fig, axes = new_figure(title, 4.0, columns=len(views), squeeze=False)

@@ -109,7 +109,8 @@ def levels(
     "Arms at each level of the network, every seed shown."
     rows = [(level, a, x) for level, arms in values.items() for a, s in arms.items() for x in to_floats(s)]
     table = pd.DataFrame(rows, columns=["level", "arm", "value"]).dropna()
-    names, mean = list(dict.fromkeys(a for _, a, _ in rows)), {}
+    names = list(dict.fromkeys(a for _, a, _ in rows))
+    mean = {}
     for level, arms in values.items():
         mean |= {(level, a): finite_mean(to_floats(s)) for a, s in arms.items() if np.isfinite(to_floats(s)).any()}
     fair = {key: m for key, m in mean.items() if key[1] not in ("none", "oracle")} or mean
@@ -118,16 +119,8 @@ def levels(
     if best:
         title = f"Best: {best[1]} at level {best[0]} with {percent(fair[best], 1)} {metric}"
     fig, ax = new_figure(title, 3.8)
-    look = dict(
-        x="level",
-        y="value",
-        hue="arm",
-        order=list(values),
-        hue_order=names,
-        palette=arm_colors(names),
-        legend=False,
-        ax=ax,
-    )
+    look = dict(x="level", y="value", hue="arm", order=list(values), hue_order=names)
+    look |= dict(palette=arm_colors(names), legend=False, ax=ax)
     sns.stripplot(table, dodge=True, jitter=False, size=5, alpha=0.45, **look)
     sns.pointplot(
         table,

@@ -54,33 +54,15 @@ def learning_curves(
     for ax, (column, label) in zip(axes, sides.items(), strict=True):
         rows = table.dropna(subset=[column]).astype({column: float})
         marker = "o" if rows.groupby("run").size().max() < 25 else None
-        sns.lineplot(
-            rows,
-            x="round",
-            y=column,
-            hue="run",
-            palette=colors,
-            estimator=None,
-            marker=marker,
-            markersize=5,
-            legend=False,
-            ax=ax,
-        )
+        look = dict(palette=colors, estimator=None, marker=marker, markersize=5, legend=False)
+        sns.lineplot(rows, x="round", y=column, hue="run", ax=ax, **look)
         ax.set(xlabel="round", ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     percent_axis(axes[0].yaxis)
     if chance is not None:
         axes[0].axhline(chance, color=MUTED, ls=":")
-        axes[0].text(
-            0.98,
-            chance,
-            "chance",
-            color=MUTED,
-            fontsize=10,
-            ha="right",
-            va="bottom",
-            transform=axes[0].get_yaxis_transform(),
-        )
+        beside = dict(color=MUTED, fontsize=10, ha="right", va="bottom", transform=axes[0].get_yaxis_transform())
+        axes[0].text(0.98, chance, "chance", **beside)
     ends = {k: float(r[loss].dropna().iloc[-1]) for k, r in runs.items() if r[loss].notna().any()}
     if len(runs) > 1 and ends:
         label_ends(axes[1], table["round"].max(), list(ends.values()), list(ends), [colors[k] for k in ends])
