@@ -13,7 +13,7 @@ from .fedgen_net import FedGenOptions, FedGenPFLOptions, descend, init_generator
 from .teaching import Teaching, stack_heads
 
 # %% auto #0
-__all__ = ['FedGenFitOptions', 'mean_rows', 'require_taught', 'FedGen', 'FedGenPFL']
+__all__ = ['FedGenFitOptions', 'mean_rows', 'require_taught', 'teaching_of', 'FedGen', 'FedGenPFL']
 
 # %% ../../nbs/generators/08_fedgen.ipynb #6939a830
 class FedGenFitOptions(FedGenOptions):
@@ -41,6 +41,17 @@ def require_taught(labels: Tensor, known: Tensor, name: str) -> None:
             "leave the class out of the bank (per_class 0) or lower n_min"
         )
 
+# %% ../../nbs/generators/08_fedgen.ipynb #42360bbf
+def teaching_of(task: FitTask, form: str) -> Teaching:
+    "Weights of the teachers, and how often each class is asked for."
+    w = task.teacher_weights
+    labels = (w.sum(0) > 0).float()
+    if form == "authors":
+        return Teaching(w, labels)
+    if task.statistics is not None:
+        labels = labels * task.statistics.count.float()
+    return Teaching(w / w.sum(0).clamp(min=1e-12), labels)
+
 # %% ../../nbs/generators/08_fedgen.ipynb #f0e2ca8b
 class FedGen(Generator):
     "FedGen fitted to fixed teachers; its authors' form by default."
@@ -54,23 +65,13 @@ class FedGen(Generator):
         self.space.check(task.space)
         if self.space.normalised:
             raise FedgalError(f"{self.name} learns from heads, and heads take raw features; {task.space} is normalised")
-        taught = self.taught(task)
+        taught = teaching_of(task, self.options.form)
         if not taught.labels.sum() > 0:
             raise FedgalError(f"{self.name} needs a class with a teacher, and all teacher_weights are 0")
         o = self.options
         start = init_generator(o, self.n_classes, self.space.dim, task.rng("weights"))
         self.tensors, losses = descend(start, stack_heads(list(task.teachers)), taught, o, task.rng("batches"), o.lr)
         return mean_rows(losses, o.steps)
-
-    def taught(self, task: FitTask) -> Teaching:
-        "Weights of the teachers, and how often each class is asked for."
-        w = task.teacher_weights
-        labels = (w.sum(0) > 0).float()
-        if self.options.form == "authors":
-            return Teaching(w, labels)
-        if task.statistics is not None:
-            labels = labels * task.statistics.count.float()
-        return Teaching(w / w.sum(0).clamp(min=1e-12), labels)
 
     @property
     def known(self) -> Tensor:
@@ -88,6 +89,7 @@ class FedGen(Generator):
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = {n: t.clone() for n, t in tensors.items()}
 
+# %% ../../nbs/generators/08_fedgen.ipynb #4fe7bac4
 class FedGenPFL(FedGen):
     "FedGen in PFLlib's form, fitted to fixed teachers."
 

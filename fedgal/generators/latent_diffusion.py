@@ -21,9 +21,15 @@ from ..models.losses.geometry import gald_loss
 from ..stats.radius import dilate, measured_radius
 
 # %% auto #0
-__all__ = ['DENOISING', 'Diffusion', 'fit_diffusion', 'fit_denoiser', 'placed_geometry', 'exchanges', 'federated_messages',
-           'guided', 'residuals', 'stretch', 'in_steps', 'Gald', 'DiffusionPooled', 'GaldPooled', 'gaussian_denoiser',
-           'denoising_error', 'error_table']
+__all__ = ['DENOISING', 'settled', 'Diffusion', 'fit_diffusion', 'fit_denoiser', 'placed_geometry', 'exchanges',
+           'federated_messages', 'guided', 'residuals', 'stretch', 'in_steps', 'Gald', 'DiffusionPooled', 'GaldPooled',
+           'gaussian_denoiser', 'denoising_error', 'error_table']
+
+# %% ../../nbs/generators/10_latent_diffusion.ipynb #9d497abb
+def settled(z: Tensor, space: Space, clamp: bool) -> Tensor:
+    "Features [N, d] as their space has them: at least 0 where that is asked for, of length 1 where it is normalised."
+    z = z.clamp(min=0) if clamp and space.nonnegative else z
+    return normalize(z, dim=1) if space.normalised else z
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #3d8f2078
 class Diffusion(Generator):
@@ -40,7 +46,6 @@ class Diffusion(Generator):
         return self.frame.prototypes.isfinite().all(1)
 
     def fit(self, task: FitTask) -> list[dict]:
-        "Needs class statistics (for coordinates and radii) and the clients' latents."
         task.require("statistics", "latents")
         self.space.check(task.space)
         return fit_diffusion(self, task)
@@ -49,9 +54,7 @@ class Diffusion(Generator):
         require_known(labels, self.known)
         u = self.frame.place(residuals(self, labels, generator), labels)
         z = self.frame.leave(dilate(u, labels, self.frame.prototypes, self.stretch, torch.ones(self.n_classes)))
-        if self.options.clamp and self.space.nonnegative:
-            z = z.clamp(min=0)
-        return normalize(z, dim=1) if self.space.normalised else z
+        return settled(z, self.space, self.options.clamp)
 
     def in_steps(self, steps: int, generator: torch.Generator) -> Diffusion:
         return in_steps(self, steps, generator)
@@ -94,6 +97,7 @@ def fit_diffusion(gen: Diffusion, task: FitTask) -> list[dict]:
         gen.stretch = torch.ones(gen.n_classes)  # in frame "class" the wider radius is in the frame
     return history
 
+# %% ../../nbs/generators/10_latent_diffusion.ipynb #a4d1c939
 def fit_denoiser(
     gen: Diffusion,
     parts: list,  # (residuals, labels); several are trained on federatedly

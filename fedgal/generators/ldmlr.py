@@ -95,9 +95,8 @@ class LDMLR(Generator):
         z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
         if not len(y): raise FedgalError("ldmlr learns from features, and no client has any")
         self.known = torch.bincount(y, minlength=self.n_classes) > 0
-        self.low, self.length = torch.zeros(z.shape[1]), torch.ones(z.shape[1])
-        if self.options.scale:
-            self.low, self.length = feature_range(z, self.space.nonnegative)
+        as_it_is = torch.zeros(z.shape[1]), torch.ones(z.shape[1])
+        self.low, self.length = feature_range(z, self.space.nonnegative) if self.options.scale else as_it_is
         self.net = self.build(task.rng("weights")).to(task.device)
         length = torch.where(self.length > 0, self.length, 1.0)  # a unit that never moves stays at -1
         x = (z - self.low) / length * 2 - 1
@@ -113,9 +112,8 @@ class LDMLR(Generator):
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        parts = [
-            sample_batch(self.net, y, self.space.dim, self.options.sample_steps, generator) for y in labels.split(2048)
-        ]
+        steps = self.options.sample_steps
+        parts = [sample_batch(self.net, y, self.space.dim, steps, generator) for y in labels.split(2048)]
         x = self.low + self.length * (torch.cat(parts) + 1) / 2
         return F.normalize(x, dim=1) if self.space.normalised else x
 

@@ -200,6 +200,7 @@ def term_weights(options: MLPOptions) -> dict[str, float]:
         "consistency": options.delta,
     }
 
+# %% ../../nbs/generators/05_mlp.ipynb #6d75b3be
 def train(gen: MLP, targets: Targets, task: FitTask) -> list[dict]:
     "Adam with a cosine schedule and weight averaging; the mean of every term twenty times a run."
     o = gen.options

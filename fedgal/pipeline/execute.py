@@ -21,11 +21,14 @@ class StageFailed(FedgalError):
 
     def __init__(self, message, stage, notebook=None, trace=""):
         super().__init__(message)
-        self.stage, self.notebook, self.trace = stage, notebook, trace
+        self.stage = stage
+        self.notebook = notebook
+        self.trace = trace
 
 def _why(error) -> str:
     "One line from a papermill error: a user's mistake as it is, anything else with its type."
-    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    name = getattr(error, "ename", type(error).__name__)
+    value = getattr(error, "evalue", str(error))
     if name == "DeadKernelError":
         return "the kernel died (out of memory, or killed)"
     line = (str(value).strip().splitlines() or [""])[0]
@@ -54,6 +57,7 @@ def _run_notebook(stage: str, out: Path, params: dict) -> None:
             kernel_manager_class=kernel_manager(sockets),
         )
 
+# %% ../../nbs/pipeline/10_execute.ipynb #b4e67f52
 def execute(
     stage: str,
     key: str,  # its cache key
@@ -62,7 +66,8 @@ def execute(
     "Run one stage notebook; on success its artifact is complete, on failure nothing of the old state is lost."
     folder = settings().artifacts / stage
     folder.mkdir(parents=True, exist_ok=True)
-    out, failed = folder / f"{key}.running.ipynb", folder / f"{key}.failed.ipynb"
+    out = folder / f"{key}.running.ipynb"
+    failed = folder / f"{key}.failed.ipynb"
     started = time.monotonic()
     try:
         _run_notebook(stage, out, params)

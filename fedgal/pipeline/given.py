@@ -80,7 +80,9 @@ def gather(
     namespace: dict,  # globals() of the notebook
 ) -> Given:
     "Parameters from the params file, papermill's injection and the cell, in rising order of strength."
-    chain, declared, history = lineage(stage), schema(stage), namespace.get("In", [])
+    chain = lineage(stage)
+    declared = schema(stage)
+    history = namespace.get("In", [])
     given = injected(history)
     by_hand = insisted(history, namespace)
     cell = {n: namespace[n] for n in declared if n in namespace and n not in given}

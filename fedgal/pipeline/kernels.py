@@ -73,6 +73,7 @@ def become_kernel(
 
     launch_new_instance()
 
+# %% ../../nbs/pipeline/09_kernels.ipynb #63dd635f
 _STARTING = threading.Lock()
 
 class ForkedProcess:
@@ -82,13 +83,10 @@ class ForkedProcess:
 
     def __init__(self, arguments: list[str], env: dict[str, str], cwd: str):
         self._process = forkserver().Process(target=become_kernel, args=(arguments, env, cwd), name="kernel")
-        with (
-            _STARTING,
-            patch.dict(sys.modules, {"__main__": ModuleType("__main__")}),
-        ):  # else every kernel would run the script that started it
-            before = signal.pthread_sigmask(
-                signal.SIG_BLOCK, [signal.SIGINT]
-            )  # Ctrl-C is the runner's, also while the libraries load
+        nobody = {"__main__": ModuleType("__main__")}  # else every kernel would run the script that started it
+        with _STARTING, patch.dict(sys.modules, nobody):
+            # Ctrl-C is the runner's, also while the libraries load
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
                 self._process.start()
             finally:

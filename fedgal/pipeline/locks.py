@@ -29,12 +29,13 @@ def holder(path: Path) -> str:
         return json.loads(Path(f"{path}.who").read_text(encoding="utf-8"))["who"]
     return "another process"
 
+# %% ../../nbs/pipeline/05_locks.ipynb #9f225e57
 def hold(
     path: Path,  # the lock's file
     what: str,  # what it guards, in words
     patience: float = 3.0,  # seconds to wait before saying so
 ) -> FileLock:
-    "Hold a lock until this process ends or releases it; waiting is told on the terminal, with the process that holds it."
+    "Hold a lock until this process ends or releases it; a long wait says which process holds it."
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _locks.setdefault(str(path), FileLock(path))
     if lock.is_locked:
@@ -48,11 +49,12 @@ def hold(
         try:
             lock.acquire(timeout=LOCK_MINUTES * 60)
         except Timeout:
-            told = f"{what} was held by {holder(path)} for {LOCK_MINUTES} minutes; close that notebook or run, then try again"
-            raise FedgalError(told) from None
+            held_long = f"{what} was held by {holder(path)} for {LOCK_MINUTES} minutes"
+            raise FedgalError(f"{held_long}; close that notebook or run, then try again") from None
     Path(f"{path}.who").write_text(json.dumps({"who": _who()}), encoding="utf-8")
     return lock
 
+# %% ../../nbs/pipeline/05_locks.ipynb #8a4ede0a
 @contextmanager
 def held(path: Path, what: str):
     "A lock for the length of a block."

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PARAMS_FILE', 'SEED', 'EXPERIMENT', 'TITLE', 'QUESTION', 'BANK_PER_CLASS', 'GROUP_FEW', 'GROUP_MANY', 'RARE_AT',
-           'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'StageParameters', 'check_groups', 'Data', 'Train', 'Joint']
+           'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'StageParameters', 'chosen', 'check_groups', 'Data', 'Train',
+           'JointTraining', 'Joint']
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0003
 from typing import ClassVar
+from pydantic.fields import FieldInfo
 from ..core.errors import FedgalError
 from ..core.options import Options, option
 from .catalogue import names
@@ -22,6 +24,11 @@ class StageParameters(Options):
     def check_run(cls, params: dict) -> None:
         "Rules between the parameters of different stages of a run; `params` are all of them, flat."
 
+# %% ../../nbs/pipeline/02_parameters.ipynb #ae81bd98
+def chosen(kind: str, default: str | list[str], help: str) -> FieldInfo:
+    "A parameter that names an entry of a registry, or several."
+    return option(default, help, registry=kind, one_of=lambda: names(kind))
+
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0007
 PARAMS_FILE = option("", "start from this experiment in params/, for example quickstart", text=True)
 SEED = option(0, "the run's seed: split, partition, weights, batches, noise", ge=0)
@@ -35,7 +42,7 @@ RARE_AT = option(5, "a class is rare for a client that has 1 to this many sample
 VIEWS = option(1, "augmented views of every image behind statistics, generators and fine-tuning", ge=1)
 KAPPA = option(20.0, "samples at which a class's own radius and the head prior weigh the same", gt=0)
 LEVEL = option("low", "where in the network features are generated", one_of=("low", "high"))
-GENERATOR = option("mlp", "the generator under test", registry="generator", one_of=lambda: names("generator"))
+GENERATOR = chosen("generator", "mlp", "the generator under test")
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0008
 def check_groups(p: StageParameters) -> None:
@@ -49,22 +56,14 @@ class Data(StageParameters):
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
-    dataset: str = option(
-        "digits",
-        "data set, a file in the hub's schema, or a function that returns tensors",
-        registry="dataset",
-        one_of=lambda: names("dataset"),
+    dataset: str = chosen(
+        "dataset", "digits", "data set, a file in the hub's schema, or a function that returns tensors"
     )
     fraction: float = option(1.0, "share of the training samples that is used at all", gt=0, le=1)
     imbalance: float = option(50.0, "most frequent / rarest class; 1 keeps the data as they are", ge=1)
     shuffle_classes: bool = option(True, "draw which classes are rare; false keeps the label order")
     n_clients: int = option(10, "clients; 1 is centralised training", ge=1)
-    partition: str = option(
-        "dirichlet",
-        "how samples are dealt to clients",
-        registry="partition",
-        one_of=lambda: names("partition"),
-    )
+    partition: str = chosen("partition", "dirichlet", "how samples are dealt to clients")
     alpha: float = option(0.3, "Dirichlet concentration; small is heterogeneous", gt=0)
     min_size: int = option(10, "samples that every client gets at least", ge=1)
     ways: int = option(3, "classes per client, for partition ways", ge=1)
@@ -83,23 +82,12 @@ class Train(StageParameters):
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
-    model: str = option("cnn8", "network", registry="model", one_of=lambda: names("model"))
-    head: str = option(
-        "linear",
-        "classifier on top; unit is linear on features of length 1",
-        registry="head",
-        one_of=lambda: names("head"),
-    )
-    norm: str = option(
-        "group", "normalisation layers of the resnets and fedgen", registry="norm", one_of=lambda: names("norm")
-    )
-    algorithm: str = option(
-        "fedavg", "how clients are combined", registry="algorithm", one_of=lambda: names("algorithm")
-    )
+    model: str = chosen("model", "cnn8", "network")
+    head: str = chosen("head", "linear", "classifier on top; unit is linear on features of length 1")
+    norm: str = chosen("norm", "group", "normalisation layers of the resnets and fedgen")
+    algorithm: str = chosen("algorithm", "fedavg", "how clients are combined")
     algorithm_options: dict = option({}, "options of the algorithm, for example {weight: 10}; see fedgal params")
-    local_loss: str = option(
-        "ce", "what a client minimises; ldam needs head cosine", registry="loss", one_of=lambda: names("loss")
-    )
+    local_loss: str = chosen("loss", "ce", "what a client minimises; ldam needs head cosine")
     rounds: int = option(3, "communication rounds", ge=1)
     participation: float = option(1.0, "share of the clients in a round", gt=0, le=1)
     local_epochs: int = option(2, "passes over a client's samples in a round", ge=1)
@@ -125,13 +113,10 @@ class Train(StageParameters):
     eval_every: int = option(1, "rounds between two looks at the validation data", ge=1)
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0016
-class Joint(StageParameters):
-    "Parameters of `25_joint`."
+class JointTraining(StageParameters):
+    "Parameters of `25_joint` that every training loop has: where it starts, how long, how fast."
 
-    inputs: ClassVar = (
-        "10_data",
-        "20_train",
-    )
+    inputs: ClassVar = ("10_data", "20_train")
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
@@ -139,9 +124,7 @@ class Joint(StageParameters):
     title: str = TITLE
     question: str = QUESTION
     joint_start: str = option(
-        "trained",
-        "where joint training starts: model of 20_train or random weights",
-        one_of=("trained", "scratch"),
+        "trained", "where joint training starts: model of 20_train or random weights", one_of=("trained", "scratch")
     )
     joint_epochs: int = option(20, "joint training: passes over the samples", ge=1)
     joint_batch: int = option(64, "joint training: samples in a step", ge=2)
@@ -153,20 +136,18 @@ class Joint(StageParameters):
     joint_decay: float = option(
         0.0001, "joint training: weight decay; not of biases, norms, scales and concentrations", ge=0
     )
+
+# %% ../../nbs/pipeline/02_parameters.ipynb #591e9956
+class Joint(JointTraining):
+    "Parameters of `25_joint`."
+
     joint_warmup: str = option(
-        "share",
-        "how long the encoder rests: a share of epochs, or a flat diffusion loss",
-        one_of=("share", "plateau"),
+        "share", "how long the encoder rests: a share of epochs, or a flat diffusion loss", one_of=("share", "plateau")
     )
     joint_warmup_share: float = option(
         0.25, "share of the epochs with the encoder at rest; plateau: at most twice this", ge=0, le=1
     )
-    joint_rule: str = option(
-        "sum",
-        "how the two gradients at the encoder are combined",
-        registry="joint_rule",
-        one_of=lambda: names("joint_rule"),
-    )
+    joint_rule: str = chosen("joint_rule", "sum", "how the two gradients at the encoder are combined")
     joint_weight_ldm: float = option(1.0, "joint training: weight of the diffusion loss", ge=0)
     joint_weight_radius: float = option(0.1, "joint training: weight of the equal radius", ge=0)
     joint_weight_prototype: float = option(0.1, "joint training: weight of the prototypes", ge=0)
@@ -180,11 +161,8 @@ class Joint(StageParameters):
     joint_options: dict = option({}, "further options of joint training, for example {power: 1.0}; see fedgal params")
     bank_per_class: int = BANK_PER_CLASS
     guard: bool = option(True, "keep the diffusion loss away from the encoder; without it the latents may collapse")
-    joint_arms: list[str] = option(
-        ["none", "refit", "joint", "joint_gaussian", "unguarded"],
-        "with none and joint",
-        registry="joint_arm",
-        one_of=lambda: names("joint_arm"),
+    joint_arms: list[str] = chosen(
+        "joint_arm", ["none", "refit", "joint", "joint_gaussian", "unguarded"], "with none and joint"
     )
     group_few: float = GROUP_FEW
     group_many: float = GROUP_MANY

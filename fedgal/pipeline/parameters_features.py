@@ -9,7 +9,6 @@ __all__ = ['Statistics', 'Generate', 'Finetune', 'Evaluate', 'Models', 'Compare'
 from typing import ClassVar
 from ..core.errors import FedgalError
 from ..core.options import option
-from .catalogue import names
 from fedgal.pipeline.parameters import (
     PARAMS_FILE,
     SEED,
@@ -26,16 +25,14 @@ from fedgal.pipeline.parameters import (
     GENERATOR,
     StageParameters,
     check_groups,
+    chosen,
 )
 
 # %% ../../nbs/pipeline/03_parameters_features.ipynb #fa2a0006
 class Statistics(StageParameters):
     "Parameters of `30_statistics`."
 
-    inputs: ClassVar = (
-        "10_data",
-        "20_train",
-    )
+    inputs: ClassVar = ("10_data", "20_train")
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
@@ -53,11 +50,7 @@ class Statistics(StageParameters):
 class Generate(StageParameters):
     "Parameters of `40_generator`."
 
-    inputs: ClassVar = (
-        "10_data",
-        "20_train",
-        "30_statistics",
-    )
+    inputs: ClassVar = ("10_data", "20_train", "30_statistics")
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
@@ -93,23 +86,13 @@ class Generate(StageParameters):
 class Finetune(StageParameters):
     "Parameters of `50_finetune`."
 
-    inputs: ClassVar = (
-        "10_data",
-        "20_train",
-        "30_statistics",
-        "40_generator",
-    )
+    inputs: ClassVar = ("10_data", "20_train", "30_statistics", "40_generator")
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
     level: str = LEVEL
     views: int = VIEWS
-    arms: list[str] = option(
-        ["none", "refit", "gaussian", "generator", "oracle"],
-        "treatments compared",
-        registry="arm",
-        one_of=lambda: names("arm"),
-    )
+    arms: list[str] = chosen("arm", ["none", "refit", "gaussian", "generator", "oracle"], "treatments compared")
     finetune_on: str = option("clients", "where the upper part is trained", one_of=("clients", "server"))
     finetune_rounds: int = option(20, "communication rounds", ge=1)
     finetune_steps: int = option(10, "SGD steps per round and client", ge=1)
@@ -118,22 +101,16 @@ class Finetune(StageParameters):
     finetune_momentum: float = option(0.9, "momentum", ge=0, lt=1)
     synthetic_ratio: float = option(0.8, "share of a batch that comes from the bank", gt=0, le=1)
     finetune_sampling: str = option(
-        "balanced",
-        "classes alike, as they come, or both priors corrected",
-        one_of=("balanced", "plain", "offset"),
+        "balanced", "classes alike, as they come, or both priors corrected", one_of=("balanced", "plain", "offset")
     )
     pseudo_classes: str = option(
-        "uniform",
-        "offset: how classes are drawn",
-        one_of=("uniform", "inverse", "sqrt", "effective", "complement"),
+        "uniform", "offset: how classes are drawn", one_of=("uniform", "inverse", "sqrt", "effective", "complement")
     )
     consistency: float = option(
         0.0, "weight of the distance to the frozen encoder's features, where encoder_lr moves it", ge=0
     )
     synthetic_classes: str = option(
-        "uniform",
-        "classes of the bank that a client uses",
-        one_of=("uniform", "own", "missing"),
+        "uniform", "classes of the bank that a client uses", one_of=("uniform", "own", "missing")
     )
     bank_keep: float = option(
         1.0, "share of each class's bank that is kept, nearest to the class mean by cosine", gt=0, le=1
@@ -152,13 +129,7 @@ class Finetune(StageParameters):
 class Evaluate(StageParameters):
     "Parameters of `60_evaluate`."
 
-    inputs: ClassVar = (
-        "10_data",
-        "20_train",
-        "30_statistics",
-        "40_generator",
-        "50_finetune",
-    )
+    inputs: ClassVar = ("10_data", "20_train", "30_statistics", "40_generator", "50_finetune")
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
@@ -178,10 +149,7 @@ class Evaluate(StageParameters):
 class Models(StageParameters):
     "Parameters of `61_models`."
 
-    inputs: ClassVar = (
-        "10_data",
-        "20_train",
-    )
+    inputs: ClassVar = ("10_data", "20_train")
 
     params_file: str = PARAMS_FILE
     seed: int = SEED
@@ -207,6 +175,4 @@ class Compare(StageParameters):
         ["quickstart"], "folders below reports/ that hold a metrics.json; one without it failed"
     )
     contests: list[str] = option([], "pairs of rows announced beforehand, like: generator level=high > ccvr")
-    baseline: str = option(
-        "gaussian", "the arm that all others are compared with", registry="arm", one_of=lambda: names("arm")
-    )
+    baseline: str = chosen("arm", "gaussian", "the arm that all others are compared with")

@@ -109,7 +109,8 @@ def load_params(path: Path) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         raise FedgalError(
-            f"{path}: not YAML{f', line {mark.line + 1}' if mark else ''} ({getattr(e, 'problem', None) or 'unreadable'})"
+            f"{path}: not YAML{f', line {mark.line + 1}' if mark else ''} "
+            f"({getattr(e, 'problem', None) or 'unreadable'})"
         ) from None
     except FedgalError as e:
         raise FedgalError(f"{path}: {e}") from None

@@ -62,7 +62,10 @@ def ddim(
     check_target(target, schedule)
     if order not in (1, 2) or (order == 2 and eta):
         raise FedgalError(f"order = {order} with eta = {eta}: allowed are order 1, and order 2 with eta = 0")
-    draw = lambda: torch.randn(len(labels), dim, generator=generator, device=generator.device).to(labels.device)
+
+    def draw():
+        return torch.randn(len(labels), dim, generator=generator, device=generator.device).to(labels.device)
+
     grid = schedule.timesteps(steps).tolist()
     with torch.inference_mode():
         z, before = draw(), None

@@ -28,6 +28,7 @@ def cosine_schedule(
     f = ((u + offset) / (1 + offset) * math.pi / 2).cos().square()
     return (1 - (1 - f[1:] / f[:-1]).clamp(max=clip)).cumprod(0)
 
+# %% ../../../nbs/generators/diffusion/01_schedule.ipynb #5da4a4d9
 class Tables(NamedTuple):
     "Values of a schedule for each of its T steps, float32 [T]."
 

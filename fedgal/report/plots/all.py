@@ -14,9 +14,35 @@ from .differences import forest
 from .features import fidelity_bars, projection, radii
 from .results import arms_spread, group_bars, levels, reliability
 from .style import arm_colors
-from .training import bytes_by_kind, client_spread, learning_curves, loss_curves, server_losses, training_curves
+from fedgal.report.plots.training import (
+    bytes_by_kind,
+    client_spread,
+    learning_curves,
+    loss_curves,
+    server_losses,
+    training_curves,
+)
 
 _all_ = [
-    arm_colors, image_grid, long_tail, client_heatmap, learning_curves, loss_curves, server_losses, training_curves, client_spread, bytes_by_kind,
-    radii, teacher_map, fidelity_bars, projection, group_bars, arms_spread, levels, reliability, forest, per_class,
-    gain_heatmap]
+    arm_colors,
+    image_grid,
+    long_tail,
+    client_heatmap,
+    learning_curves,
+    loss_curves,
+    server_losses,
+    training_curves,
+    client_spread,
+    bytes_by_kind,
+    radii,
+    teacher_map,
+    fidelity_bars,
+    projection,
+    group_bars,
+    arms_spread,
+    levels,
+    reliability,
+    forest,
+    per_class,
+    gain_heatmap,
+]

@@ -64,8 +64,20 @@ def strip(
     "A row of dots per entry, NaN left out; equal values stay visible."
     table = as_table(values)
     order = list(values)
-    sns.stripplot(table, x="value", y="row", hue="row", order=order, hue_order=order, palette=colors, jitter=False,
-                  size=5.5, alpha=0.5, legend=False, ax=ax)
+    sns.stripplot(
+        table,
+        x="value",
+        y="row",
+        hue="row",
+        order=order,
+        hue_order=order,
+        palette=colors,
+        jitter=False,
+        size=5.5,
+        alpha=0.5,
+        legend=False,
+        ax=ax,
+    )
     for dots in ax.collections:
         n = len(dots.get_offsets())
         dots.set_offsets(dots.get_offsets() + np.stack([np.zeros(n), down + wave * np.sin(2.4 * np.arange(n))], 1))
@@ -86,9 +98,20 @@ def marks(
 ) -> None:
     "One mark per row for what its values have in common, with an interval if `errorbar` asks for one."
     order = list(values)
-    sns.pointplot(as_table(values), x="value", y="row", hue="row", order=order, hue_order=order, palette=colors,
-                  estimator=estimator, linestyle="none", legend=False, ax=ax,
-                  **_MARK | kwargs)
+    sns.pointplot(
+        as_table(values),
+        x="value",
+        y="row",
+        hue="row",
+        order=order,
+        hue_order=order,
+        palette=colors,
+        estimator=estimator,
+        linestyle="none",
+        legend=False,
+        ax=ax,
+        **_MARK | kwargs,
+    )
 
 # %% ../../../nbs/report/plots/01_axes.ipynb #742b2ad1
 def head_first(
@@ -133,8 +156,17 @@ def heat_map(
     K, C = values.shape
     room = C * (1 + max(map(len, texts.flat))) <= 56 and K <= 25
     lines = {"linewidths": 1, "linecolor": "white"} if values.size <= 2000 else {}
-    sns.heatmap(values, ax=ax, annot=texts if room else None, fmt="", annot_kws={"fontsize": 10}, xticklabels=False,
-                yticklabels=False, **lines, **kwargs)
+    sns.heatmap(
+        values,
+        ax=ax,
+        annot=texts if room else None,
+        fmt="",
+        annot_kws={"fontsize": 10},
+        xticklabels=False,
+        yticklabels=False,
+        **lines,
+        **kwargs,
+    )
     class_axis(ax.xaxis, names, 0.5)
     class_axis(ax.yaxis, class_names(None, K), 0.5)
     ax.tick_params(rotation=0, axis="y")

@@ -11,8 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 from ...evaluation.metrics import class_groups
 from .axes import class_axis, class_names, head_first, heat_map
-from .style import (
-    GAIN, LOSS, MUTED, finite_mean, legend_below, new_figure, percent, percent_axis, points, to_array)
+from fedgal.report.plots.style import (
+    GAIN,
+    LOSS,
+    MUTED,
+    finite_mean,
+    legend_below,
+    new_figure,
+    percent,
+    percent_axis,
+    points,
+    to_array,
+)
 from matplotlib.figure import Figure
 
 # %% ../../../nbs/report/plots/07_classes.ipynb #73d16e99
@@ -24,11 +34,14 @@ def _rarest(counts, bounds):  # name of the rarest group that has classes, and t
 def _dumbbells(ax, a, b, labels):  # recall before (a) and after (b), in the order of the axis
     at, size = np.arange(len(a)), 8 if len(a) <= 20 else 4
     colors = np.select([b > a + 1e-12, b < a - 1e-12], [GAIN, LOSS], MUTED)
-    ax.vlines(at, a, b, colors=colors, lw=3 if len(a) <= 20 else 1.5, alpha=.6)
+    ax.vlines(at, a, b, colors=colors, lw=3 if len(a) <= 20 else 1.5, alpha=0.6)
     ax.plot(at, a, "o", color="white", mec=MUTED, mew=1.5, markersize=size)
     ax.scatter(at, b, s=size**2, c=colors, zorder=3)
-    for color, edge, label in (("white", MUTED, labels[0]), (GAIN, GAIN, f"{labels[1]}, better"),
-                               (LOSS, LOSS, f"{labels[1]}, worse")):
+    for color, edge, label in (
+        ("white", MUTED, labels[0]),
+        (GAIN, GAIN, f"{labels[1]}, better"),
+        (LOSS, LOSS, f"{labels[1]}, worse"),
+    ):
         ax.plot([], [], "o", color=color, mec=edge, label=label)
 
 # %% ../../../nbs/report/plots/07_classes.ipynb #e66b9bb8
@@ -50,18 +63,23 @@ def per_class(
     _dumbbells(ax, a[order], b[order], labels)
     names, few = class_names(classes, len(n)), len(n) <= 20
     class_axis(ax.xaxis, [f"{names[c]}\n{n[c]:.0f}" if few else names[c] for c in order])
-    ax.set(xlabel=f"class, most frequent first{' (training samples below)' * few}",
-           ylabel="recall on the balanced test set", ylim=(-0.04, 1.04))
+    ax.set(
+        xlabel=f"class, most frequent first{' (training samples below)' * few}",
+        ylabel="recall on the balanced test set",
+        ylim=(-0.04, 1.04),
+    )
     percent_axis(ax.yaxis)
     ax.grid(False, axis="x")
     legend_below(fig, ax, 3)
     means = f"mean {percent(finite_mean(a))} and {percent(finite_mean(b))}"
-    return fig, (f"Recall per class of {labels[0]} and {labels[1]}: {means}, {who} {points(gain)}, "
-                 f"{worse} of {len(n)} classes worse.")
+    return fig, (
+        f"Recall per class of {labels[0]} and {labels[1]}: {means}, {who} {points(gain)}, "
+        f"{worse} of {len(n)} classes worse."
+    )
 
 # %% ../../../nbs/report/plots/07_classes.ipynb #7371d210
 def gain_heatmap(
-    gain,  # [K, C] paired gain in recall (`fedgal.metrics.gains`)
+    gain,  # [K, C] paired gain in recall (`fedgal.evaluation.clients.gains`)
     client_counts,  # [K, C] training samples
     classes: Sequence[str] | None = None,
     rare_at: int = 5,
@@ -77,8 +95,17 @@ def gain_heatmap(
     fig, ax = new_figure(f"{lead}; {percent(harm)} of all cells get worse", min(6.5, 1.7 + 0.3 * K))
     top = 100 * max(0.01, np.abs(np.nan_to_num(g)).max())
     marks = np.where(missing, "o", np.where(rare, "r", ""))[:, order]
-    heat_map(ax, 100 * g[:, order], [class_names(classes, C)[c] for c in order], marks, cmap="RdBu", center=0,
-             vmin=-top, vmax=top, cbar_kws=dict(label="gain in recall (points)", pad=0.02))
+    heat_map(
+        ax,
+        100 * g[:, order],
+        [class_names(classes, C)[c] for c in order],
+        marks,
+        cmap="RdBu",
+        center=0,
+        vmin=-top,
+        vmax=top,
+        cbar_kws=dict(label="gain in recall (points)", pad=0.02),
+    )
     if len(ax.texts):
         ax.set_xlabel(f"class, most frequent first (o: client has none, r: at most {rare_at})")
     kinds = (("missing", missing), ("rare", rare), ("other", n > rare_at))

@@ -26,7 +26,7 @@ def _tiles(x, y, order, per_class):  # one canvas, a column per class, one white
     for j, c in enumerate(order):
         for i, at in enumerate(np.flatnonzero(y == c)[:per_class]):
             top, left = i * (h + 1), j * (w + 1)
-            canvas[top:top + h, left:left + w] = x[at].transpose(1, 2, 0)  # one channel is broadcast to three
+            canvas[top : top + h, left : left + w] = x[at].transpose(1, 2, 0)  # one channel is broadcast to three
     return canvas
 
 # %% ../../../nbs/report/plots/02_data.ipynb #302ebbfd
@@ -53,13 +53,15 @@ def image_grid(
     ax.imshow(_tiles(x, y, order, per_class), interpolation="nearest")
     short = [textwrap.shorten(names[c], 9, placeholder="…") for c in order]
     captions = [f"{s}\n{n[c]:.0f}" for s, c in zip(short, order, strict=True)]
-    ax.set_xticks((np.arange(len(order)) + .5) * (x.shape[3] + 1), captions)
+    ax.set_xticks((np.arange(len(order)) + 0.5) * (x.shape[3] + 1), captions)
     ax.set_yticks([])
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0, bottom=False, labelbottom=False, labeltop=True)
-    return fig, (f"Sample images of {len(order)} classes, up to {per_class} of each, from {names[head]} with "
-                 f"{n[head]:.0f} training samples to {names[tail]} with {n[tail]:.0f}.")
+    return fig, (
+        f"Sample images of {len(order)} classes, up to {per_class} of each, from {names[head]} with "
+        f"{n[head]:.0f} training samples to {names[tail]} with {n[tail]:.0f}."
+    )
 
 # %% ../../../nbs/report/plots/02_data.ipynb #f2a9e549
 def long_tail(
@@ -75,14 +77,15 @@ def long_tail(
     held = ratio(n[order][:k].sum(), n.sum())
     imbalance = n.max() / max(n.min(), 1)
     fig, ax = new_figure(f"Imbalance {imbalance:.0f}: {k} of {len(n)} classes hold {percent(held)} of the samples")
-    sns.barplot(x=np.arange(len(n)), y=n[order], hue=[owner[c] for c in order], palette=GROUP_COLORS, saturation=1,
-                legend=False, ax=ax)
+    look = dict(hue=[owner[c] for c in order], palette=GROUP_COLORS, saturation=1, legend=False)
+    sns.barplot(x=np.arange(len(n)), y=n[order], ax=ax, **look)
     say = []
     for i, (g, members) in enumerate(groups.items()):
         share = percent(ratio(n[members].sum(), n.sum()))
         some = f"{len(members)} {{}}class{'es' * (len(members) > 1)}"
-        ax.text(0.98, 0.95 - 0.11 * i, f"{g}: {some.format('')}, {share} of samples", color=GROUP_COLORS[g], ha="right",
-                va="top", transform=ax.transAxes, fontweight="bold", fontsize=10.5)
+        bold = dict(color=GROUP_COLORS[g], fontweight="bold", fontsize=10.5, ha="right", va="top")
+        text = f"{g}: {some.format('')}, {share} of samples"
+        ax.text(0.98, 0.95 - 0.11 * i, text, transform=ax.transAxes, **bold)
         say.append(f"{some.format(g + ' ')} with {share} of the samples")
     if len(n) <= 20:
         for i, c in enumerate(order):
@@ -105,12 +108,21 @@ def client_heatmap(
     n = n[:, order]
     top = max(2, n.max())
     ticks = [t for t in (1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if t <= top]
-    heat_map(ax, np.where(n > 0, n, np.nan), [names[c] for c in order], np.char.mod("%d", n), cmap="Blues",
-             norm=LogNorm(0.4, top), cbar_kws=dict(label="training samples (log)", pad=0.02, ticks=ticks, format="%d"))
+    heat_map(
+        ax,
+        np.where(n > 0, n, np.nan),
+        [names[c] for c in order],
+        np.char.mod("%d", n),
+        cmap="Blues",
+        norm=LogNorm(0.4, top),
+        cbar_kws=dict(label="training samples (log)", pad=0.02, ticks=ticks, format="%d"),
+    )
     ax.collections[0].colorbar.minorticks_off()
     owned = np.median((n > 0).sum(1))
-    return fig, (f"Heat map of {K} clients and {C} classes: {percent(empty)} of the cells are empty, a client owns "
-                 f"{owned:.0f} classes in the median, and the largest cell has {n.max():.0f} samples.")
+    return fig, (
+        f"Heat map of {K} clients and {C} classes: {percent(empty)} of the cells are empty, a client owns "
+        f"{owned:.0f} classes in the median, and the largest cell has {n.max():.0f} samples."
+    )
 
 # %% ../../../nbs/report/plots/02_data.ipynb #abbe406b
 _ROLES = {"not an owner": "#FFFFFF", "owner": "#DDE1E6", "reserve": PALETTE[5], "judge": PALETTE[4], "fit": PALETTE[0]}
@@ -130,11 +142,20 @@ def teacher_map(
     title = f"{taught} of {C} classes have teachers, {judged} have judges held out"
     fig, ax = new_figure(title, min(6.5, 1.9 + 0.3 * K))
     role, letters = role[:, order], np.array(["", "", *"RJF"])
-    heat_map(ax, role, [class_names(classes, C)[c] for c in order], letters[role],
-             cmap=ListedColormap(list(_ROLES.values())), vmin=0, vmax=4, cbar=False)
+    heat_map(
+        ax,
+        role,
+        [class_names(classes, C)[c] for c in order],
+        letters[role],
+        cmap=ListedColormap(list(_ROLES.values())),
+        vmin=0,
+        vmax=4,
+        cbar=False,
+    )
     for name, color in reversed(_ROLES.items()):
         ax.scatter([], [], marker="s", s=90, c=color, ec=MUTED, lw=0.6, label=name)
     legend_below(fig, ax, 5)
     per = ", ".join(f"{int((role == v).sum())} {list(_ROLES)[v]}" for v in (4, 2, 3))
-    return fig, (f"Matrix of {K} clients and {C} classes with roles: {per}; "
-                 f"{judged} of {C} classes have a held-out judge.")
+    return fig, (
+        f"Matrix of {K} clients and {C} classes with roles: {per}; {judged} of {C} classes have a held-out judge."
+    )

@@ -20,9 +20,12 @@ from matplotlib.ticker import MaxNLocator
 
 # %% ../../../nbs/report/plots/04_features.ipynb #ab393654
 _RADII = {
-    "observed": dict(color=PALETTE[1], marker="o", ls="-"), "prior": dict(color=MUTED, ls="--"),
-    "calibrated": dict(color=PALETTE[0], marker="s", ls="-"), "generated": dict(color=PALETTE[3], marker="D", ls="-"),
-    "held out": dict(color="#000000", ls=":")}
+    "observed": dict(color=PALETTE[1], marker="o", ls="-"),
+    "prior": dict(color=MUTED, ls="--"),
+    "calibrated": dict(color=PALETTE[0], marker="s", ls="-"),
+    "generated": dict(color=PALETTE[3], marker="D", ls="-"),
+    "held out": dict(color="#000000", ls=":"),
+}
 
 def _radius_title(share, few):  # share: name -> width of the few relative to the many
     both = {"generated", "held out"} <= set(share)
@@ -58,10 +61,17 @@ def radii(
     return fig, f"Class radii from head to tail; mean of the {few} relative to the many: {say}."
 
 # %% ../../../nbs/report/plots/04_features.ipynb #595e1a80
-_METRICS = {"frechet": "Fréchet distance", "precision": "precision", "recall": "recall", "density": "density",
-            "coverage": "coverage", "memorisation": "memorisation (0: copies)"}
+_METRICS = {
+    "frechet": "Fréchet distance",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "memorisation": "memorisation (0: copies)",
+}
 
-def _two(v): return f"{v:.2f}" if np.isfinite(v) else "none"
+def _two(v):
+    return f"{v:.2f}" if np.isfinite(v) else "none"
 
 def _closest(averages):  # title: whose Fréchet distance is nearest to the floor
     times = {k: ratio(a.generated["frechet"], a.floor["frechet"]) for k, a in averages.items()}
@@ -72,8 +82,9 @@ def _closest(averages):  # title: whose Fréchet distance is nearest to the floo
 
 def _fidelity_panel(ax, metric, averages, colors):  # bars of one metric, with the floor as a line across each
     values = [a.generated[metric] for a in averages.values()]
-    sns.barplot(x=values, y=list(averages), hue=list(averages), palette=colors, width=0.7, saturation=1,
-                legend=False, ax=ax)
+    sns.barplot(
+        x=values, y=list(averages), hue=list(averages), palette=colors, width=0.7, saturation=1, legend=False, ax=ax
+    )
     for y, (a, v) in enumerate(zip(averages.values(), values, strict=True)):
         ax.plot([a.floor[metric]] * 2, [y - 0.42, y + 0.42], color="#000000", lw=2)
         ax.text(1, y, _two(v), ha="right", va="center", fontsize=10, transform=ax.get_yaxis_transform())
@@ -95,7 +106,7 @@ def fidelity_bars(
     fig, axes = new_figure(_closest(averages), height, rows, 3, squeeze=False, sharey=True)
     for ax, m in zip(axes.flat, metrics, strict=False):
         _fidelity_panel(ax, m, averages, arm_colors(list(averages)))
-    for ax in list(axes.flat)[len(metrics):]:
+    for ax in list(axes.flat)[len(metrics) :]:
         ax.set_axis_off()
     fig.supxlabel("mean over classes; black line: real against real, same sizes", fontsize=10)
     say = []
@@ -108,6 +119,7 @@ def fidelity_bars(
 def _views(real, fake, seed, tsne):  # (x label, y label, real [n, 2], fake [m, 2]) of each panel
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+
     pca = PCA(2, random_state=seed).fit(real)
     one, two = (percent(v) for v in pca.explained_variance_ratio_)
     views = [(f"PCA 1 ({one} of real variance)", f"PCA 2 ({two})", pca.transform(real), pca.transform(fake))]
@@ -115,12 +127,12 @@ def _views(real, fake, seed, tsne):  # (x label, y label, real [n, 2], fake [m, 
         return views
     both = np.concatenate((real, fake))
     z = TSNE(2, perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=seed).fit_transform(both)
-    return [*views, ("t-SNE 1", "t-SNE 2", z[:len(real)], z[len(real):])]
+    return [*views, ("t-SNE 1", "t-SNE 2", z[: len(real)], z[len(real) :])]
 
 def _keys(ax, colors):  # entries of the legend: a colour per class, a marker per kind
     for label, color in colors.items():
         ax.scatter([], [], s=40, color=color, label=label)
-    ax.scatter([], [], s=30, color=MUTED, alpha=.5, label="real")
+    ax.scatter([], [], s=30, color=MUTED, alpha=0.5, label="real")
     ax.scatter([], [], s=30, color=MUTED, marker="x", label="generated")
 
 def _spaced(order, n):  # at most n of them, evenly from first to last
@@ -133,6 +145,10 @@ def _nearest_own(real, y_real, fake, y_fake, order):  # share of generated featu
     return (np.array(order)[near] == y_fake[inside]).mean()
 
 # %% ../../../nbs/report/plots/04_features.ipynb #804d10e6
+def _drawn(y, order, per_class, rng):
+    "Indices of at most `per_class` points of every class."
+    return np.concatenate([rng.permutation(np.flatnonzero(y == c))[:per_class] for c in order])
+
 def projection(
     real,  # [N, d] real features
     y_real,  # [N]
@@ -154,20 +170,21 @@ def projection(
     order = _spaced(order, max_classes)
     right = percent(_nearest_own(real, y_real, fake, y_fake, order))
     pick = np.random.default_rng(seed)
-    draw = lambda y: np.concatenate([pick.permutation(np.flatnonzero(y == c))[:per_class] for c in order])
-    i, j = draw(y_real), draw(y_fake)
+    i, j = (_drawn(y, order, per_class, pick) for y in (y_real, y_fake))
     views = _views(real[i], fake[j], seed, tsne)
     title = f"{right} of the generated features are nearest to their own real class mean"
     fig, axes = new_figure(title, 4.0, columns=len(views), squeeze=False)
     palette = dict(zip(order, PALETTE * len(order), strict=False))
     look = dict(palette=palette, hue_order=order, legend=False)
     for ax, (x_label, y_label, a, b) in zip(axes[0], views, strict=True):
-        sns.scatterplot(x=a[:, 0], y=a[:, 1], hue=y_real[i], s=26, alpha=.35, linewidth=0, ax=ax, **look)
+        sns.scatterplot(x=a[:, 0], y=a[:, 1], hue=y_real[i], s=26, alpha=0.35, linewidth=0, ax=ax, **look)
         sns.scatterplot(x=b[:, 0], y=b[:, 1], hue=y_fake[j], s=22, marker="x", linewidth=1, ax=ax, **look)
         ax.set(xlabel=x_label, ylabel=y_label, xticks=[], yticks=[])
     names = class_names(classes, len(n))
     _keys(ax, {f"{names[c]} ({n[c]:.0f})": palette[c] for c in order})
     legend_below(fig, ax, 4)
     kinds = "PCA and t-SNE" if tsne else "PCA"
-    return fig, (f"{kinds} of real and generated features of {len(order)} classes; {right} of the generated ones are "
-                 "nearest to the real mean of their own class.")
+    return fig, (
+        f"{kinds} of real and generated features of {len(order)} classes; {right} of the generated ones are "
+        "nearest to the real mean of their own class."
+    )

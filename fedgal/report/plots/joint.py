@@ -26,8 +26,17 @@ def mark_rest(
     resting = [r[at] for r in rows if r["resting"]]
     if resting:
         ax.axvspan(0, resting[-1], color=MUTED, alpha=0.12, lw=0)
-        ax.text(resting[-1] / 2, 0.03 if low else 0.97, "encoder at rest", color=MUTED, fontsize=10, ha="center",
-                va="bottom" if low else "top", transform=ax.get_xaxis_transform(), rotation=90)
+        ax.text(
+            resting[-1] / 2,
+            0.03 if low else 0.97,
+            "encoder at rest",
+            color=MUTED,
+            fontsize=10,
+            ha="center",
+            va="bottom" if low else "top",
+            transform=ax.get_xaxis_transform(),
+            rotation=90,
+        )
 
 # %% ../../../nbs/report/plots/08_joint.ipynb #abc3e58f
 def _fate(name, rows, start, alarm):  # one run in words
@@ -56,15 +65,28 @@ def latents(
         ax.axhline(start[column] / 2, color=MUTED, ls=":", lw=1)
         ax.set(xlabel="step", ylabel=label, ylim=(0, None))
         mark_rest(ax, next(iter(runs.values())), low=True)
-    axes[0].annotate("alarm below this line", (0.98, start["radius"] / 2), (0, -4), textcoords="offset points",
-                     xycoords=axes[0].get_yaxis_transform(), color=MUTED, fontsize=10, ha="right", va="top")
+    axes[0].annotate(
+        "alarm below this line",
+        (0.98, start["radius"] / 2),
+        (0, -4),
+        textcoords="offset points",
+        xycoords=axes[0].get_yaxis_transform(),
+        color=MUTED,
+        fontsize=10,
+        ha="right",
+        va="top",
+    )
     legend_below(fig, axes[0], 3)
     say = "; ".join(_fate(name, rows, start, fired[name]) for name, rows in runs.items())
     return fig, f"Mean radius and effective rank of real latents while training: {say}."
 
 # %% ../../../nbs/report/plots/08_joint.ipynb #e469e5ca
-_PARTS = {"norm_real": "encoder, real loss", "norm_semantic": "encoder, semantic losses", "norm_head": "head",
-          "norm_denoiser": "denoiser"}
+_PARTS = {
+    "norm_real": "encoder, real loss",
+    "norm_semantic": "encoder, semantic losses",
+    "norm_head": "head",
+    "norm_denoiser": "denoiser",
+}
 
 def gradients(
     history: list[dict],  # with "step", "resting", "norm_...", "cosine", "conflicts"
@@ -87,8 +109,10 @@ def gradients(
         mark_rest(ax, history, low=True)
     legend_below(fig, left, 2)
     last = ", ".join(f"{label} {history[-1][column]:.2g}" for column, label in _PARTS.items())
-    return fig, (f"Gradients while training jointly: the two at the encoder conflict in {percent(conflicts)} of the "
-                 f"steps; lengths at the end {last}.")
+    return fig, (
+        f"Gradients while training jointly: the two at the encoder conflict in {percent(conflicts)} of the "
+        f"steps; lengths at the end {last}."
+    )
 
 # %% ../../../nbs/report/plots/08_joint.ipynb #86df20fc
 def epochs_seen(

@@ -11,8 +11,19 @@ import pandas as pd
 import seaborn as sns
 from .axes import as_rows, beside, marks, strip
 from fedgal.report.plots.style import (
-    GROUP_COLORS, MUTED, arm_colors, finite_mean, legend_below, new_figure, percent, percent_axis, points, ratio,
-    to_array, to_floats)
+    GROUP_COLORS,
+    MUTED,
+    arm_colors,
+    finite_mean,
+    legend_below,
+    new_figure,
+    percent,
+    percent_axis,
+    points,
+    ratio,
+    to_array,
+    to_floats,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -39,8 +50,19 @@ def group_bars(
     rows = [(k, names[g], v[g]) for k, v in value.items() for g in groups]
     table = pd.DataFrame(rows, columns=["arm", "group", "accuracy"]).dropna()
     order = dict(order=list(names.values()), hue_order=list(arms))
-    sns.barplot(table, x="group", y="accuracy", hue="arm", palette=colors, width=0.84, gap=0.08, saturation=1,
-                legend=False, ax=ax, **order)
+    sns.barplot(
+        table,
+        x="group",
+        y="accuracy",
+        hue="arm",
+        palette=colors,
+        width=0.84,
+        gap=0.08,
+        saturation=1,
+        legend=False,
+        ax=ax,
+        **order,
+    )
     for bars in ax.containers if len(arms) <= 6 else ():
         ax.bar_label(bars, [f"{100 * v:.0f}" for v in bars.datavalues], fontsize=10, padding=1)
     ax.set(xlabel="", ylabel="accuracy on the balanced test set", ylim=(0, 1.08))
@@ -87,7 +109,8 @@ def levels(
     "Arms at each level of the network, every seed shown."
     rows = [(level, a, x) for level, arms in values.items() for a, s in arms.items() for x in to_floats(s)]
     table = pd.DataFrame(rows, columns=["level", "arm", "value"]).dropna()
-    names, mean = list(dict.fromkeys(a for _, a, _ in rows)), {}
+    names = list(dict.fromkeys(a for _, a, _ in rows))
+    mean = {}
     for level, arms in values.items():
         mean |= {(level, a): finite_mean(to_floats(s)) for a, s in arms.items() if np.isfinite(to_floats(s)).any()}
     fair = {key: m for key, m in mean.items() if key[1] not in ("none", "oracle")} or mean
@@ -96,11 +119,19 @@ def levels(
     if best:
         title = f"Best: {best[1]} at level {best[0]} with {percent(fair[best], 1)} {metric}"
     fig, ax = new_figure(title, 3.8)
-    look = dict(x="level", y="value", hue="arm", order=list(values), hue_order=names, palette=arm_colors(names),
-                legend=False, ax=ax)
+    look = dict(x="level", y="value", hue="arm", order=list(values), hue_order=names)
+    look |= dict(palette=arm_colors(names), legend=False, ax=ax)
     sns.stripplot(table, dodge=True, jitter=False, size=5, alpha=0.45, **look)
-    sns.pointplot(table, dodge=0.8 * (1 - 1 / len(names)), errorbar=None, linestyle="none", marker="_",
-                  markersize=130 / len(values) / len(names), markeredgewidth=3, **look)
+    sns.pointplot(
+        table,
+        dodge=0.8 * (1 - 1 / len(names)),
+        errorbar=None,
+        linestyle="none",
+        marker="_",
+        markersize=130 / len(values) / len(names),
+        markeredgewidth=3,
+        **look,
+    )
     for a in names:
         ax.plot([], [], color=arm_colors(names)[a], lw=3, label=a)
     ax.grid(False, axis="x")
@@ -124,8 +155,13 @@ def reliability(
     results = results if isinstance(results, dict) else {"model": results}
     colors, say = arm_colors(list(results)), []
     lead = min(results, key=lambda k: np.nan_to_num(results[k].ece, nan=np.inf))
-    fig, (ax, low) = new_figure(f"{lead}: calibration error {results[lead].ece:.3f}, {_mood(results[lead])}", 4.4,
-                                rows=2, sharex=True, height_ratios=[3, 1])
+    fig, (ax, low) = new_figure(
+        f"{lead}: calibration error {results[lead].ece:.3f}, {_mood(results[lead])}",
+        4.4,
+        rows=2,
+        sharex=True,
+        height_ratios=[3, 1],
+    )
     ax.plot([0, 1], [0, 1], color=MUTED, ls=":", lw=1.2)
     for k, r in results.items():
         count, hits, confidence = to_array(r.top_bins).T
@@ -134,12 +170,19 @@ def reliability(
         sns.lineplot(x=sure, y=right, color=colors[k], estimator=None, lw=1.5, label=f"{k} (ECE {r.ece:.3f})", ax=ax)
         sns.scatterplot(x=sure, y=right, s=10 + 250 * share[ok], color=colors[k], legend=False, ax=ax)
         edges = np.linspace(0, 1, len(count) + 1)
-        sns.histplot(x=(edges[1:] + edges[:-1]) / 2, weights=share, bins=list(edges), element="step", fill=False,
-                     color=colors[k], ax=low)
+        sns.histplot(
+            x=(edges[1:] + edges[:-1]) / 2,
+            weights=share,
+            bins=list(edges),
+            element="step",
+            fill=False,
+            color=colors[k],
+            ax=low,
+        )
         sure, right = percent(ratio(confidence.sum(), n)), percent(ratio(hits.sum(), n))
         say.append(f"{k} ECE {r.ece:.3f}, mean confidence {sure} at accuracy {right}")
     ax.legend(loc="upper left")
-    ax.set(ylabel="accuracy", xlim=(0, 1), ylim=(-.02, 1.02))
+    ax.set(ylabel="accuracy", xlim=(0, 1), ylim=(-0.02, 1.02))
     low.set(xlabel="confidence of the predicted class (dots: by share of samples)", ylabel="share")
     for axis in (ax.yaxis, low.yaxis, low.xaxis):
         percent_axis(axis)

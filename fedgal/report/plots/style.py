@@ -22,7 +22,12 @@ from matplotlib.ticker import PercentFormatter
 MUTED, GAIN, LOSS = "#5F6B7A", PALETTE[0], PALETTE[1]
 GROUP_COLORS = {"many": PALETTE[0], "medium": PALETTE[5], "few": PALETTE[1]}
 ARM_COLORS = {
-    "none": "#9AA3AD", "refit": PALETTE[5], "gaussian": PALETTE[4], "generator": PALETTE[0], "oracle": "#000000"}
+    "none": "#9AA3AD",
+    "refit": PALETTE[5],
+    "gaussian": PALETTE[4],
+    "generator": PALETTE[0],
+    "oracle": "#000000",
+}
 
 def arm_colors(
     arms: Sequence[str],  # names of arms
@@ -33,7 +38,8 @@ def arm_colors(
     shades = (_darker(c, 0.75**k) for k in range(len(arms) + 1) for c in free)
     return {a: ARM_COLORS.get(a) or next(shades) for a in arms}
 
-def _darker(color, share): return to_hex([share * v for v in to_rgb(color)]).upper()
+def _darker(color, share):
+    return to_hex([share * v for v in to_rgb(color)]).upper()
 
 # %% ../../../nbs/report/plots/00_style.ipynb #cbc4fa10
 def new_figure(
@@ -59,8 +65,15 @@ def legend_below(
 ) -> None:
     "One legend for all axes, below them."
     handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=min(5, columns), handlelength=1.2,
-               handletextpad=0.4, columnspacing=1.2)
+    fig.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(5, columns),
+        handlelength=1.2,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
 
 # %% ../../../nbs/report/plots/00_style.ipynb #38ed826b
 def to_array(
@@ -112,6 +125,7 @@ def points(
 # %% ../../../nbs/report/plots/00_style.ipynb #c8f18506
 class _PercentTicks(PercentFormatter):
     "Percent with the digits that tell the ticks apart."
+
     def format_ticks(self, values):
         exact = 100 * np.asarray(values, float)
         enough = (d for d in range(4) if np.allclose(exact.round(d), exact, rtol=0, atol=1e-6))

@@ -30,8 +30,10 @@ def _ending(runs, column):  # title and text: where the best run ends
         return "No round was validated", "no round was validated"
     lead = max(last, key=lambda k: last[k][column])
     best = runs[lead].loc[runs[lead][column].astype(float).idxmax()]
-    title = (f"{lead + ': v' if lead else 'V'}alidation accuracy ends at {percent(last[lead][column], 1)} "
-             f"(best {percent(best[column], 1)} in round {best['round']:.0f})")
+    title = (
+        f"{lead + ': v' if lead else 'V'}alidation accuracy ends at {percent(last[lead][column], 1)} "
+        f"(best {percent(best[column], 1)} in round {best['round']:.0f})"
+    )
     say = (f"{k or 'accuracy'} ends at {percent(r[column], 1)} after {r['round']:.0f} rounds" for k, r in last.items())
     return title, "; ".join(say)
 
@@ -52,22 +54,22 @@ def learning_curves(
     for ax, (column, label) in zip(axes, sides.items(), strict=True):
         rows = table.dropna(subset=[column]).astype({column: float})
         marker = "o" if rows.groupby("run").size().max() < 25 else None
-        sns.lineplot(rows, x="round", y=column, hue="run", palette=colors, estimator=None, marker=marker, markersize=5,
-                     legend=False, ax=ax)
+        look = dict(palette=colors, estimator=None, marker=marker, markersize=5, legend=False)
+        sns.lineplot(rows, x="round", y=column, hue="run", ax=ax, **look)
         ax.set(xlabel="round", ylabel=label)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     percent_axis(axes[0].yaxis)
     if chance is not None:
         axes[0].axhline(chance, color=MUTED, ls=":")
-        axes[0].text(0.98, chance, "chance", color=MUTED, fontsize=10, ha="right", va="bottom",
-                     transform=axes[0].get_yaxis_transform())
+        beside = dict(color=MUTED, fontsize=10, ha="right", va="bottom", transform=axes[0].get_yaxis_transform())
+        axes[0].text(0.98, chance, "chance", **beside)
     ends = {k: float(r[loss].dropna().iloc[-1]) for k, r in runs.items() if r[loss].notna().any()}
     if len(runs) > 1 and ends:
         label_ends(axes[1], table["round"].max(), list(ends.values()), list(ends), [colors[k] for k in ends])
     return fig, f"Learning curves on validation data: {say}."
 
 # %% ../../../nbs/report/plots/03_training.ipynb #185173e8
-_MEANING = {"real": "Classification loss on real samples (real)"}    # terms whose name says too little
+_MEANING = {"real": "Classification loss on real samples (real)"}  # terms whose name says too little
 
 def loss_curves(
     history,  # rows (list of dicts or DataFrame): a step column and one column per loss
@@ -102,7 +104,7 @@ def worst_tenth(
 ) -> float:  # NaN without clients
     "Mean of the worst tenth of the clients, of at least one."
     v = np.sort(v)
-    return float(v[:-(-len(v) // 10)].mean()) if len(v) else np.nan
+    return float(v[: -(-len(v) // 10)].mean()) if len(v) else np.nan
 
 # %% ../../../nbs/report/plots/03_training.ipynb #d7a428d2
 def client_spread(
@@ -133,7 +135,8 @@ def client_spread(
 # %% ../../../nbs/report/plots/03_training.ipynb #bf746051
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 
-def _unit(n): return next((u, name) for u, name in _UNITS if n >= u or u == 1)
+def _unit(n):
+    return next((u, name) for u, name in _UNITS if n >= u or u == 1)
 
 def _bytes(n):
     unit, name = _unit(n)
@@ -153,8 +156,17 @@ def bytes_by_kind(
     fig, ax = new_figure(title, 1.4 + 0.42 * len(table))
     unit, name = _unit(table["bytes"].max() if len(table) else 0)
     table = table.assign(row=table["kind"] + ", " + table["way"], size=table["bytes"] / unit)
-    sns.barplot(table, x="size", y="row", hue="way", width=0.65, saturation=1,
-                palette={"to the server": PALETTE[0], "to the clients": PALETTE[4]}, legend=False, ax=ax)
+    sns.barplot(
+        table,
+        x="size",
+        y="row",
+        hue="way",
+        width=0.65,
+        saturation=1,
+        palette={"to the server": PALETTE[0], "to the clients": PALETTE[4]},
+        legend=False,
+        ax=ax,
+    )
     for i, (size, n) in enumerate(zip(table["size"], table["bytes"], strict=True)):
         ax.annotate(_bytes(n), (size, i), (4, 0), textcoords="offset points", va="center", fontsize=10)
     as_rows(ax, list(table["row"]))
