@@ -38,10 +38,12 @@ def exports(source): return re.search(r"^#\|\s*exporti?\b", source, re.M) is not
 def lines_of(source): return [line for line in source.strip().splitlines() if not line.startswith("#|")]
 
 
+NAMES = {dotted(p) for p in MODULES}
+
+
 def imported(path, nodes):
     "The modules of fedgal among import statements."
     package = dotted(path) if path.name == "__init__.py" else dotted(path).rpartition(".")[0]
-    names = {dotted(p) for p in MODULES}
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
@@ -49,7 +51,7 @@ def imported(path, nodes):
             dots = "." * node.level + (node.module or "")
             base = importlib.util.resolve_name(dots, package) if node.level else dots
             inner = {f"{base}.{alias.name}" for alias in node.names}
-            found |= inner & names or {base}
+            found |= inner & NAMES or {base}
     return {m for m in found if m.startswith("fedgal.")}
 
 
