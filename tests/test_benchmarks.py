@@ -38,6 +38,7 @@ def executed(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", SMALL)
 def test_a_benchmark_runs_and_shows_what_it_should(notebook, executed):
     committed, small = (nbformat.read(folder / f"{notebook}.ipynb", 4) for folder in (REPO / "nbs" / "benchmarks", executed))
