@@ -4,12 +4,18 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: report test lab clean
+.PHONY: report test test-slow test-all lab clean
 
 report: $(VENV)/ready  ## run the quickstart and print the path of its report
 	$(BIN)/fedgal run params/quickstart.yaml
 
-test: $(VENV)/ready  ## export is a no-op, notebooks are clean, all tests pass
+test: $(VENV)/ready  ## a few minutes: export is a no-op, notebooks are clean, one run from start to end, what guards most
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/ready  ## what `make test` leaves out
+	$(BIN)/python -m pytest -m slow
+
+test-all: $(VENV)/ready  ## every test
 	$(BIN)/python -m pytest
 
 lab: $(VENV)/ready  ## open JupyterLab on the tour

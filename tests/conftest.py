@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 REPO = Path(__file__).resolve().parents[1]
 CHAIN = ["10_data", "20_train", "30_statistics", "40_generator", "50_finetune", "60_evaluate"]
@@ -77,10 +78,15 @@ class Project:
         "The finished artifacts."
         return sorted(p.parent for p in self.artifacts.glob(f"{stage}/*/manifest.json"))
 
+    def parts(self, stage="*") -> list[Path]:
+        "The finished parts of stages: arms and generators."
+        return sorted(p.parent for p in self.artifacts.glob(f"{stage}/parts/*/manifest.json"))
+
     def snapshot(self, stage="*") -> dict:
-        "Every file of every finished artifact, by content."
+        "Every file of every finished artifact and part, by content."
+        folders = self.folders(stage) + self.parts(stage)
         return {f.relative_to(self.artifacts).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
-                for folder in self.folders(stage) for f in sorted(folder.rglob("*")) if f.is_file()}
+                for folder in folders for f in sorted(folder.rglob("*")) if f.is_file()}
 
     def results(self) -> dict:
         "Artifacts and published metrics: what a failure must not touch."
@@ -103,9 +109,18 @@ def project(tmp_path) -> Project:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    "A project in which the tiny experiment has run; only to be looked at."
-    done = Project.make(tmp_path_factory.mktemp("tiny") / "project")
-    done.first = done.fedgal("run", "tiny", "--jobs", 1)
+    "A project in which the tiny experiment has run, once for all processes of the tests; only to be looked at."
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    home = base / "tiny" / "project"
+    printed = home.parent / "printed.json"
+    with FileLock(base / "tiny.lock"):
+        if not home.exists():
+            first = Project.make(home).fedgal("run", "tiny", "--jobs", 1)
+            printed.write_text(json.dumps([first.args, first.returncode, first.stdout, first.stderr]))
+    done = Project(home)
+    done.first = subprocess.CompletedProcess(*json.loads(printed.read_text()))
     assert done.first.returncode == 0, done.first.stderr
     return done
 

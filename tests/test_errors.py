@@ -1,7 +1,10 @@
 """Bad input, damaged files, a full disk, two runs at once: one line that says what to do, an exit code, and nothing lost."""
+import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,8 +51,18 @@ REFUSED = {
     "sweep without values": ({"sweep": {"level": []}}, ["sweep of level"]),
     "sweep that is no list": ({"sweep": {"level": "low"}}, ["sweep of level"]),
     "sweep of a fixed value": ({"sweep": {"seed": [1, 2]}}, ["'seed'", "fixed value and is swept"]),
-    "unknown option of an algorithm": ({"algorithm": "fedgen", "algorithm_options": {"wieght": 1}}, ["no option 'wieght'", "did you mean 'weight'"]),
-    "text for an option": ({"algorithm": "fedgen", "algorithm_options": {"weight": "much"}}, ["option weight of fedgen = 'much'", "expected float"]),
+    "unknown option of an algorithm": ({"algorithm": "fedgen", "algorithm_options": {"wieght": 1}}, ["algorithm fedgen: unknown option 'wieght'", "did you mean 'weight'"]),
+    "text for an option": ({"algorithm": "fedgen", "algorithm_options": {"weight": "much"}}, ["algorithm fedgen: option weight = 'much'", "expected float"]),
+    "unknown option of a generator": ({"generator_options": {"hiden": 3}}, ["generator mlp: unknown option 'hiden'", "did you mean 'hidden'"]),
+    "text for an option of a generator": ({"generator_options": {"lr": "fast"}}, ["generator mlp: option lr = 'fast'", "expected float"]),
+    "option of another generator": ({"generator": "gald", "generator_options": {"teachers_per_step": 2}}, ["generator gald: unknown option 'teachers_per_step'"]),
+    "option out of bounds": ({"generator": "gald", "generator_options": {"rounds": 0}}, ["generator gald: option rounds = 0", "expected int", "≥ 1"]),
+    "option in a sweep": ({"generator_options": None, "sweep": {"generator_options": [{}, {"lr": "fast"}]}}, ["generator mlp: option lr = 'fast'"]),
+    "options that are no mapping": ({"generator_options": "lr"}, ["generator_options = 'lr'", "expected dict"]),
+    "old name of an option": ({"gen_lr": 0.1}, ["'gen_lr' is an option of generator mlp now", "generator_options: {lr: ...}"]),
+    "old name of a weight": ({"weight_teacher": 1.0}, ["'weight_teacher' is an option of generator mlp now", "generator_options: {alpha: ...}"]),
+    "old name of an option of safs": ({"generator": "safs", "safs_steps": 3}, ["'safs_steps' is an option of generator safs now", "generator_options: {steps: ...}"]),
+    "old name of a value": ({"shrink": "oas"}, ["shrink = 'oas'", "pooled_oas"]),
     "arm without its statistics": ({"levels": ["low"], "level": "low", "arms": ["none", "lda"]}, ["arm lda", "level high"]),
     "baseline that nobody has": ({"seed": None, "sweep": {"seed": [0, 1]}, "stages": [*CHAIN, "90_compare"], "arms": ["none", "refit"], "baseline": "oracle"}, ["baseline 'oracle'", "arms: none, refit"]),
     "contest with an unknown arm": ({"stages": [*CHAIN, "90_compare"], "contests": ["generator > refitt"]}, ["'refitt'", "did you mean 'refit'"]),
@@ -71,19 +84,50 @@ def shared(tmp_path_factory):
     return Project.make(tmp_path_factory.mktemp("refused") / "project")
 
 
-def refuse(project, *args):
-    result = project.fedgal(*args)
+def refused(project, result):
+    "What a command line said, after checking that it began nothing."
     message = one_line(result, BAD_PARAMETERS)
     assert not project.folders() and not list(project.reports.glob("*/run.json")), "nothing was begun"
     return message
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_bad_value_is_refused(case, shared):
-    changed, words = REFUSED[case]
-    shared.write("bad", **changed)
-    message = refuse(shared, "run", "bad")
-    assert all(w in message for w in words), message
+def refuse(project, *args): return refused(project, project.fedgal(*args))
+
+
+MANY = """
+import contextlib, io, json, sys
+from fedgal.cli import main
+def outcome(arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try: code = main(arguments)
+        except SystemExit as e: code = e.code
+    return arguments, code, out.getvalue(), err.getvalue()
+json.dump([outcome(a) for a in json.load(sys.stdin)], sys.stdout)
+"""
+
+
+def many(project, lines: dict) -> dict:
+    "Command lines of fedgal, one after another in one process: name -> outcome."
+    run = subprocess.run([sys.executable, "-c", MANY], input=json.dumps([list(map(str, a)) for a in lines.values()]), cwd=project.away, env=project.env(),
+                         capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr
+    return {name: subprocess.CompletedProcess(*outcome) for name, outcome in zip(lines, json.loads(run.stdout), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def refusals(shared):
+    "The outcome of every experiment of `REFUSED` and `TEXTS`."
+    paths = {case: shared.write(f"value{i}_bad", **changed) for i, (case, (changed, _)) in enumerate(REFUSED.items())}
+    for i, (case, (text, _)) in enumerate(TEXTS.items()):
+        paths[case] = shared.home / "params" / f"text{i}_bad.yaml"
+        paths[case].write_bytes(text if isinstance(text, bytes) else text.encode())
+    return many(shared, {case: ("run", path) for case, path in paths.items()})
+
+
+@pytest.mark.parametrize("case", [*REFUSED, *TEXTS])
+def test_what_is_wrong_is_refused(case, shared, refusals):
+    message = refused(shared, refusals[case])
+    assert all(w in message for w in (REFUSED | TEXTS)[case][1]), message
 
 
 def test_a_parameter_of_a_stage_that_does_not_run(shared):
@@ -92,21 +136,33 @@ def test_a_parameter_of_a_stage_that_does_not_run(shared):
     assert "'rounds' belongs to stage 20_train" in message, message
 
 
-@pytest.mark.parametrize("case", TEXTS)
-def test_a_bad_file_is_refused(case, shared):
-    text, words = TEXTS[case]
-    (shared.home / "params" / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    message = refuse(shared, "run", "bad")
-    assert all(w in message for w in words), message
-
-
 def test_bad_overrides_are_refused(shared):
+    lines = {"did you mean 'rounds'": ("run", "tiny", "-p", "round", "3"), "lr = 'fast'": ("run", "tiny", "-p", "lr", "fast"),
+             "cannot be overridden": ("run", "tiny", "-p", "stages", "[10_data]"), "did you mean 'tiny'": ("run", "tny"),
+             "option lr = 'fast'": ("run", "tiny", "-p", "generator_options", "{lr: fast}"), "--jobs": ("run", "tiny", "--jobs", "0"),
+             "did you mean '20_train'": ("params", "20_tran")}
+    for words, result in many(shared, lines).items(): assert words in refused(shared, result)
+
+
+def test_the_command_line_ends_with_its_code(shared):
+    "As the cases above, but as a process of its own."
     assert "did you mean 'rounds'" in refuse(shared, "run", "tiny", "-p", "round", "3")
-    assert "lr = 'fast'" in refuse(shared, "run", "tiny", "-p", "lr", "fast")
-    assert "cannot be overridden" in refuse(shared, "run", "tiny", "-p", "stages", "[10_data]")
-    assert "did you mean 'tiny'" in refuse(shared, "run", "tny")
-    assert "--jobs" in refuse(shared, "run", "tiny", "--jobs", "0")
-    assert "did you mean '20_train'" in refuse(shared, "params", "20_tran")
+
+
+def test_code_of_another_place_is_refused(shared, tmp_path):
+    "Results would be filed under code that did not make them."
+    other = Project.make(tmp_path / "other")
+    message = refused(other, other.fedgal("run", "tiny", env={"PYTHONPATH": shared.home}))
+    assert f"fedgal is imported from {shared.home / 'fedgal'}" in message and str(other.home / "fedgal") in message and "set FEDGAL_ROOT" in message
+
+
+def test_named_data_that_cannot_be_had_are_refused(shared, tmp_path):
+    "Before anything runs: which file, why, and the one command that fetches it."
+    (tmp_path / "datasets.py").write_text("def load_dataset(*args, **options): raise ConnectionError('no network')")
+    shared.write("absent", {"stages": ["10_data"], "dataset": "mnist"})
+    env = {"FEDGAL_DATA_ROOT": tmp_path / "empty", "PYTHONPATH": f"{tmp_path}:{shared.home}"}
+    message = refused(shared, shared.fedgal("run", "absent", env=env))
+    assert all(w in message for w in ("mnist/train.parquet", "no such file", "no network", "fetch('mnist')")), message
 
 
 def test_a_bad_setting_is_refused(shared):
@@ -134,7 +190,6 @@ def bad_data(project):
     (project.home / "cut.parquet").write_bytes((project.home / "whole.parquet").read_bytes()[:700])
     (project.home / "foreign.parquet").write_text("a,b,label\n1,2,0\n")
     frame.drop(columns="label").to_parquet(project.home / "unlabelled.parquet")
-    (project.home / "empty").mkdir()
 
 
 DATA = {
@@ -143,7 +198,6 @@ DATA = {
     "own function that fails": ({"dataset": "own:crash"}, {}, ["own:crash", "KeyError"]),
     "own function that is not there": ({"dataset": "own:gone"}, {}, ["own", "no function 'gone'"]),
     "file missing": ({"dataset": "absent.parquet"}, {}, ["no such file", "absent.parquet"]),
-    "named data set missing": ({"dataset": "mnist"}, {"FEDGAL_DATA_ROOT": "{home}/empty"}, ["mnist/train.parquet", "no such file", "fetch('mnist')"]),
     "file cut off": ({"dataset": "cut.parquet"}, {}, ["cut.parquet"]),
     "file of another format": ({"dataset": "foreign.parquet"}, {}, ["foreign.parquet"]),
     "file of another schema": ({"dataset": "unlabelled.parquet"}, {}, ["unlabelled.parquet", "label"]),
@@ -166,7 +220,10 @@ def outcomes(request, tmp_path_factory):
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool: yield project, {case: pool.submit(attempt, case) for case in DATA if case in wanted}
 
 
-@pytest.mark.parametrize("case", DATA)
+QUICK = ("own function that fails", "file cut off")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in DATA])
 def test_bad_data_is_told(case, outcomes):
     project, results = outcomes
     message = one_line(results[case].result(), FAILED)
@@ -175,6 +232,7 @@ def test_bad_data_is_told(case, outcomes):
     assert record["status"] == "failed" and record["failed_stage"] == "10_data"
 
 
+@pytest.mark.slow
 def test_a_file_that_is_mended_is_read(project):
     bad_data(project)
     project.write("own", {"stages": ["10_data"], "dataset": "cut.parquet", "n_clients": 3, "imbalance": 1, "min_size": 1})
@@ -192,9 +250,12 @@ def flip(path): path.write_bytes((b := path.read_bytes())[:-3] + bytes([b[-3] ^ 
 def remove(path): path.unlink()
 
 
-@pytest.mark.parametrize("damage, file, words", [(shorten, "model.safetensors", ["model.safetensors", "bytes"]), (flip, "model.safetensors", ["model.safetensors", "SHA-256"]),
-                                                 (flip, "history.json", ["history.json"]), (remove, "ledger.json", ["ledger.json", "missing"]),
-                                                 (shorten, "manifest.json", ["manifest.json"])], ids=lambda v: getattr(v, "__name__", v if isinstance(v, str) else None))
+DAMAGE = [(flip, "model.safetensors", ["model.safetensors", "SHA-256"]), (shorten, "model.safetensors", ["model.safetensors", "bytes"]),
+          (flip, "history.json", ["history.json"]), (remove, "ledger.json", ["ledger.json", "missing"]), (shorten, "manifest.json", ["manifest.json"])]
+
+
+@pytest.mark.parametrize("damage, file, words", [DAMAGE[0], *(pytest.param(*d, marks=pytest.mark.slow) for d in DAMAGE[1:])],
+                         ids=lambda v: getattr(v, "__name__", v if isinstance(v, str) else None))
 def test_a_damaged_artifact_is_not_used(damage, file, words, copy):
     [folder] = copy.folders("20_train")
     damage(folder / file)
@@ -204,6 +265,7 @@ def test_a_damaged_artifact_is_not_used(damage, file, words, copy):
     assert copy.results() == before, "nothing else was touched"
 
 
+@pytest.mark.slow
 def test_the_advice_about_a_damaged_artifact_is_good(copy, tiny):
     [folder] = copy.folders("20_train")
     flip(folder / "clients.safetensors")
@@ -211,6 +273,21 @@ def test_the_advice_about_a_damaged_artifact_is_good(copy, tiny):
     assert copy.fedgal("clean", f"20_train/{folder.name}").returncode == 0
     done = copy.fedgal("run", "tiny")
     assert done.returncode == 0 and ran(done) == 1
+    assert copy.snapshot() == tiny.snapshot()
+
+
+@pytest.mark.slow
+def test_a_damaged_part_is_not_used(copy, tiny):
+    "An arm of a stage that has to run again."
+    shutil.rmtree(copy.folders("50_finetune")[0])
+    part = next(p for p in copy.parts("50_finetune") if json.loads((p / "manifest.json").read_text())["part"] == "arm:refit")
+    file = next(f for f in sorted(part.iterdir()) if f.suffix == ".safetensors")
+    flip(file)
+    message = one_line(copy.fedgal("run", "tiny"), FAILED)
+    assert file.name in message and "SHA-256" in message, message
+    assert copy.fedgal("clean", f"50_finetune/parts/{part.name}").returncode == 0 and not part.exists()
+    done = copy.fedgal("run", "tiny")
+    assert done.returncode == 0 and ran(done) == 1, done.stderr
     assert copy.snapshot() == tiny.snapshot()
 
 
@@ -231,6 +308,48 @@ def test_the_same_experiment_twice_at_once(project):
     assert project.json("once/run.json")["status"] == "finished"
 
 
+HOLD = """
+import sys, time
+from pathlib import Path
+from fedgal.pipeline.locks import hold
+hold(Path(sys.argv[1]), "a stage")
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("lock", ["run", pytest.param("lock", marks=pytest.mark.slow)])
+def test_a_run_that_waits_says_for_whom(lock, project):
+    "Another process works on the stage; without a terminal, too, one line names it, and the run goes on when it has ended."
+    from fedgal.pipeline.plan import plan
+    path = project.write("once", {"stages": ["10_data"], "seed": 0})
+    with pytest.MonkeyPatch.context() as m:
+        for name, value in project.env().items(): m.setenv(name, value)
+        m.setattr("fedgal.pipeline.keys.check_same_code", lambda: None)
+        key = plan(path).members[0].keys["10_data"]
+    place = project.artifacts / "10_data" / f"{key}.{lock}"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, place], cwd=project.away, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              env=project.env(JPY_SESSION_NAME="folder/10_data.ipynb"))
+    run = None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        run = project.start("run", "once", stderr=subprocess.STDOUT)
+        lines = []
+        while not (lines and "held by" in lines[-1]):
+            lines.append(run.stdout.readline())
+            assert lines[-1], f"it ended: {lines}"
+        assert "10_data" in lines[-1] and f"held by notebook 10_data.ipynb, process {holder.pid}" in lines[-1], lines
+        assert not project.folders() and run.poll() is None
+        holder.communicate("go\n", timeout=60)
+        rest, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, rest
+    finally:
+        holder.kill()
+        if run: run.kill()
+    assert len(project.folders("10_data")) == 1
+
+
+@pytest.mark.slow
 def test_two_experiments_share_a_stage_that_is_running(project):
     for name in ("one", "two"): project.write(name, {"stages": ["10_data"], "seed": 0})
     with ThreadPoolExecutor(2) as pool: results = list(pool.map(lambda n: project.fedgal("run", n), ("one", "two")))
@@ -257,6 +376,7 @@ linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the fault
 
 
 @linux
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 7], ids=["in the second checkpoint", "in the results"])
 def test_a_full_disk_loses_nothing(after, copy, tiny, tmp_path):
     (tmp_path / "faults").mkdir()
@@ -273,6 +393,7 @@ def test_a_full_disk_loses_nothing(after, copy, tiny, tmp_path):
     assert copy.snapshot() == tiny.snapshot()
 
 
+@pytest.mark.slow
 def test_a_runner_that_cannot_write(copy, tiny):
     "No file may grow beyond 20 kB: the executed notebook cannot be kept."
     shutil.rmtree(copy.artifacts / "20_train")

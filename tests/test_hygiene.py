@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conftest import REPO, TINY, Project
 
 STAGES = sorted(p.stem for p in (REPO / "nbs" / "stages").glob("*.ipynb"))
 MODULES = sorted(p for p in (REPO / "fedgal").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+EXPERIMENTS = sorted((REPO / "params").glob("*.yaml"))
 NOTEBOOKS = sorted(p for p in (REPO / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
@@ -112,7 +114,7 @@ def test_ruff_finds_nothing(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(REPO / "nbs").with_suffix("").as_posix())
 def test_a_notebook_is_light(path):
     assert path.stat().st_size < 1_500_000
     for source in code(path):
@@ -141,46 +143,67 @@ def test_a_stage_augments_as_suits_the_data(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_thin(stage):
+    "Load, call, show, save: at most 60 lines of code besides the parameters."
+    nb = read(REPO / "nbs" / "stages" / f"{stage}.ipynb")
+    tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    lines = [line.strip() for c in nb["cells"] if c["cell_type"] == "code" and c not in tagged for line in "".join(c["source"]).splitlines()]
+    written = [line for line in lines if line and not line.startswith("#")]
+    assert len(written) <= 60, f"{stage}: {len(written)} lines of code; what is more belongs into the library"
+
+
+def test_every_stage_notebook_is_declared_and_the_other_way_round():
+    from fedgal.pipeline.schema import STAGES as declared
+    assert sorted(declared) == STAGES
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parameters_cell_is_what_the_library_declares(stage, schemas):
+    "`fedgal sync` has nothing to do, and the cell read back gives the declared names, types, defaults, rules and help."
+    from fedgal.core.cells import read_cell
+    from fedgal.pipeline.schema import parameters_cell
+    [cell] = [c for c in read(REPO / "nbs" / "stages" / f"{stage}.ipynb")["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert "".join(cell["source"]) == parameters_cell(stage), "run `fedgal sync`"
+    facts = lambda rows: {n: (r.type, r.default, r.rule, r.help) for n, r in rows.items()}
+    assert facts(read_cell("".join(cell["source"]))) == facts(schemas[stage])
+
+
+def test_sync_has_nothing_to_do(tmp_path):
+    project = Project.make(tmp_path / "project")
+    before = files(project.stages)
+    done = project.fedgal("sync")
+    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
+    assert files(project.stages) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_parameter_says_what_it_is_and_its_default_is_allowed(stage, schemas):
-    for p in schemas[stage].values():
-        assert len(p.help) > 5, f"{stage}: {p.name} has no help"
-        assert p.check(p.default) == p.default
+    from fedgal.pipeline.schema import STAGES as declared
+    assert all(len(row.help) > 5 for row in schemas[stage].values()), f"{stage}: {[n for n, row in schemas[stage].items() if len(row.help) <= 5]}"
+    defaults = {n: row.default for n, row in schemas[stage].items()}
+    assert declared[stage].make(defaults).model_dump(mode="json") == defaults
 
 
 def test_a_parameter_means_the_same_in_every_stage(schemas):
-    seen = {}
-    for stage, own in schemas.items():
-        for p in own.values():
-            first = seen.setdefault(p.name, p)
-            assert (p.type, p.rule, p.default, p.help) == (first.type, first.rule, first.default, first.help), f"{p.name} differs between {first.stage} and {stage}"
+    first = {}
+    for stage, rows in schemas.items():
+        for name, row in rows.items():
+            assert row == first.setdefault(name, row), f"{name} of {stage} differs from that of an earlier stage"
 
 
-def registries():
-    from fedgal.federated.algorithm import ALGORITHMS
-    from fedgal.data.sources import DATASETS
-    from fedgal.finetune.mix import ARMS
-    from fedgal.generators.base import GENERATORS
-    from fedgal.gradients import COMBINE
-    from fedgal.models.heads import HEADS
-    from fedgal.joint import WARMUPS
-    from fedgal.models.losses.local import LOCAL_LOSSES
-    from fedgal.models.networks import MODELS, NORMS
-    return {"generator": GENERATORS, "algorithm": ALGORITHMS, "model": MODELS, "head": HEADS, "norm": NORMS, "local_loss": LOCAL_LOSSES, "arms": ARMS, "baseline": ARMS, "dataset": [name for name in DATASETS if "*" not in name],
-            "joint_rule": COMBINE, "joint_warmup": WARMUPS}
-
-
-def test_choices_are_those_of_the_library(schemas):
-    choices = {p.name: {c.strip() for c in p.rule.split("|")} for own in schemas.values() for p in own.values()}
-    for name, known in registries().items():
-        assert {c for c in choices[name] if "*" not in c} == set(known), name
-
-
-def test_combinations_are_refused_for_what_the_library_has():
-    from fedgal.federated.algorithm import ALGORITHMS, get_algorithm
-    from fedgal.finetune.mix import ONE_HEAD
-    from fedgal.pipeline.plan import PERSONAL
-    from fedgal.finetune.repairs import REPAIRS
-    assert set(PERSONAL) == {n for n in ALGORITHMS if get_algorithm(n).personal} and set(ONE_HEAD) == {*REPAIRS, "ccvr"}
+def test_a_parameter_with_a_registry_takes_what_the_registry_holds(schemas):
+    from fedgal.core.errors import FedgalError
+    from fedgal.pipeline.catalogue import names, registry
+    from fedgal.pipeline.schema import STAGES as declared
+    chosen = {(stage, row.name): row for stage, rows in schemas.items() for row in rows.values() if row.registry}
+    assert {row.registry for row in chosen.values()} >= {"dataset", "partition", "model", "head", "norm", "algorithm", "loss", "generator", "arm", "joint_arm", "joint_rule"}
+    for (stage, name), row in chosen.items():
+        of = lambda value, row=row: [value] if row.type.startswith("list") else value
+        assert set(names(row.registry)) == set(registry(row.registry)), f"{row.registry}: read from the source and imported"
+        for entry in names(row.registry):
+            given = entry.replace("*", "x")
+            assert getattr(declared[stage].make({name: of(given)}), name) in (given, [given], (given,))
+        with pytest.raises(FedgalError, match=f"{name} = .*expected"): declared[stage].make({name: of("no_such_entry")})
 
 
 def test_every_generator_and_model_can_be_made():
@@ -200,22 +223,29 @@ def test_every_partition_choice_divides(schemas):
     from fedgal.core.errors import FedgalError
     from fedgal.data.divide import partition
     y = torch.arange(600) % 10
-    for kind in (c.strip() for c in schemas["10_data"]["partition"].rule.split("|")):
+    from fedgal.pipeline.catalogue import names
+    for kind in names(schemas["10_data"]["partition"].registry):
         if "*" not in kind: assert len(partition(y, 3, kind, 0, shots=10)) == 3, kind
     with pytest.raises(FedgalError, match="did you mean 'dirichlet'"): partition(y, 3, "dirichlt", 0)
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "params").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_experiment_resolves(path):
-    from fedgal.pipeline.plan import plan
-    exp = plan(path)
-    assert exp.members and all(exp.members[0].keys.values())
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiment_resolves(path, monkeypatch):
+    "Completely, with keys, and in seconds; the files of named data sets need not be there."
+    from fedgal.pipeline import plan as planning
+    monkeypatch.setattr(planning, "_ensure_data", lambda dataset: None)
+    start = time.process_time()
+    exp = planning.plan(path)
+    seconds = time.process_time() - start
+    assert exp.members and all(key for m in exp.members for key in m.keys.values())
+    assert len({m.name for m in exp.members}) == len(exp.members)
     assert exp.values.get("title") and exp.values.get("question"), "a report opens with its question"
+    assert seconds < 10 + 0.1 * len(exp.members), f"{seconds:.1f} s for {len(exp.members)} members"
 
 
-def test_the_tiny_experiment_is_not_what_a_stage_would_do_anyway(schemas):
-    known = {n: p for own in schemas.values() for n, p in own.items()}
-    assert all(name in known for name in TINY if name != "stages")
+def test_the_tiny_experiment_names_parameters_only(schemas):
+    declared = {n for rows in schemas.values() for n in rows}
+    assert set(TINY) - {"stages"} <= declared
 
 
 # --- what is in the tree ---

@@ -42,6 +42,7 @@ def settle(orphans):
     assert not alive, "a kernel without its runner goes on for ever"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(project, tiny, orphans):
     want, stage_time = tiny.snapshot(), sum(tiny.json("tiny/metrics.json")["seconds"].values()) / len(CHAIN)
     moments, kills, completed = random.Random(2), 0, 0
@@ -90,7 +91,10 @@ def faults(tmp_path):
     return tmp_path / "faults"
 
 
-@pytest.mark.parametrize("at", MOMENTS.values(), ids=MOMENTS)
+QUICK = "before a checkpoint counts"
+
+
+@pytest.mark.parametrize("at", [pytest.param(at, id=name, marks=() if name == QUICK else pytest.mark.slow) for name, at in MOMENTS.items()])
 def test_a_kernel_killed_while_it_writes(at, copy, tiny, faults):
     shutil.rmtree(copy.artifacts / "20_train")
     died = copy.fedgal("run", "tiny", env={"KILL_AT": at, "PYTHONPATH": f"{faults}:{copy.home}"})
@@ -100,6 +104,7 @@ def test_a_kernel_killed_while_it_writes(at, copy, tiny, faults):
     assert copy.snapshot() == tiny.snapshot()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_shown_as_interrupted(project):
     project.write("cut", {"stages": ["10_data"], "seed": 0})
     process = project.start("run", "cut")
@@ -113,6 +118,7 @@ def test_an_interrupted_run_is_shown_as_interrupted(project):
     assert done.returncode == 0 and ran(done) == 1 and "finished" in project.fedgal("status").stdout
 
 
+@pytest.mark.slow
 def test_a_polite_kill_ends_a_run_in_the_background(project):
     "A shell starts background jobs with SIGINT ignored; SIGTERM must end them all the same."
     project.write("cut", {"stages": ["10_data"], "seed": 0})

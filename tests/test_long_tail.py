@@ -2,10 +2,13 @@
 import hashlib
 import json
 
+import pytest
 import torch
 from conftest import CHAIN, ran
 from safetensors.torch import load_file
 from test_pipeline import number
+
+pytestmark = pytest.mark.slow
 
 
 def test_centralised_training_is_a_federation_of_one(copy):

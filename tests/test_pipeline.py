@@ -21,6 +21,8 @@ def test_a_run_leaves_its_pages(tiny):
     pages = {p.name for p in (tiny.reports / "tiny").glob("*.html")}
     assert pages == {f"{s}.html" for s in CHAIN[:-1]} | {"index.html"}
     assert {p.name for p in tiny.folders()} == {s["key"] for s in tiny.json("tiny/run.json")["stages"]}
+    parts = {json.loads((p / "manifest.json").read_text())["part"] for p in tiny.parts()}
+    assert parts >= {"generator:gaussian", "generator:mlp", "arm:refit", "arm:generator", "arm:oracle"}, "arms and generators are artifacts of their own"
     assert tiny.first.stdout.splitlines()[-1].endswith("tiny/index.html")
     assert "Tiny" in (tiny.reports / "index.html").read_text()
 
@@ -59,6 +61,7 @@ def test_metrics_have_the_agreed_form(tiny):
     assert set(m["seconds"]) == set(CHAIN) and all(number(v, 0, 4000) for v in m["seconds"].values())
 
 
+@pytest.mark.slow
 def test_a_group_without_classes_is_null(copy):
     done = copy.fedgal("run", "tiny", "-p", "group_many", "0.99", "-p", "group_few", "1.0")
     assert done.returncode == 0, done.stderr
@@ -93,6 +96,48 @@ def test_another_experiment_is_not_overwritten(copy):
     assert copy.results() == before
 
 
+HUB = """
+import io
+import os
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from sklearn.datasets import load_digits
+
+class Split:
+    def __init__(self, rows): self.rows = rows
+    def to_parquet(self, path): pq.write_table(pa.Table.from_pylist(self.rows), path)
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray((image * 15).astype("uint8")).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+def load_dataset(address, split):
+    with open(os.environ["HUB_LOG"], "a") as log: print(address, split, file=log)
+    digits = load_digits()
+    part = slice(0, 600) if split == "train" else slice(600, 900)
+    return Split([{"image": png(i), "label": int(y)} for i, y in zip(digits.images[part], digits.target[part])])
+"""
+
+
+def test_the_first_run_of_a_hub_data_set_is_like_every_other(project, tmp_path):
+    "The files are fetched before keys are made of their contents; else the kernel of a later stage gets keys that nobody planned."
+    hub, log = tmp_path / "hub", tmp_path / "log"
+    hub.mkdir()
+    (hub / "datasets.py").write_text(HUB)
+    project.write("mnist", {"stages": CHAIN[:2], "dataset": "mnist", "imbalance": 5, "n_clients": 2, "rounds": 1})
+    env = {"PYTHONPATH": f"{hub}:{project.home}", "FEDGAL_DATA_ROOT": tmp_path / "data", "HUB_LOG": log}
+    first = project.fedgal("run", "mnist", env=env)
+    assert first.returncode == 0, first.stderr + first.stdout
+    assert ran(first) == 2 and [len(project.folders(s)) for s in CHAIN[:2]] == [1, 1]
+    assert log.read_text().splitlines() == ["ylecun/mnist train", "ylecun/mnist test"], "each file once"
+    again = project.fedgal("run", "mnist", env=env)
+    assert again.returncode == 0 and ran(again) == 0 and again.stdout.count(" cached ") == 2, again.stdout
+    assert len(log.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not (data_root() / "mnist" / "train.parquet").is_file(), reason=f"no mnist/train.parquet in {data_root()}")
 def test_named_data_come_from_the_data_root(project):
     project.write("mnist", {"stages": ["10_data"], "dataset": "mnist", "imbalance": 100})
@@ -102,6 +147,7 @@ def test_named_data_come_from_the_data_root(project):
     assert json.loads((folder / "manifest.json").read_text())["params"]["dataset"] == "mnist"
 
 
+@pytest.mark.slow
 def test_clients_own_models_go_through_all_stages(copy):
     "FedMPS and a generator, as in its params file but smaller and on the split of the tiny experiment: no global model anywhere."
     small = {"n_clients": 4, "alpha": 0.3, "rounds": 2, "rff_dim": 32, "gen_steps": 5, "bank_per_class": 20, "finetune_rounds": 2, "finetune_steps": 4, "oracle_per_class": 20}
@@ -134,6 +180,7 @@ def swept(tmp_path_factory):
     return project
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_what_it_can(swept):
     made = {s: len(swept.folders(s)) for s in [*CHAIN, "90_compare"]}
     assert made == {"10_data": 2, "20_train": 2, "30_statistics": 2, "40_generator": 4, "50_finetune": 4, "60_evaluate": 4, "90_compare": 1}
@@ -141,6 +188,7 @@ def test_a_sweep_shares_what_it_can(swept):
     assert {p.parent.name for p in (swept.reports / "levels" / "members").glob("*/metrics.json")} == {f"seed={s}--level={v}" for s in (0, 1) for v in ("low", "high")}
 
 
+@pytest.mark.slow
 def test_a_comparison_has_the_agreed_form(swept):
     key = next(s["key"] for s in swept.json("levels/run.json")["stages"] if s["stage"] == "90_compare")
     c = json.loads((swept.artifacts / "90_compare" / key / "comparison.json").read_text())
@@ -164,6 +212,7 @@ def test_a_comparison_has_the_agreed_form(swept):
             assert versus["p_holm"] is None or 0 <= versus["p_holm"] <= 1
 
 
+@pytest.mark.slow
 def test_a_sweep_again_is_all_cached(swept):
     again = swept.fedgal("run", "levels")
     assert again.returncode == 0 and ran(again) == 0 and again.stdout.count(" cached ") == 19
@@ -184,6 +233,7 @@ def forget(project, stage):
     return before
 
 
+@pytest.mark.slow
 def test_plain_papermill_gives_the_same_files(copy):
     before = forget(copy, "20_train")
     done = papermill(copy, "20_train", "-f", copy.home / "params" / "tiny.yaml")
@@ -194,6 +244,7 @@ def test_plain_papermill_gives_the_same_files(copy):
     assert copy.snapshot("20_train") == before
 
 
+@pytest.mark.slow
 def test_papermill_refuses_an_unknown_parameter(copy):
     before = copy.snapshot()
     done = papermill(copy, "10_data", "-f", copy.home / "params" / "tiny.yaml", "-p", "imbalanse", 3)
@@ -216,6 +267,7 @@ def lab(project, stage, **edited):
     return nb
 
 
+@pytest.mark.slow
 def test_jupyterlab_gives_the_same_files_and_makes_missing_inputs(copy):
     before = forget(copy, "10_data") | forget(copy, "20_train")
     nb = lab(copy, "20_train", params_file="tiny")
@@ -223,6 +275,7 @@ def test_jupyterlab_gives_the_same_files_and_makes_missing_inputs(copy):
     assert "running it first" in "".join(o.get("text", "") for c in nb.cells for o in c.get("outputs", []))
 
 
+@pytest.mark.slow
 def test_an_edited_parameters_cell_gives_the_same_files(copy):
     before = forget(copy, "10_data")
     lab(copy, "10_data", imbalance=10, n_clients=4)
@@ -231,6 +284,7 @@ def test_an_edited_parameters_cell_gives_the_same_files(copy):
     assert len(copy.folders("10_data")) == 2 and before.items() < copy.snapshot("10_data").items()
 
 
+@pytest.mark.slow
 def test_an_edited_cell_is_stronger_than_the_params_file_and_is_checked(copy):
     before = copy.snapshot()
     with pytest.raises(CellExecutionError, match="parameter imbalance = 0.5: expected float"): lab(copy, "10_data", params_file="tiny", imbalance=0.5)
@@ -239,6 +293,7 @@ def test_an_edited_cell_is_stronger_than_the_params_file_and_is_checked(copy):
 
 # --- the other commands ---
 
+@pytest.mark.slow
 def test_status_report_and_clean(copy):
     status = copy.fedgal("status")
     assert status.returncode == 0 and "tiny" in status.stdout and "finished" in status.stdout
@@ -257,7 +312,7 @@ def test_status_report_and_clean(copy):
     assert copy.fedgal("clean").returncode == 0 and copy.snapshot() == before, "what a report rests on is kept"
     assert not list(copy.artifacts.glob("*/*.partial"))
     assert copy.fedgal("clean", "60_evaluate").returncode == 0 and not copy.folders("60_evaluate") and copy.folders("50_finetune")
-    assert copy.fedgal("clean", "--all").returncode == 0 and not copy.folders()
+    assert copy.fedgal("clean", "--all").returncode == 0 and not copy.folders() and not copy.parts()
 
 
 def test_params_lists_every_parameter(project):

@@ -86,6 +86,7 @@ def test_a_failed_run_is_a_row_of_the_index(broken):
     assert "failed" in broken.fedgal("status").stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_mended_replaces_its_failure(broken, tmp_path):
     project = broken.clone(tmp_path / "project")
     shutil.copy(REPO / "nbs" / "stages" / "20_train.ipynb", project.stages)
