@@ -121,7 +121,9 @@ def refusals(shared):
     for i, (case, (text, _)) in enumerate(TEXTS.items()):
         paths[case] = shared.home / "params" / f"text{i}_bad.yaml"
         paths[case].write_bytes(text if isinstance(text, bytes) else text.encode())
-    return many(shared, {case: ("run", path) for case, path in paths.items()})
+    outcomes = many(shared, {case: ("run", path) for case, path in paths.items()})
+    for path in paths.values(): path.unlink()
+    return outcomes
 
 
 @pytest.mark.parametrize("case", [*REFUSED, *TEXTS])
@@ -139,9 +141,12 @@ def test_a_parameter_of_a_stage_that_does_not_run(shared):
 def test_bad_overrides_are_refused(shared):
     lines = {"did you mean 'rounds'": ("run", "tiny", "-p", "round", "3"), "lr = 'fast'": ("run", "tiny", "-p", "lr", "fast"),
              "cannot be overridden": ("run", "tiny", "-p", "stages", "[10_data]"), "did you mean 'tiny'": ("run", "tny"),
-             "option lr = 'fast'": ("run", "tiny", "-p", "generator_options", "{lr: fast}"), "--jobs": ("run", "tiny", "--jobs", "0"),
-             "did you mean '20_train'": ("params", "20_tran")}
+             "option lr = 'fast'": ("run", "tiny", "-p", "generator_options", "{lr: fast}"), "--jobs": ("run", "tiny", "--jobs", "0")}
     for words, result in many(shared, lines).items(): assert words in refused(shared, result)
+
+
+def test_a_misspelt_stage_is_refused(shared):
+    assert "did you mean '20_train'" in refuse(shared, "params", "20_tran")
 
 
 def test_the_command_line_ends_with_its_code(shared):
