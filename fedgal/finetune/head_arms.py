@@ -54,7 +54,7 @@ class Fed3R(ClosedForm):
 class LDAOptions(Options):
     "How the shared covariance is held."
 
-    shrink: str | float = option("ratio", "towards a multiple of the identity: ratio, oas, or a share in [0, 1]")
+    shrink: str | float = option("ratio", "towards a multiple of the identity: ratio, pooled_oas, or a share in [0, 1]")
 
 class LDA(ClosedForm):
     "Gaussian classes with one covariance (FedCGS, AAAI 2025)."

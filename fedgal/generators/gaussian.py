@@ -81,7 +81,7 @@ class MomentOptions(Options):
 
     shrink: str | float = option(
         "ratio",
-        "how class covariances are pulled towards the pooled one: ratio, oas, none, or a constant",
+        "how class covariances are pulled towards the pooled one: ratio, pooled_oas, none, or a constant",
         ge=0,
         le=1,
         shared="shrink",
