@@ -4,7 +4,7 @@
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #5fe93230
 from __future__ import annotations
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 import torch
@@ -21,12 +21,12 @@ from ..federated.messages import ClientUpdate, ServerPayload
 from ..federated.reports import n_classes
 from ..generators.fedgen_net import FedGenOptions, FedGenPFLOptions, descend, init_generator, net_from, sent
 from ..generators.teaching import batched_view, teaching
-from ..models.losses.protocol import per_example, task_loss
+from ..models.losses.protocol import LocalLoss, context_of, per_example, task_loss
 
 # %% auto #0
-__all__ = ['VARIANTS', 'heads_from', 'train_generator_round', 'FedGenLocal', 'Generated', 'generate_batches', 'with_generated',
-           'train_with_generator', 'FedGenClient', 'FedGenOptions', 'FedGenPFLOptions', 'FedGenTraining',
-           'FedGenPFLTraining']
+__all__ = ['VARIANTS', 'heads_from', 'train_generator_round', 'FedGenLocal', 'Generated', 'generate_batches', 'WithGenerated',
+           'train_with_generator', 'FedGenClient', 'FedGenTrainingOptions', 'FedGenPFLTrainingOptions',
+           'FedGenTraining', 'FedGenPFLTraining']
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #615fc923
 def heads_from(
@@ -107,29 +107,28 @@ def generate_batches(
     return [Generated(*parts) for parts in zip(z[: len(own)], asked.to(device).split(size), z[len(own) :], strict=True)]
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #c8078624
-def with_generated(
-    loss: Callable,  # (output, targets) -> [B], on real samples
-    view: nn.Module,  # the upper part of the model in training
-    batches: list[Generated],  # used up, one a call
-    a: float,  # weight of the cross-entropy
-    b: float,  # weight of the divergence
-) -> Callable:  # (output, targets) -> [B]
+@dataclass(frozen=True)
+class WithGenerated(LocalLoss):
     "A local loss with FedGen's two terms."
-    batches = iter(batches)
 
-    def total(out, y, mask=None, context=None):
-        generated = next(batches)
-        logits = view(torch.cat([generated.z, generated.own])).logits
+    base: Callable  # a local loss, of the real samples
+    view: nn.Module  # the upper part of the model in training
+    batches: Iterator[Generated]  # used up, one a call
+    a: float  # weight of the cross-entropy
+    b: float  # weight of the divergence
+
+    def context(self, client: MultiStepClient) -> Tensor | None:
+        return context_of(self.base, client)
+
+    def __call__(self, out, y: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # [B]
+        generated = next(self.batches)
+        logits = self.view(torch.cat([generated.z, generated.own])).logits
         m = len(generated.z)
-        value = per_example(loss, out, y, mask, context) + a * F.cross_entropy(logits[:m], generated.y)
-        if not b:
+        value = per_example(self.base, out, y, mask, context) + self.a * F.cross_entropy(logits[:m], generated.y)
+        if not self.b:
             return value
         target = logits[m:].detach().softmax(1)
-        return value + b * F.kl_div(getattr(out, "logits", out).log_softmax(1), target, reduction="none").sum(1)
-
-    if hasattr(loss, "context"):
-        total.context = loss.context
-    return total
+        return value + self.b * F.kl_div(getattr(out, "logits", out).log_softmax(1), target, reduction="none").sum(1)
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #abb0249c
 def train_with_generator(
@@ -151,7 +150,7 @@ def train_with_generator(
         rng = stream(seed, "fedgen client", payload.round, client.id)
         device = next(model.parameters()).device
         generated = generate_batches(tensors, labels, size, rng, device)
-        loss = with_generated(loss, model.view(level), generated, a * size / client.config.batch_size, b)
+        loss = WithGenerated(loss, model.view(level), iter(generated), a * size / client.config.batch_size, b)
     update = train_locally(client, model, payload, seed, loss)
     if update.failure:
         return update
@@ -171,14 +170,14 @@ class FedGenClient(MultiStepClient):
         return train_with_generator(self, model, payload, payload.extras, seed, self.local, self.level, loss)
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #0682e310
-class FedGenOptions(Options):
+class FedGenTrainingOptions(Options):
     "Options of `fedgen`."
 
     level: str = option("high", "where generated features enter", one_of=("low", "high"))
     weight: float = option(10.0, "a and b in the first round", ge=0)
     steps: int = option(50, "generator steps a round", ge=1)
 
-class FedGenPFLOptions(FedGenOptions):
+class FedGenPFLTrainingOptions(FedGenTrainingOptions):
     "Options of `fedgen_pfllib`."
 
     weight: float = option(1.0, "of the cross-entropy on generated features, constant", ge=0)
@@ -193,7 +192,7 @@ def _refuse_mixup(name, mixup):
 class FedGenTraining(Algorithm):
     "FedAvg with a generator that the server trains on the clients' heads and the clients learn from."
 
-    Options = FedGenOptions
+    Options = FedGenTrainingOptions
     name = "fedgen"
     reference = "Zhu et al., ICML 2021"
     summary = "the server trains a generator on the clients' heads, clients learn from its features"
@@ -236,7 +235,7 @@ class FedGenTraining(Algorithm):
 class FedGenPFLTraining(FedGenTraining):
     "The same in PFLlib's form."
 
-    Options = FedGenPFLOptions
+    Options = FedGenPFLTrainingOptions
     name = "fedgen_pfllib"
     reference = "PFLlib (Zhang et al., JMLR 2025)"
     summary = "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity"

@@ -64,7 +64,7 @@ class SplitModel(_FromLevel):
         if tuple(x.shape[1:]) != self.in_shape or not x.is_floating_point():
             raise FedgalError(
                 f"this model takes float batches [B, {', '.join(map(str, self.in_shape))}], "
-                f"not {x.dtype} {list(x.shape)}; images become float with fedgal.data.to_float"
+                f"not {x.dtype} {list(x.shape)}; images become float with fedgal.data.transforms.to_float"
             )
         return self.from_low(self.low(x).flatten(1))
 
