@@ -44,7 +44,10 @@ ARMS = Registry(
 )
 
 # %% ../../nbs/finetune/07_arms.ipynb #c49f095b
-def check_bank(arm: Arm, bank) -> None:
+def check_bank(
+    arm,  # an `Arm`
+    bank,  # a bank, one for each client, or None
+) -> None:
     "Raise where an arm lacks its bank, or has one that it does not use."
     if (bank is None) != (arm.banked is None):
         raise FedgalError(f"arm {arm.name!r} {'needs a' if arm.banked else 'takes no'} bank")
