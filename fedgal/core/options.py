@@ -132,8 +132,9 @@ def _coerced(kind, value):
             return float(value)
     elif origin in (list, tuple) and isinstance(value, (list, origin)):
         kinds = args if origin is tuple and ... not in args else args[:1] * len(value)
-        items = [_coerced(k, v) for k, v in zip(kinds, value)] if len(kinds) == len(value) else value
-        return origin(items)
+        if len(kinds) != len(value):
+            return origin(value)
+        return origin(_coerced(k, v) for k, v in zip(kinds, value, strict=True))
     elif origin is dict and isinstance(value, dict) and args:
         return {key: _coerced(args[1], item) for key, item in value.items()}
     return value

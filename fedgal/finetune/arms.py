@@ -82,6 +82,7 @@ class Arm(ABC):
 
     def bank(self, context: ArmContext) -> Bank | dict[int, Bank] | None:
         "The bank it adds, or one for each client."
+        return None
 
     def validation_note(self, context: ArmContext) -> str:
         "Why a validation accuracy would mean nothing; empty where it does."

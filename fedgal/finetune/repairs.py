@@ -114,7 +114,7 @@ def fed3r(
 # %% ../../nbs/finetune/05_repairs.ipynb #d20890df
 def lda(
     statistics: ClassStatistics,  # level high
-    shrink: str | float = "ratio",  # towards tr(S) / d I: "ratio" is d / (d + N), or "pooled_oas", or a constant in [0, 1]
+    shrink: str | float = "ratio",  # towards tr(S) / d I: "ratio" is d / (d + N); "pooled_oas"; or a constant in [0, 1]
     prior: Tensor | None = None,  # [C] class counts; None: uniform
 ) -> nn.Linear:
     "Linear discriminant analysis, solved in float64; a class without samples never wins, by a finite bias."

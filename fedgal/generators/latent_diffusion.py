@@ -19,6 +19,7 @@ from .diffusion.options import SAMPLERS, DiffusionOptions, GaldOptions, geometry
 from .diffusion.schedule import Schedule, add_noise, factors, min_snr_weight, recover, stratified_t
 from ..models.losses.geometry import gald_loss
 from ..stats.radius import dilate, measured_radius
+from ..stats.space import Space
 
 # %% auto #0
 __all__ = ['DENOISING', 'settled', 'Diffusion', 'fit_diffusion', 'fit_denoiser', 'placed_geometry', 'exchanges',

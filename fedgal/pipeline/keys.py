@@ -43,7 +43,8 @@ def data_files(params: dict) -> dict:  # "parameter/value/file" -> hash
         from fedgal.data.sources import source_of
 
         dataset = params["dataset"]
-        files |= {f"dataset/{dataset}/{f.name}": f for f in source_of(dataset).files(dataset)}
+        present = [f for f in source_of(dataset).files(dataset) if f.is_file()]
+        files |= {f"dataset/{dataset}/{f.name}": f for f in reversed(present)}  # the first place counts
     if split_file := params.get("split_file"):
         places = [root() / split_file, settings().data_root / split_file]
         files |= {f"split_file/{split_file}": next((f for f in places if f.is_file()), places[0])}

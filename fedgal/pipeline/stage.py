@@ -11,6 +11,7 @@ import os, shutil, warnings
 from collections.abc import Callable
 from pathlib import Path
 from ..core.errors import FedgalError
+from ..core.progress import interactive
 from ..core.settings import settings
 from ..core.store import MANIFEST, commit, load_json, verify
 from .given import Given, differences, gather, write_params
