@@ -36,6 +36,9 @@ class Project:
             home.mkdir(parents=True, exist_ok=True)
             if (REPO / name).exists(): shutil.copy2(REPO / name, home)
         for name in ("fedgal", "params", "nbs" if all_notebooks else "nbs/stages"): shutil.copytree(REPO / name, home / name, ignore=JUNK)
+        if all_notebooks:   # those about figures check theirs with it
+            (home / "tests").mkdir()
+            shutil.copy2(REPO / "tests" / "figures.py", home / "tests")
         project = cls(home)
         project.away.mkdir()
         project.write("tiny", TINY)

@@ -10,6 +10,28 @@ from conftest import REPO, Project
 ELSEWHERE = ("stages", "benchmarks")
 NOTEBOOKS = [p.relative_to(REPO / "nbs") for p in sorted((REPO / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 NOTEBOOKS = [p.as_posix() for p in NOTEBOOKS if p.parts[0] not in ELSEWHERE]
+LONG = {  # over about two seconds, by room; `make test` leaves them out
+    "algorithms": "01_weights 02_soft_head 03_prototypes 04_fedgen 05_creff",
+    "algorithms/joint": "01_gradients 03_moving_geometry 06_networks 08_bank 09_losses 10_watch 11_result 12_trainer 14_arms",
+    "core": "04_options 07_random 11_schedules",
+    "data": "01_parquet 10_long_tail",
+    "evaluation": "04_distances 05_fidelity 07_readouts 09_joint_results 10_training",
+    "federated": "02_local 03_clients 04_aggregate 05_ledger 07a_work 07b_result 08_loop 09_trained",
+    "federated/engines": "01_base 01b_serial 02_batched",
+    "finetune": "04_finetune 05_repairs 08_trained_arms 09_head_arms",
+    "generators": "01_base 02_gaussian 03_align 04_safs 05_mlp 07_fedgen_net 08_fedgen 09_resample 10_latent_diffusion "
+        "11_unet 12_ldmlr 13_run",
+    "generators/diffusion": "01_schedule 02_samplers 03_denoiser 04_frame 05_federated",
+    "": "index",
+    "models": "02_heads 04_networks 07_encode",
+    "models/losses": "02_base 03_matching 04_contrastive 05_geometry 06_local",
+    "pipeline": "14_tune",
+    "report": "03_cells 04_card 06_exporter 07_index 08_publish",
+    "report/plots": "00_style 01_axes 02_data 03_training 04_features 05_results 06_differences 07_classes 08_joint",
+    "stats": "03_moments 04_radius 06_prototypes 07_teachers",
+    "tutorials": "by_hand own_data",
+}
+SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
 SLOW_TO_IMPORT = ["torch", "pandas", "seaborn", "matplotlib.pyplot", "scipy.stats", "sklearn.datasets", "hypothesis", "nbdev.test", "IPython.display"]
 
 
@@ -40,7 +62,10 @@ def warm():
     return context
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_the_long_notebooks_are_there(): assert set(NOTEBOOKS) >= SLOW, "a notebook was moved or removed: change `LONG`"
+
+
+@pytest.mark.parametrize("notebook", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NOTEBOOKS])
 def test_notebook(notebook, repository, warm, tmp_path):
     env = {k: v for k, v in repository.env().items() if k not in ("FEDGAL_ROOT", "FEDGAL_ARTIFACTS", "FEDGAL_REPORTS")}
     process = warm.Process(target=run_notebook, args=(notebook, repository.home, env, tmp_path / "log"))
