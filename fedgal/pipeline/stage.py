@@ -170,6 +170,10 @@ class Stage(StageInputs):
         self.parts = {}
         self.cached = []
         self.computed = []
+        if interactive():
+            from IPython.display import display
+
+            display(self)
 
     @property
     def checkpoint(self) -> Path:
