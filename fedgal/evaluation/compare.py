@@ -32,7 +32,8 @@ EXACT = ("serial", "workers", "flower")  # engines that give the same bytes
 
 def check_comparable(runs: list[dict]) -> None:
     "Raise if runs of unlike protocols, engines or draws of one seed would land in one table."
-    first, drawn = runs[0], {}
+    first = runs[0]
+    drawn = {}
     for r in runs:
         names = f"{r['experiment']} and {first['experiment']}"
         if r["protocol"] != first["protocol"]:
@@ -68,9 +69,12 @@ def cells_of(
     runs: list[dict],
 ) -> list[tuple[dict, dict]]:  # (params, {arm: {metric: one value per seed}})
     "Group runs by what they vary; seeds in increasing order."
-    names, seeds, groups = varied(runs), sorted({r["params"]["seed"] for r in runs}), {}
+    names = varied(runs)
+    seeds = sorted({r["params"]["seed"] for r in runs})
+    groups = {}
     for r in runs:
-        setting, seed = {n: r["params"].get(n) for n in names}, r["params"]["seed"]
+        setting = {n: r["params"].get(n) for n in names}
+        seed = r["params"]["seed"]
         _, by_seed = groups.setdefault(canonical(setting), (setting, {}))
         by_seed[seed] = by_seed.get(seed, {}) | r["arms"]
     return [(setting, _by_arm(by_seed, seeds)) for setting, by_seed in groups.values()]
@@ -112,7 +116,8 @@ def rows_of(
     missing: Sequence[str] = (),  # folders of the runs that failed, named like `level=low--seed=3`
 ) -> list[dict]:  # the "rows" of comparison.json
     "Means, spreads and paired differences from the baseline; p values Holm-corrected once over all rows."
-    rows, cells = [], cells_of(runs)
+    rows = []
+    cells = cells_of(runs)
     arms_of_runs = dict.fromkeys(a for _, arms in cells for a in arms)
     if baseline not in arms_of_runs:
         raise FedgalError(f"baseline {baseline!r} is not an arm of these runs; arms: {', '.join(arms_of_runs)}")
@@ -136,7 +141,8 @@ def readouts_of(
     runs: list[dict],
 ) -> list[dict]:  # {"arm", "params", "federated", "readouts": {name: [mean over clients, one per run]}}
     "Readouts of clients' own models, grouped like the rows; empty where there are none."
-    names, groups = varied(runs), {}
+    names = varied(runs)
+    groups = {}
     for r in sorted(runs, key=lambda r: r["params"]["seed"]):
         setting = {n: r["params"].get(n) for n in names}
         for arm, values in r.get("readouts", {}).items():

@@ -99,7 +99,8 @@ def nearest(
         return bank
     like = torch.cosine_similarity(bank.z, means.float().nan_to_num()[bank.y], dim=1)
     order = torch.argsort(bank.y.double() * 4 - like.double(), stable=True)  # by class, then most alike first
-    y, counts = bank.y[order], bank.counts()
+    y = bank.y[order]
+    counts = bank.counts()
     rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y]
     stays = order[rank < (keep * counts[y]).ceil()].sort().values
     return Bank(bank.z[stays], bank.y[stays], bank.space, bank.generator, bank.n_classes)

@@ -52,7 +52,8 @@ class FourierMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, frequencies):
         angle = z @ frequencies.mT
-        cos, sin = angle.cos(), angle.sin_()
+        cos = angle.cos()
+        sin = angle.sin_()
         ctx.save_for_backward(cos, sin, frequencies)
         return torch.cat([cos.mean(-2), sin.mean(-2)], -1) / math.sqrt(len(frequencies))
 
