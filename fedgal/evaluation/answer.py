@@ -32,9 +32,7 @@ def cell_answer(
     "What the generator of one cell came to."
     row = next(r for r in rows if r["arm"] == "generator" and r["params"].items() <= params.items())
     name = next(short["label"] for r, short in zip(rows, shorten(rows), strict=True) if r is row)
-    versus = row["versus_baseline"]
-    share = share_of_gap(arms)
-    mean = row["balanced_accuracy"]["mean"]
+    versus, share, mean = row["versus_baseline"], share_of_gap(arms), row["balanced_accuracy"]["mean"]
     sentence = f"**{name}.** It reaches {'–' if mean is None else f'{100 * mean:.1f} %'}"
     if versus["difference"] is not None:
         low, high = versus["ci95"]
@@ -102,8 +100,7 @@ def comparison_table(
         }
         for r in shorten(rows)
     ]
-    table = pd.DataFrame(lines)
-    n = max(r["n_seeds"] for r in rows)
+    table, n = pd.DataFrame(lines), max(r["n_seeds"] for r in rows)
     whole = table["runs"].nunique() == 1 and not any(r["failed"] for r in rows)
     seeds = f"{n} seed{'s' if n > 1 else ''}{'' if whole else ' or fewer'}"
     mean = f"Balanced accuracy in %, mean ± standard deviation over {seeds}; few: over the few classes"

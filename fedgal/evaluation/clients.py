@@ -102,8 +102,7 @@ def arm_summary(
     rare_at: int = 5,
 ) -> dict:  # an entry of "arms" in metrics.json
     "All reported numbers of one arm, as plain Python values."
-    r = _recalls(result)
-    client_counts = torch.as_tensor(client_counts)
+    r, client_counts = _recalls(result), torch.as_tensor(client_counts)
     results = [result] if isinstance(result, EvalResult) else result
     clients = client_metrics(r, client_counts, None if base is None else _recalls(base), rare_at)
     per_class = r.view(-1, r.shape[-1]).nanmean(0)

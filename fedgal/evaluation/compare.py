@@ -32,8 +32,7 @@ EXACT = ("serial", "workers", "flower")  # engines that give the same bytes
 
 def check_comparable(runs: list[dict]) -> None:
     "Raise if runs of unlike protocols, engines or draws of one seed would land in one table."
-    first = runs[0]
-    drawn = {}
+    first, drawn = runs[0], {}
     for r in runs:
         names = f"{r['experiment']} and {first['experiment']}"
         if r["protocol"] != first["protocol"]:
@@ -69,12 +68,9 @@ def cells_of(
     runs: list[dict],
 ) -> list[tuple[dict, dict]]:  # (params, {arm: {metric: one value per seed}})
     "Group runs by what they vary; seeds in increasing order."
-    names = varied(runs)
-    seeds = sorted({r["params"]["seed"] for r in runs})
-    groups = {}
+    names, seeds, groups = varied(runs), sorted({r["params"]["seed"] for r in runs}), {}
     for r in runs:
-        setting = {n: r["params"].get(n) for n in names}
-        seed = r["params"]["seed"]
+        setting, seed = {n: r["params"].get(n) for n in names}, r["params"]["seed"]
         _, by_seed = groups.setdefault(canonical(setting), (setting, {}))
         by_seed[seed] = by_seed.get(seed, {}) | r["arms"]
     return [(setting, _by_arm(by_seed, seeds)) for setting, by_seed in groups.values()]
@@ -116,8 +112,7 @@ def rows_of(
     missing: Sequence[str] = (),  # folders of the runs that failed, named like `level=low--seed=3`
 ) -> list[dict]:  # the "rows" of comparison.json
     "Means, spreads and paired differences from the baseline; p values Holm-corrected once over all rows."
-    rows = []
-    cells = cells_of(runs)
+    rows, cells = [], cells_of(runs)
     arms_of_runs = dict.fromkeys(a for _, arms in cells for a in arms)
     if baseline not in arms_of_runs:
         raise FedgalError(f"baseline {baseline!r} is not an arm of these runs; arms: {', '.join(arms_of_runs)}")
@@ -141,8 +136,7 @@ def readouts_of(
     runs: list[dict],
 ) -> list[dict]:  # {"arm", "params", "federated", "readouts": {name: [mean over clients, one per run]}}
     "Readouts of clients' own models, grouped like the rows; empty where there are none."
-    names = varied(runs)
-    groups = {}
+    names, groups = varied(runs), {}
     for r in sorted(runs, key=lambda r: r["params"]["seed"]):
         setting = {n: r["params"].get(n) for n in names}
         for arm, values in r.get("readouts", {}).items():

@@ -24,9 +24,7 @@ def consensus_report(
     if (K, C) != tuple(teachers.score.shape) or len(y) != N:
         wanted = f"{tuple(teachers.score.shape)} clients x classes"
         raise FedgalError(f"probabilities {tuple(probs.shape)} and {len(y)} labels do not fit {wanted}")
-    fit = teachers.weights()
-    judges = teachers.weights("judges")
-    probs = probs.double()
+    fit, judges, probs = teachers.weights(), teachers.weights("judges"), probs.double()
     taught, judged, several = fit.sum(0) > 0, judges.sum(0) > 0, (fit > 0).sum(0) > 1
     recall = torch.stack([_class_mean((p.argmax(1) == y).double(), y, C) for p in probs])  # [K, C]
     spread = {name: _class_mean(v, y, C) for name, v in _teachers_spread(probs, y, fit).items()}

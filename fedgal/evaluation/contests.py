@@ -51,8 +51,7 @@ def verdicts(
 
 def _verdict(contest, corrected):
     first, second = contest.get("labels") or contest["contest"].split(" > ")
-    pair = f"`{first}` minus `{second}`: "
-    p = contest["p_holm"]
+    pair, p = f"`{first}` minus `{second}`: ", contest["p_holm"]
     if contest["difference"] is None:
         return f"{pair}{contest.get('problem', 'no seed has both')}."
     seeds = f"{contest['n_seeds']} seed{'s' * (contest['n_seeds'] > 1)}"

@@ -50,12 +50,10 @@ def pack(
         raise FedgalError(f"labels go from {int(y.min())} to {int(y.max())}; allowed are 0 to {n_classes - 1}")
     order = torch.arange(len(y)) if generator is None else torch.randperm(len(y), generator=generator)
     order = order[y[order].argsort(stable=True)]
-    count = torch.bincount(y, minlength=n_classes)
-    y = y[order]
+    count, y = torch.bincount(y, minlength=n_classes), y[order]
     place = torch.arange(len(y)) - (count.cumsum(0) - count)[y]
     n = min(int(count.max()), size or len(y))
-    out = torch.zeros(n_classes, n, z.shape[1], dtype=torch.float64)
-    keep = place < n
+    out, keep = torch.zeros(n_classes, n, z.shape[1], dtype=torch.float64), place < n
     out[y[keep], place[keep]] = z[order[keep]].double()
     return Packed(out, torch.arange(n) < count[:, None])
 
@@ -85,9 +83,7 @@ def prdc(
     k_dc: int = 5,  # neighbours for density and coverage
 ) -> dict[str, Tensor]:  # float64 [C] each; NaN where a class has too few points
     "Precision, recall, density and coverage of every class."
-    n = real.count.double()
-    m = fake.count.double()
-    cross = square_distances(real, fake)
+    n, m, cross = real.count.double(), fake.count.double(), square_distances(real, fake)
     inside = cross <= _radius(real, k_pr)[:, :, None]
     covered = cross <= _radius(fake, k_pr)[:, None]
     near = cross <= _radius(real, k_dc)[:, :, None]
@@ -155,9 +151,7 @@ def mmd2(
     gamma: Tensor,  # [C], of `bandwidth(real)`
 ) -> Tensor:  # float64 [C]; NaN where a class has fewer than two points
     "Unbiased squared MMD of every class (Gretton et al. 2012, eq. 3)."
-    n = real.count
-    m = fake.count
-    scale = gamma.nan_to_num(1.0)[:, None, None]
+    n, m, scale = real.count, fake.count, gamma.nan_to_num(1.0)[:, None, None]
 
     def kernel(d):
         return (-scale * d).exp().sum((1, 2))  # exp(-inf) = 0: padding and self

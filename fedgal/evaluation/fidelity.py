@@ -97,8 +97,7 @@ def _chunks(p, budget=2**25):  # classes at once so that a distance matrix stays
 
 # %% ../../nbs/evaluation/05_fidelity.ipynb #6afe89a7
 def _score(reference, generated, held_out, seen):
-    gamma = bandwidth(reference)
-    out = {}
+    gamma, out = bandwidth(reference), {}
     for suffix, sample in (("", generated), ("_floor", held_out)):
         found = prdc(reference, sample) | {
             "frechet": frechet_samples(reference, sample),
@@ -121,8 +120,7 @@ def referee(
     n_classes: int,
 ) -> Callable[[Tensor], Tensor]:  # features [M, d] -> scores [M, C]; a class without training features is never chosen
     "The nearest class mean: a classifier so simple that its mistakes are the features' fault."
-    target = F.one_hot(y, n_classes).double()
-    count = torch.bincount(y, minlength=n_classes)
+    target, count = F.one_hot(y, n_classes).double(), torch.bincount(y, minlength=n_classes)
     absent = torch.zeros(n_classes, dtype=torch.float64).masked_fill_(count == 0, -torch.inf)
     mu = target.T @ z.double() / count.clamp(min=1)[:, None]
     return lambda x: absent - torch.cdist(x.double(), mu)

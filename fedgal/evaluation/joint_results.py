@@ -87,8 +87,7 @@ def evaluate_arms(
     part: str,  # "validation" or "test"
 ) -> dict[str, EvalResult]:  # with `none`, the model of the run; empty without samples
     "All arms on the clients' validation samples, or on the balanced test set."
-    x = to_float(run.data.x_test)
-    y = run.data.y_test
+    x, y = to_float(run.data.x_test), run.data.y_test
     if part == "validation":
         rows = torch.cat(run.split.val)
         x, y = run.data.x_train[rows], run.data.y_train[rows]
@@ -115,8 +114,7 @@ def arm_records(
 ) -> dict[str, dict]:  # "arms" of metrics.json
     "All reported numbers of every arm; nothing is sent."
     bounds = (group_many, group_few) if group_many <= 1 else (group_few, group_many)
-    counts = run.split.client_counts()
-    records = {}
+    counts, records = run.split.client_counts(), {}
     for arm, result in evaluations.items():
         federated = JOINT_ARMS[arm].federated(run.split.n_clients)
         record = arm_summary(result, counts, evaluations["none"], bounds, rare_at)

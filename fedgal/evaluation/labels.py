@@ -40,8 +40,7 @@ def shorten(rows: list[dict]) -> list[dict]:
 # %% ../../nbs/evaluation/15_labels.ipynb #e64276b5
 def label(row: dict) -> str:
     "A row's name for tables and figures: the generator or algorithm in place of its arm, then its parameters."
-    params = dict(row["params"])
-    arm = row["arm"]
+    params, arm = dict(row["params"]), row["arm"]
     replaced = _FIRST_WORD.get(arm)
     adjusted = " adjusted" if arm == "generator_adjusted" and replaced in params else ""
     first = params.pop(replaced, arm) + adjusted

@@ -136,8 +136,7 @@ def _tally(logits, y, n_classes, n_bins):
     ok = logits.isfinite().all(1)
     loss = F.cross_entropy(logits, y, reduction="none").double().where(ok, torch.nan)
     fine, target = logits[ok], y[ok]
-    p = fine.softmax(1)
-    guess = fine.argmax(1)
+    p, guess = fine.softmax(1), fine.argmax(1)
     return EvalResult(
         confusion=torch.bincount(target * n_classes + guess, minlength=n_classes**2).view(n_classes, n_classes),
         invalid=torch.bincount(y[~ok], minlength=n_classes),
@@ -215,6 +214,5 @@ def chance_flag(
     "Mark a run that diverged or that is no better than guessing."
     if result.invalid.any() or not result.loss_sum.isfinite().all():
         return "not finite"
-    n = int(result.count.sum())
-    p = 1 / len(result.confusion)
+    n, p = int(result.count.sum()), 1 / len(result.confusion)
     return "chance" if n and result.balanced_accuracy <= p + 3 * (p * (1 - p) / n) ** 0.5 else None

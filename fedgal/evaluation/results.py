@@ -26,8 +26,7 @@ def tag_of(run: TrainedRun) -> str:
 # %% ../../nbs/evaluation/08_results.ipynb #2ebacbe9
 def validation_judge(run: TrainedRun) -> Callable | None:  # models -> EvalResult; None: there are no validation samples
     "What judges the model of a run, or the models of its clients, on the clients' validation data."
-    val = torch.cat(run.split.val)
-    data = run.data
+    val, data = torch.cat(run.split.val), run.data
     if not len(val):
         return None
 

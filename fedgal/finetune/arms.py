@@ -129,8 +129,7 @@ def arm_messages(
     federation: FederationResult | None,
 ) -> tuple[Ledger, dict]:  # and the bytes up and down
     "What one arm sends between clients and server; nothing where it is trained on the server."
-    ledger = Ledger()
-    n_bytes = {"up": 0, "down": 0}
+    ledger, n_bytes = Ledger(), {"up": 0, "down": 0}
     if context.options.where != "clients" or not arm.travels:
         return ledger, n_bytes
     if federation is not None:
@@ -203,8 +202,7 @@ def arm_facts(
     context: ArmContext,
 ) -> dict:  # JSON values
     "What an arm's result depends on, beside the models and statistics that it starts from."
-    arm = ARMS[name]
-    source = ARMS[name].adjusts or name
+    arm, source = ARMS[name], ARMS[name].adjusts or name
     facts = {
         "arm": name,
         "options": context.options.model_dump(),

@@ -36,9 +36,7 @@ class FedNCMOptions(Options):
 class FedNCM(ClosedForm):
     "Nearest class mean (Legate et al., NeurIPS 2023)."
 
-    name = "fedncm"
-    Options = FedNCMOptions
-    solve = staticmethod(fedncm)
+    name, Options, solve = "fedncm", FedNCMOptions, staticmethod(fedncm)
 
 # %% ../../nbs/finetune/09_head_arms.ipynb #3ff26bad
 class Fed3ROptions(Options):
@@ -50,9 +48,7 @@ class Fed3ROptions(Options):
 class Fed3R(ClosedForm):
     "Ridge regression on one-hot labels (Fanì et al., ICML 2024)."
 
-    name = "fed3r"
-    Options = Fed3ROptions
-    solve = staticmethod(fed3r)
+    name, Options, solve = "fed3r", Fed3ROptions, staticmethod(fed3r)
 
 # %% ../../nbs/finetune/09_head_arms.ipynb #91ca6dd6
 class LDAOptions(Options):
@@ -63,9 +59,7 @@ class LDAOptions(Options):
 class LDA(ClosedForm):
     "Gaussian classes with one covariance (FedCGS, AAAI 2025)."
 
-    name = "lda"
-    Options = LDAOptions
-    solve = staticmethod(lda)
+    name, Options, solve = "lda", LDAOptions, staticmethod(lda)
 
 # %% ../../nbs/finetune/09_head_arms.ipynb #548a8c49
 class TauOptions(Options):
@@ -111,8 +105,7 @@ class Adjusted(Arm):
     @classmethod
     def check_run(cls, params):
         super().check_run(params)
-        arms = params["arms"]
-        base = cls.adjusts
+        arms, base = params["arms"], cls.adjusts
         if base not in arms[: arms.index(cls.name)] or params.get("finetune_sampling") != "plain":
             corrects = f"arm {cls.name} corrects arm {base} for the prior of features as they come"
             raise FedgalError(f"{corrects}; name it after {base}, with finetune_sampling = 'plain'")
@@ -125,8 +118,7 @@ class Adjusted(Arm):
             raise FedgalError(f"arm {cls.name} {knows}; set {settings}, {uses}")
 
     def train(self, context, bank):
-        model = context.finished[self.adjusts].models(context.run.model)
-        added = context.banks.get(self.adjusts)
+        model, added = context.finished[self.adjusts].models(context.run.model), context.banks.get(self.adjusts)
         counts = context.statistics.count + (0 if added is None else added.counts())
         return with_head(model, logit_adjust(model.head, counts)), None
 

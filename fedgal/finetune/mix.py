@@ -99,8 +99,7 @@ def nearest(
         return bank
     like = torch.cosine_similarity(bank.z, means.float().nan_to_num()[bank.y], dim=1)
     order = torch.argsort(bank.y.double() * 4 - like.double(), stable=True)  # by class, then most alike first
-    y = bank.y[order]
-    counts = bank.counts()
+    y, counts = bank.y[order], bank.counts()
     rank = torch.arange(len(y)) - (counts.cumsum(0) - counts)[y]
     stays = order[rank < (keep * counts[y]).ceil()].sort().values
     return Bank(bank.z[stays], bank.y[stays], bank.space, bank.generator, bank.n_classes)

@@ -55,8 +55,7 @@ def logit_adjust(
     tau: float = 1.0,  # strength; 0 changes nothing
 ) -> nn.Module:
     "The same head with tau times the log class prior subtracted from its logits."
-    fixed = copy.deepcopy(head)
-    log_prior = tau * class_log_prior(counts)
+    fixed, log_prior = copy.deepcopy(head), tau * class_log_prior(counts)
     bias = getattr(last_layer(fixed), "bias", None)
     if bias is None:
         return ShiftedHead(fixed, -log_prior.to(next(fixed.parameters())))
@@ -103,8 +102,7 @@ def fed3r(
     "Ridge regression on one-hot labels, solved in float64; a class without samples never wins, by a finite bias."
     if lam <= 0:
         raise FedgalError(f"lam = {lam}: a ridge above 0 is needed, units that never fire leave the system singular")
-    n = statistics.count
-    total = statistics.sum.sum(0)
+    n, total = statistics.count, statistics.sum.sum(0)
     last_row = torch.cat([total, n.sum()[None]])[None]
     A = torch.cat([torch.cat([statistics.second.sum(0), total[:, None]], 1), last_row])  # [d + 1, d + 1]
     B = torch.cat([statistics.sum, n[:, None]], 1).T  # [d + 1, C]
@@ -120,8 +118,7 @@ def lda(
     prior: Tensor | None = None,  # [C] class counts; None: uniform
 ) -> nn.Linear:
     "Linear discriminant analysis, solved in float64; a class without samples never wins, by a finite bias."
-    S = pooled_within(statistics)
-    mu = statistics.mean().nan_to_num()
+    S, mu = pooled_within(statistics), statistics.mean().nan_to_num()
     target = S.diagonal().mean().clamp(min=1e-12) * torch.eye(len(S), dtype=S.dtype, device=S.device)
     S = shrink_covariance(S[None], statistics.count.sum()[None], target, shrink)[0][0]
     w = torch.linalg.solve(S, mu.T).T

@@ -39,9 +39,7 @@ class FitTask:
     device: str = "cpu"  # where large networks are trained
 
     def __post_init__(self):
-        s = self.statistics
-        T = len(self.teachers)
-        C = self.n_classes
+        s, T, C = self.statistics, len(self.teachers), self.n_classes
         if s is not None:
             self.space.check(s.space)
         if s is not None and s.n_classes != C:
@@ -235,8 +233,7 @@ class Bank:
 
     @classmethod
     def load(cls, path: Path) -> Bank:
-        t = load_tensors(path)
-        meta = load_meta(path)
+        t, meta = load_tensors(path), load_meta(path)
         return cls(t["z"], t["y"], Space.from_dict(meta["space"]), meta["generator"], meta["n_classes"])
 
 # %% ../../nbs/generators/01_base.ipynb #9328f745

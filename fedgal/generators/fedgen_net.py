@@ -147,9 +147,7 @@ def pack(net: FedGenNet, adam: dict, labels: Tensor) -> Tensors:
 # %% ../../nbs/generators/07_fedgen_net.ipynb #287e1f16
 def net_from(tensors: Tensors) -> FedGenNet:
     "The network in named tensors; they are copied."
-    w = tensors["net.hidden.weight"]
-    out = tensors["net.out.weight"]
-    n_classes = len(tensors["labels"])
+    w, out, n_classes = tensors["net.hidden.weight"], tensors["net.out.weight"], len(tensors["labels"])
     with torch.random.fork_rng(devices=[]):
         net = FedGenNet(n_classes, len(out), w.shape[1] - n_classes, len(w)).to(w.device)
     net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
@@ -180,11 +178,9 @@ def descend(
     student: Callable | None = None,  # z -> Features of the global model
 ) -> tuple[Tensors, dict[str, Tensor]]:  # new tensors; each loss term, [steps]
     "`options.steps` steps of Adam against fixed heads."
-    net = net_from(tensors).train()
-    losses = []
+    net, losses = net_from(tensors).train(), []
     optimiser = _adam(net, tensors, lr, options.weight_decay)
-    params = list(net.parameters())
-    device = net.out.weight.device
+    params, device = list(net.parameters()), net.out.weight.device
     weights = taught.weights.to(device)
     n = options.steps * options.batch_size
     asked = torch.multinomial(taught.labels.cpu(), n, True, generator=rng).view(options.steps, -1)

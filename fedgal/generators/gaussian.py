@@ -67,8 +67,7 @@ def sampling_moments(
     kappa: float = 0.0,  # see `GaussianOptions`
 ) -> tuple[Tensor, Tensor]:  # mean [C, d] and factor [C, d, d], float64; zero for an absent class
     "Mean and covariance factor of every class."
-    mean = statistics.mean().nan_to_num()
-    cov = target_covariance(statistics, shrink, widen, kappa)
+    mean, cov = statistics.mean().nan_to_num(), target_covariance(statistics, shrink, widen, kappa)
     if not rectify:
         return mean, covariance_factor(cov) * statistics.present[:, None, None]
     variance = cov.diagonal(dim1=1, dim2=2)

@@ -121,8 +121,7 @@ def fit_denoiser(
 
 def placed_geometry(gen: Diffusion) -> Callable | None:
     "The geometry losses of estimates where they will be placed; None where they are switched off."
-    losses = geometry_of(gen.options)
-    frame = gen.frame
+    losses, frame = geometry_of(gen.options), gen.frame
 
     def geometry(x0, y, t, counts=None):
         alpha_bar = gen.schedule.alpha_bar[t]

@@ -135,16 +135,12 @@ def train_ldmlr(
     rng: torch.Generator,  # on the CPU
 ) -> list[dict]:
     "Plain SGD on the squared error of x0, weighted with SNR_t; mean losses twenty times a run."
-    abar = cosine_schedule()
-    B = options.batch_size
-    device = net.classes.device
+    abar, B, device = cosine_schedule(), options.batch_size, net.classes.device
     weight = (abar / (1 - abar)).float().to(device)
     signal = abar.sqrt().float().to(device)
     noise = (1 - abar).sqrt().float().to(device)
     x, y = x.to(device), y.to(device)
-    every = max(1, options.steps // 20)
-    history = []
-    losses = []
+    every, history, losses = max(1, options.steps // 20), [], []
     optimiser = torch.optim.SGD(net.parameters(), lr=options.lr)
     for step in range(1, options.steps + 1):
         i, t = (torch.randint(n, (B,), generator=rng).to(device) for n in (len(y), len(abar)))

@@ -131,8 +131,7 @@ def loss_terms(
     form: str = "each",
 ) -> dict[str, Tensor]:
     "Every term of the loss, unweighted."
-    m = len(x) // len(classes)
-    q = targets.view.shape[0]
+    m, q = len(x) // len(classes), targets.view.shape[0]
     local = torch.arange(len(classes)).repeat_interleave(m)
     stat = statistics_loss(x @ targets.view.T, local, targets.mean[classes], targets.covariance[classes])
     terms = {"mean": stat.mean, "covariance": stat.covariance}
@@ -142,8 +141,7 @@ def loss_terms(
     few = torch.arange(len(x)).view(-1, m)[:, :8].flatten()  # eight of each class are enough pairs
     terms["diversity"] = diversity_loss(shaped[few, :q], noise[few, :q], local[few])
     if picked:
-        logits = torch.stack([task.teachers[t](x).logits for t in picked])
-        weights = task.teacher_weights[picked]
+        logits, weights = torch.stack([task.teachers[t](x).logits for t in picked]), task.teacher_weights[picked]
         terms["teachers"] = teacher_cross_entropy(logits, classes[local], weights, form)
         terms["consistency"] = consistency_loss(logits, classes[local], weights)
     return terms
@@ -216,9 +214,7 @@ def train(gen: MLP, targets: Targets, task: FitTask) -> list[dict]:
     average = [p.detach().clone() for p in params]
     optimiser = torch.optim.Adam(params, lr=o.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, o.steps)
-    weight = term_weights(o)
-    history = []
-    losses = []
+    weight, history, losses = term_weights(o), [], []
     for step in range(1, o.steps + 1):
         chosen = classes[torch.randperm(len(classes), generator=rng)[:16]]
         y = chosen.repeat_interleave(o.batch_size // len(chosen))

@@ -31,8 +31,7 @@ def same_class_neighbours(
     columns = min(k, len(y) - 1)
     if columns < 1:
         return out
-    z = z.double()
-    image = torch.arange(len(y)) % (len(y) // views)
+    z, image = z.double(), torch.arange(len(y)) % (len(y) // views)
     for rows in torch.arange(len(y)).split(1024):  # bounded memory
         distance = torch.cdist(z[rows], z).masked_fill_(y[rows, None] != y, torch.inf)
         distance.masked_fill_(image[rows, None] == image, torch.inf)
@@ -49,8 +48,7 @@ class SmoteOptions(Options):
 # %% ../../nbs/generators/09_resample.ipynb #225f15da
 def neighbours_of_clients(task: FitTask, k: int) -> Tensor:  # [N, k] rows of all latents, -1 for none
     "The nearest features of the same class on the same client."
-    near = []
-    first = 0
+    near, first = [], 0
     for z, y in task.latents:
         rows = same_class_neighbours(z, y, k, task.views)
         near.append(torch.where(rows < 0, -1, rows + first))
@@ -170,9 +168,7 @@ def transplant_factor(
     options: TransplantOptions,
 ) -> Tensor:  # [C, d, d]
     "What gives whitened residuals the covariance and the calibrated radius of each class."
-    n = s.count
-    cov = s.covariance()
-    n_classes = s.n_classes
+    n, cov, n_classes = s.count, s.covariance(), s.n_classes
     root = cov.diagonal(dim1=1, dim2=2).sqrt().diag_embed()
     if options.whiten == "pooled":
         root = covariance_factor(cov, "sqrt")

@@ -166,8 +166,7 @@ def ledger_rows(
     own_uppers: dict[int, nn.Module] | None = None,  # client -> upper part, where every client has its own model
 ) -> list[Message]:
     "All messages of a generator and of the judges of its bank, for `Ledger.record`."
-    kind = f"upper part above {level}"
-    discloses = "weights of its own model"
+    kind, discloses = f"upper part above {level}", "weights of its own model"
     uppers = [
         Message(f"client {k}", "server", 0, kind, n_bytes(view.state_dict()), discloses)
         for k, view in (own_uppers or {}).items()

@@ -52,8 +52,7 @@ class FourierMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, frequencies):
         angle = z @ frequencies.mT
-        cos = angle.cos()
-        sin = angle.sin_()
+        cos, sin = angle.cos(), angle.sin_()
         ctx.save_for_backward(cos, sin, frequencies)
         return torch.cat([cos.mean(-2), sin.mean(-2)], -1) / math.sqrt(len(frequencies))
 

@@ -180,9 +180,7 @@ def train_denoiser(
     params = list(model.parameters())
     average = [p.detach().clone() for p in params]
     optimiser = torch.optim.AdamW(params, lr=o.lr, weight_decay=o.weight_decay)
-    chance = row_weights(y, n_classes, o.power)
-    history = []
-    losses = []
+    chance, history, losses = row_weights(y, n_classes, o.power), [], []
     for i in range(o.steps):
         terms = _step_terms(model, x, y, o, schedule, rng, chance, extra, weights or {})
         norms = gradient_norms(terms, params) if extra and is_reported(i, o.steps) else {}

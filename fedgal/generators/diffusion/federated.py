@@ -84,8 +84,7 @@ def draw(
     views: int = 1,
 ) -> Batch:
     "One client's batch."
-    B = options.batch_size
-    dim = holder.x.shape[1]
+    B, dim = options.batch_size, holder.x.shape[1]
     i = draw_rows(holder.weights, B, rng)
     several = torch.bincount(holder.y)[holder.y[i]] >= SEVERAL * views  # ten views of one image are one sample
     t = stratified_t(B, schedule.T, rng)
@@ -128,8 +127,7 @@ def local_steps(
     with_norms: bool,
 ) -> tuple[list[dict], dict[str, Tensor]]:  # mean terms of every step; gradient norms of the first
     "All clients at once: one backward pass gives everyone its own gradient."
-    losses = []
-    norms = {}
+    losses, norms = [], {}
     for batch in batches:
         terms = vmap(loss)(stacked, *batch)
         if with_norms and not losses:
@@ -168,8 +166,7 @@ def train_federated(
     model = initialised(lambda: Denoiser(dim, n_classes, o.width, o.blocks), stream(seed, "denoiser weights"))
     world = {n: p.detach() for n, p in model.named_parameters()}
     mean = {n: p.clone() for n, p in world.items()}
-    local = -(-o.steps // rounds)  # whole rounds
-    history = []
+    local, history = -(-o.steps // rounds), []  # whole rounds
     loss = client_loss(model, schedule, o, extra)
     for r in range(rounds):
         stacked = {n: p.expand(len(holders), *p.shape).clone().requires_grad_() for n, p in world.items()}

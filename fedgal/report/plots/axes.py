@@ -45,9 +45,7 @@ def label_ends(
     "Names of lines to the right of the axes, pushed apart."
     ax.set_ylim(ax.get_ylim())
     at = ax.transAxes.inverted().transform(ax.transData.transform([(x, y) for y in ys]))[:, 1]
-    low = -np.inf
-    order = np.argsort(at)
-    step = min(0.095, 1 / len(at))
+    low, order, step = -np.inf, np.argsort(at), min(0.095, 1 / len(at))
     for i in order:
         low = max(at[i], low + step)
         at[i] = low

@@ -32,8 +32,7 @@ def _rarest(counts, bounds):  # name of the rarest group that has classes, and t
     return (f"the {name} classes" if len(groups) > 1 else "all classes"), groups[name]
 
 def _dumbbells(ax, a, b, labels):  # recall before (a) and after (b), in the order of the axis
-    at = np.arange(len(a))
-    size = 8 if len(a) <= 20 else 4
+    at, size = np.arange(len(a)), 8 if len(a) <= 20 else 4
     colors = np.select([b > a + 1e-12, b < a - 1e-12], [GAIN, LOSS], MUTED)
     ax.vlines(at, a, b, colors=colors, lw=3 if len(a) <= 20 else 1.5, alpha=0.6)
     ax.plot(at, a, "o", color="white", mec=MUTED, mew=1.5, markersize=size)
@@ -55,19 +54,14 @@ def per_class(
     bounds: Sequence[float] = (0.75, 0.95),  # see `class_groups`
 ) -> tuple[Figure, str]:
     "Recall of every class before and after, head to tail; gains and losses in different colours."
-    a = to_array(before)
-    b = to_array(after)
-    n = to_array(counts)
-    order = head_first(counts)
+    a, b, n, order = to_array(before), to_array(after), to_array(counts), head_first(counts)
     who, members = _rarest(counts, bounds)
-    gain = finite_mean((b - a)[members])
-    worse = int((b < a - 1e-12).sum())
+    gain, worse = finite_mean((b - a)[members]), int((b < a - 1e-12).sum())
     verb = "lose" if gain < 0 else "gain"
     title = f"{who.capitalize()} {verb} {points(abs(gain)).lstrip('+±')}; {worse} of {len(n)} classes lose"
     fig, ax = new_figure(title, 3.9)
     _dumbbells(ax, a[order], b[order], labels)
-    names = class_names(classes, len(n))
-    few = len(n) <= 20
+    names, few = class_names(classes, len(n)), len(n) <= 20
     class_axis(ax.xaxis, [f"{names[c]}\n{n[c]:.0f}" if few else names[c] for c in order])
     ax.set(
         xlabel=f"class, most frequent first{' (training samples below)' * few}",
@@ -93,9 +87,7 @@ def gain_heatmap(
     "Who gains and who is harmed; o marks classes that a client does not have, r those that are rare for it."
     g, n = to_array(gain), to_array(client_counts)
     K, C = g.shape
-    order = head_first(n.sum(0))
-    missing = n == 0
-    rare = (n > 0) & (n <= rare_at)
+    order, missing, rare = head_first(n.sum(0)), n == 0, (n > 0) & (n <= rare_at)
     harm = finite_mean(np.where(np.isfinite(g), g < -1e-12, np.nan))
     lead = f"All cells: {points(finite_mean(g))}"
     if missing.any():

@@ -43,8 +43,7 @@ def image_grid(
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise FedgalError(f"images of shape [N, 1 or 3, H, W] are needed, not {list(x.shape)}")
     n = to_array(np.bincount(y) if counts is None else counts)
-    names = class_names(classes, len(n))
-    order = head_first(n)
+    names, order = class_names(classes, len(n)), head_first(n)
     order = order[np.linspace(0, len(order) - 1, min(max_classes, len(order))).round().astype(int)]
     head, tail = order[0], order[-1]
     title = f"From {n[head]:.0f} training samples of {names[head]} down to {n[tail]:.0f} of {names[tail]}"
@@ -71,9 +70,7 @@ def long_tail(
     bounds: Sequence[float] = (0.75, 0.95),  # see `class_groups`
 ) -> tuple[Figure, str]:
     "Training samples per class, sorted, coloured by many / medium / few."
-    n = to_array(counts)
-    order = head_first(counts)
-    names = class_names(classes, len(counts))
+    n, order, names = to_array(counts), head_first(counts), class_names(classes, len(counts))
     groups = {g: members for g, members in class_groups(counts, bounds).items() if members}
     owner = {c: g for g, members in groups.items() for c in members}
     k = int((np.cumsum(n[order]) < 0.75 * n.sum()).sum()) + 1
@@ -106,9 +103,7 @@ def client_heatmap(
     "Who owns what: training samples of every client and class, log colours, empty cells white."
     n = to_array(client_counts)
     K, C = n.shape
-    order = head_first(n.sum(0))
-    empty = (n == 0).mean()
-    names = class_names(classes, C)
+    order, empty, names = head_first(n.sum(0)), (n == 0).mean(), class_names(classes, C)
     fig, ax = new_figure(f"{percent(empty)} of the client × class cells are empty", min(6.5, 1.5 + 0.3 * K))
     n = n[:, order]
     top = max(2, n.max())
@@ -139,16 +134,14 @@ def teacher_map(
     "Who teaches, waits and judges in every class."
     n = to_array(teachers.n_train)
     K, C = n.shape
-    role = np.where(n > 0, 1, 0)
-    order = head_first(n.sum(0))
+    role, order = np.where(n > 0, 1, 0), head_first(n.sum(0))
     for value, chosen in ((2, teachers.reserve), (3, teachers.judges), (4, teachers.fit)):
         for c, ids in chosen.items():
             role[list(ids), c] = value
     judged, taught = int((role == 3).any(0).sum()), int((role == 4).any(0).sum())
     title = f"{taught} of {C} classes have teachers, {judged} have judges held out"
     fig, ax = new_figure(title, min(6.5, 1.9 + 0.3 * K))
-    role = role[:, order]
-    letters = np.array(["", "", *"RJF"])
+    role, letters = role[:, order], np.array(["", "", *"RJF"])
     heat_map(
         ax,
         role,

@@ -41,8 +41,7 @@ def _arm_label(r, rows):  # add what distinguishes rows of the same arm
     return r["arm"] + "".join(f", {k} {r['params'][k]}" for k in differ)
 
 def _draw_row(ax, y, versus, sure, edges):  # one interval, or an arrow at the edge of the axis
-    at = 100 * versus["difference"]
-    color = MUTED
+    at, color = 100 * versus["difference"], MUTED
     if sure:
         color = GAIN if at > 0 else LOSS
     ends = [at if v is None else 100 * v for v in versus["ci95"]]

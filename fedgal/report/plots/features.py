@@ -42,9 +42,7 @@ def radii(
     bounds: Sequence[float] = (0.75, 0.95),  # see `class_groups`
 ) -> tuple[Figure, str]:
     "Class radii from head to tail: observed, suggested by the head, blended, and generated from the blend."
-    values = {k: to_array(v) for k, v in radius.items()}
-    order = head_first(counts)
-    n = to_array(counts)
+    values, order, n = {k: to_array(v) for k, v in radius.items()}, head_first(counts), to_array(counts)
     groups = class_groups(counts, bounds)
     rare = groups["few"] or list(order[-1:])
     share = {k: ratio(finite_mean(v[rare]), finite_mean(v[groups["many"]])) for k, v in values.items()}

@@ -123,12 +123,10 @@ def epochs_seen(
     "Validation accuracy by epoch, if there are validation data, and the encoder's learning rate by step."
     judged = [(r["epoch"], r["val_accuracy"]) for r in rows if r.get("val_accuracy") is not None]
     end = f"encoder's learning rate ends at {lr[-1]['lr_encoder']:.1g}"
-    title = f"The {end}"
-    rest = "there are no validation data"
+    title, rest = f"The {end}", "there are no validation data"
     if judged:
         title = f"Validation accuracy goes from {percent(judged[0][1], 1)} to {percent(judged[-1][1], 1)}"
-        title = title + (f" ({n_val} samples)" if n_val else "")
-        rest = f"the {end}"
+        title, rest = title + (f" ({n_val} samples)" if n_val else ""), f"the {end}"
     fig, axes = new_figure(title, 3.2, columns=2 if judged else 1, squeeze=False)
     if judged:
         left = axes[0, 0]
@@ -149,9 +147,7 @@ def concentrations(
     classes: list[str] | None = None,
 ) -> tuple[Figure, str]:
     "Concentration of a wrapped Cauchy head for every class, most frequent first."
-    rho = to_array(rho)
-    n = to_array(counts)
-    order = head_first(counts)
+    rho, n, order = to_array(rho), to_array(counts), head_first(counts)
     relation = "no correlation, one of them is constant"
     if rho.std() > 0 and n.std() > 0:
         relation = f"correlation {np.corrcoef(np.log(np.maximum(n, 1)), rho)[0, 1]:+.2f}"

@@ -41,8 +41,7 @@ def group_bars(
     baseline: str | None = None,  # default: the first arm
 ) -> tuple[Figure, str]:
     "Accuracy of many, medium and few classes for every arm; an empty group is left out."
-    baseline = baseline or next(iter(arms))
-    colors = arm_colors(list(arms))
+    baseline, colors = baseline or next(iter(arms)), arm_colors(list(arms))
     groups = [g for g in GROUP_COLORS if any(np.isfinite(to_floats(a.get(g))) for a in arms.values())] or ["many"]
     names = {g: f"{g} classes" for g in groups} if len(groups) > 1 else {groups[0]: "all classes"}
     value = {k: {g: float(to_floats(a.get(g))[0]) for g in groups} for k, a in arms.items()}
@@ -84,9 +83,7 @@ def arms_spread(
 ) -> tuple[Figure, str]:
     "Every seed of every arm, with mean and standard deviation."
     v = {k: to_floats(x) for k, x in values.items()}
-    mean = {k: finite_mean(x) for k, x in v.items()}
-    colors = arm_colors(list(v))
-    say = {}
+    mean, colors, say = {k: finite_mean(x) for k, x in v.items()}, arm_colors(list(v)), {}
     fair = {k: m for k, m in mean.items() if k != "oracle" and np.isfinite(m)} or mean
     lead = max(fair, key=fair.get)
     gap = f", {points(mean[lead] - mean[baseline])} against {baseline}" if baseline in v and lead != baseline else ""
@@ -156,8 +153,7 @@ def reliability(
 ) -> tuple[Figure, str]:
     "Accuracy against confidence; below the diagonal a model is too sure of itself."
     results = results if isinstance(results, dict) else {"model": results}
-    colors = arm_colors(list(results))
-    say = []
+    colors, say = arm_colors(list(results)), []
     lead = min(results, key=lambda k: np.nan_to_num(results[k].ece, nan=np.inf))
     fig, (ax, low) = new_figure(
         f"{lead}: calibration error {results[lead].ece:.3f}, {_mood(results[lead])}",
@@ -169,8 +165,7 @@ def reliability(
     ax.plot([0, 1], [0, 1], color=MUTED, ls=":", lw=1.2)
     for k, r in results.items():
         count, hits, confidence = to_array(r.top_bins).T
-        n = count.sum()
-        ok = count > 0
+        n, ok = count.sum(), count > 0
         sure, right, share = confidence[ok] / count[ok], hits[ok] / count[ok], count / max(n, 1)
         sns.lineplot(x=sure, y=right, color=colors[k], estimator=None, lw=1.5, label=f"{k} (ECE {r.ece:.3f})", ax=ax)
         sns.scatterplot(x=sure, y=right, s=10 + 250 * share[ok], color=colors[k], legend=False, ax=ax)

@@ -19,9 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 # %% ../../../nbs/report/plots/00_style.ipynb #ddb32f44
-MUTED = "#5F6B7A"
-GAIN = PALETTE[0]
-LOSS = PALETTE[1]
+MUTED, GAIN, LOSS = "#5F6B7A", PALETTE[0], PALETTE[1]
 GROUP_COLORS = {"many": PALETTE[0], "medium": PALETTE[5], "few": PALETTE[1]}
 ARM_COLORS = {
     "none": "#9AA3AD",

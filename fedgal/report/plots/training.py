@@ -114,8 +114,7 @@ def client_spread(
     values = {k: np.sort(to_array(v)[np.isfinite(to_array(v))]) for k, v in accuracies.items()}
     worst = {k: worst_tenth(v) for k, v in values.items()}
     mean = {k: v.mean() if len(v) else np.nan for k, v in values.items()}
-    lead = max(values, key=lambda k: np.nan_to_num(worst[k], nan=-1))
-    colors = arm_colors(list(values))
+    lead, colors = max(values, key=lambda k: np.nan_to_num(worst[k], nan=-1)), arm_colors(list(values))
     v = values[lead]
     title = f"{lead} serves the worst tenth best: {percent(worst[lead])} (mean over clients {percent(mean[lead])})"
     if len(values) == 1 and len(v):
