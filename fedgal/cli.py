@@ -10,7 +10,7 @@ __all__ = ['params_file', 'cmd_run', 'cmd_params', 'cmd_status', 'cmd_report', '
 import argparse, signal, subprocess, sys
 from pathlib import Path
 import yaml
-from .core.errors import FedgalError, unknown_name
+from .core.errors import FedgalError, did_you_mean
 from .core.settings import root, settings
 from .core.options import describe
 from .core.store import load_json, save_json, write_bytes
@@ -75,7 +75,8 @@ def cmd_params(args) -> int:
     wanted = args.what
     known = [*STAGES, *dict.fromkeys(name for _, name in entries), *(k for k in catalogue() if k != "stage")]
     if wanted and wanted not in known:
-        unknown_name("stage, entry or kind", wanted, known)
+        close = did_you_mean(wanted, known)
+        raise FedgalError(f"unknown stage, entry or kind {wanted!r}{close}; `fedgal params` lists all")
     told = set()
     for stage in STAGES:
         if wanted in (None, stage):

@@ -55,7 +55,7 @@ def test_the_small_numbers_are_parameters_of_the_notebook(notebook):
     from fedgal.core.cells import read_cell
     nb = nbformat.read(REPO / "nbs" / "benchmarks" / f"{notebook}.ipynb", 4)
     source, = (c.source for c in nb.cells if "parameters" in c.metadata.get("tags", []))
-    declared = read_cell(source, notebook)
+    declared = read_cell(source)
     for name, value in SMALL[notebook].items():
         row = declared[name]
         assert type(value).__name__ == row.type.partition("[")[0] and value != row.default, name
