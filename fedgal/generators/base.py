@@ -20,8 +20,8 @@ from ..stats.class_statistics import ClassStatistics
 from ..stats.space import Space, check_features
 
 # %% auto #0
-__all__ = ['GENERATORS', 'FitTask', 'Message', 'Described', 'feature_messages', 'Generator', 'get_generator', 'make_config',
-           'make_generator', 'load_generator', 'Bank', 'make_bank', 'require_known']
+__all__ = ['GENERATORS', 'FitTask', 'Message', 'Described', 'feature_messages', 'Generator', 'make_generator', 'load_generator',
+           'Bank', 'make_bank', 'require_known']
 
 # %% ../../nbs/generators/01_base.ipynb #fc85f0db
 @dataclass(frozen=True, eq=False)
@@ -173,14 +173,6 @@ GENERATORS = Registry(
 )
 
 # %% ../../nbs/generators/01_base.ipynb #8251e258
-def get_generator(name: str) -> type[Generator]:
-    "The class behind a name."
-    return GENERATORS[name]
-
-def make_config(name: str, **options) -> Options:
-    "The checked options of a generator."
-    return GENERATORS.options(name, options)
-
 def make_generator(
     name: str,  # see `GENERATORS`
     space: Space,
