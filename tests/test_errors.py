@@ -225,10 +225,8 @@ def outcomes(request, tmp_path_factory):
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool: yield project, {case: pool.submit(attempt, case) for case in DATA if case in wanted}
 
 
-QUICK = ("own function that fails", "file cut off")
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in DATA])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DATA)
 def test_bad_data_is_told(case, outcomes):
     project, results = outcomes
     message = one_line(results[case].result(), FAILED)
@@ -323,7 +321,8 @@ sys.stdin.readline()
 """
 
 
-@pytest.mark.parametrize("lock", ["run", pytest.param("lock", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lock", ["run", "lock"])
 def test_a_run_that_waits_says_for_whom(lock, project):
     "Another process works on the stage; without a terminal, too, one line names it, and the run goes on when it has ended."
     from fedgal.pipeline.plan import plan

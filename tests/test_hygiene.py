@@ -97,6 +97,7 @@ sys.exit(bad > 0)
 """
 
 
+@pytest.mark.slow    # that modules have no cycle, which `test_house` sees in seconds, says nearly the same
 def test_every_module_imports_alone():
     run = subprocess.run([sys.executable, "-c", EACH_ALONE, *map(dotted, MODULES)], cwd="/", capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -11,7 +11,7 @@ ELSEWHERE = ("stages", "benchmarks")
 NOTEBOOKS = [p.relative_to(REPO / "nbs") for p in sorted((REPO / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 NOTEBOOKS = [p.as_posix() for p in NOTEBOOKS if p.parts[0] not in ELSEWHERE]
 LONG = {  # over about two seconds, by room; `make test` leaves them out
-    "algorithms": "01_weights 02_soft_head 03_prototypes 04_fedgen 05_creff",
+    "algorithms": "01_weights 02_soft_head 03_prototypes 04_fedgen 04a_class_gradients 05_creff",
     "algorithms/joint": "01_gradients 03_moving_geometry 06_networks 08_bank 09_losses 10_watch 11_result 12_trainer 14_arms",
     "core": "04_options 07_random 11_schedules",
     "data": "01_parquet 10_long_tail",
@@ -25,14 +25,15 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "": "index",
     "models": "02_heads 04_networks 07_encode",
     "models/losses": "02_base 03_matching 04_contrastive 05_geometry 06_local",
-    "pipeline": "14_tune",
+    "pipeline": "09_kernels 14_tune",
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",
     "report/plots": "00_style 01_axes 02_data 03_training 04_features 05_results 06_differences 07_classes 08_joint",
     "stats": "03_moments 04_radius 06_prototypes 07_teachers",
     "tutorials": "by_hand own_data",
 }
 SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
-SLOW_TO_IMPORT = ["torch", "pandas", "seaborn", "matplotlib.pyplot", "scipy.stats", "sklearn.datasets", "hypothesis", "nbdev.test", "IPython.display"]
+SLOW_TO_IMPORT = ["torch", "torch._dynamo", "pandas", "pandas.io.formats.style", "pydantic", "seaborn", "matplotlib.pyplot", "scipy.stats",
+                  "sklearn.datasets", "sklearn.manifold", "nbformat", "nbconvert", "hypothesis", "nbdev.test", "IPython.display"]
 
 
 def run_notebook(notebook, home, env, log):

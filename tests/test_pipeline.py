@@ -121,6 +121,7 @@ def load_dataset(address, split):
 """
 
 
+@pytest.mark.slow
 def test_the_first_run_of_a_hub_data_set_is_like_every_other(project, tmp_path):
     "The files are fetched before keys are made of their contents; else the kernel of a later stage gets keys that nobody planned."
     hub, log = tmp_path / "hub", tmp_path / "log"

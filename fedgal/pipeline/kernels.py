@@ -23,12 +23,17 @@ from traitlets import default
 # %% ../../nbs/pipeline/09_kernels.ipynb #86358c89
 LIBRARIES = (
     "torch",
+    "torch._dynamo",  # every optimizer imports it at its first step
     "safetensors.torch",
     "pandas",
+    "pandas.io.formats.style",
+    "pydantic",
     "seaborn",
     "matplotlib.pyplot",
     "scipy.stats",
     "sklearn.datasets",
+    "sklearn.decomposition",
+    "sklearn.manifold",
     "ipykernel.kernelapp",
     "IPython.display",
 )
