@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.errors import FedgalError
-from ..stats.blocks import class_blocks, class_sum, rank_in_class
+from ..core.rank import rank_in_class
+from ..stats.blocks import class_blocks, class_sum
 
 # %% auto #0
 __all__ = ['ClassGradients', 'draw_per_class', 'class_gradients', 'aggregate_gradients']

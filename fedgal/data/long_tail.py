@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.random import np_stream
-from .dataset import rank_in_class
+from ..core.rank import rank_in_class
 
 # %% ../../nbs/data/10_long_tail.ipynb #0e84da2f
 def long_tail_counts(
@@ -61,8 +61,8 @@ def long_tail_indices(
         return torch.arange(len(y))
     keep = np.empty(len(order), np.int64)
     keep[order] = long_tail_counts(n_max, len(order), imbalance)
-    keys = np_stream(seed, "long tail").random(len(y))
-    return torch.from_numpy(np.flatnonzero(rank_in_class(y.numpy(), keys) < keep[y.numpy()]))
+    keys = torch.from_numpy(np_stream(seed, "long tail").random(len(y)))
+    return torch.nonzero(rank_in_class(y, keys=keys) < torch.from_numpy(keep)[y])[:, 0]
 
 # %% ../../nbs/data/10_long_tail.ipynb #23fb3368
 def share_of(n: int, fraction: float, seed: int) -> Tensor:  # ascending indices

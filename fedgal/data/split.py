@@ -15,7 +15,8 @@ from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..core.random import np_stream
 from ..core.store import content_hash, fingerprint, load_json, load_tensors, save_json, save_tensors
-from .dataset import Dataset, rank_in_class
+from ..core.rank import rank_in_class
+from .dataset import Dataset
 from .divide import PARTITIONS
 from .long_tail import class_order, long_tail_indices, share_of
 
@@ -34,7 +35,8 @@ def validation_split(
     n_classes = int(y.max()) + 1
     group = client * n_classes + y.numpy()[index]
     n_val = (val_fraction * np.bincount(group) + 1e-9).astype(np.int64)  # 1e-9: 0.29 * 100 must not become 28
-    aside = rank_in_class(group, keys[index]) < n_val[group]
+    rank = rank_in_class(torch.from_numpy(group), keys=torch.from_numpy(keys[index])).numpy()
+    aside = rank < n_val[group]
     sizes = [np.bincount(client[mask], minlength=len(parts)).tolist() for mask in (~aside, aside)]
     return tuple(list(torch.from_numpy(index[mask]).split(s)) for mask, s in zip((~aside, aside), sizes, strict=True))
 

@@ -7,11 +7,12 @@ __all__ = ['ways_shots', 'WaysOptions', 'Ways']
 
 # %% ../../nbs/data/13_ways.ipynb #7d712c9e
 import numpy as np
+import torch
 from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..core.random import np_stream
-from .dataset import rank_in_class
+from ..core.rank import rank_in_class
 from .divide import Partition, by_owner
 
 # %% ../../nbs/data/13_ways.ipynb #a1d8ab12
@@ -47,7 +48,7 @@ def ways_shots(
             f"class {c} has {n[c]} examples, {n_clients} clients with blocks of {block} need {need[c]}; "
             "take fewer clients or shots (or imbalance 1)"
         )
-    rank = rank_in_class(y, np.arange(len(y)))
+    rank = rank_in_class(torch.from_numpy(y)).numpy()
     client = np.minimum(rank // block, n_clients - 1)
     place = rank - client * block
     return by_owner(np.where(owned[client, y] & (place < n_shots[client]), client, -1), n_clients)

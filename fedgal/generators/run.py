@@ -4,7 +4,6 @@
 
 # %% ../../nbs/generators/13_run.ipynb #1f429770
 from __future__ import annotations
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..core.errors import FedgalError, one_of
 from ..core.random import stream
 from ..core.store import load_json, save_json
 from ..core.tensors import n_bytes
+from ..federated.ledger import Ledger
 from .base import GENERATORS, Bank, FitTask, Generator, Message, load_generator, make_bank
 from ..stats.class_statistics import ClassStatistics
 from ..stats.space import Space
@@ -21,7 +21,7 @@ from ..stats.teachers import TeacherMap
 
 # %% auto #0
 __all__ = ['ARMS', 'teaching_parts', 'fit_task', 'sizes_by_share', 'bank_sizes', 'FittedGenerator', 'fit_and_sample',
-           'banks_in_steps', 'ledger_rows']
+           'banks_in_steps', 'bank_ledger']
 
 # %% ../../nbs/generators/13_run.ipynb #8c507f99
 def teaching_parts(
@@ -93,7 +93,6 @@ class FittedGenerator:
     generator: Generator
     bank: Bank
     history: list[dict]  # rows of the training losses; empty without training
-    seconds: float  # for fitting and sampling
     messages: list[Message]  # what was sent to fit it
     present: Tensor  # [C] bool, classes with samples that it can make
 
@@ -103,7 +102,7 @@ class FittedGenerator:
         self.generator.save(folder / "generator.safetensors")
         self.bank.save(folder / "bank.safetensors")
         history = [list(row.items()) for row in self.history]  # pairs, since a file does not keep the order of names
-        facts = {"history": history, "seconds": self.seconds, "messages": [list(m) for m in self.messages]}
+        facts = {"history": history, "messages": [list(m) for m in self.messages]}
         save_json(folder / "fitted.json", facts | {"present": self.present.tolist()})
 
     @classmethod
@@ -115,7 +114,6 @@ class FittedGenerator:
             load_generator(folder / "generator.safetensors", device),
             Bank.load(folder / "bank.safetensors"),
             [dict(row) for row in facts["history"]],
-            facts["seconds"],
             [Message(*m) for m in facts["messages"]],
             torch.tensor(facts["present"]),
         )
@@ -133,7 +131,6 @@ def fit_and_sample(
 ) -> FittedGenerator:
     "Make a generator from flat parameters, fit it, and draw its bank."
     one_of("arm", arm, ARMS)
-    start = time.perf_counter()
     options = GENERATORS.options(name, generator_options, **params)
     generator = GENERATORS[name](task.space, task.n_classes, options)
     history = generator.fit(task)
@@ -141,8 +138,7 @@ def fit_and_sample(
     if generator.known is not None:
         present = present & generator.known
     bank = make_bank(generator, present * sizes, stream(seed, f"bank {arm}"))
-    seconds = time.perf_counter() - start
-    return FittedGenerator(generator, bank, history, seconds, generator.messages(task), present)
+    return FittedGenerator(generator, bank, history, generator.messages(task), present)
 
 # %% ../../nbs/generators/13_run.ipynb #a0878cf6
 def banks_in_steps(
@@ -160,15 +156,16 @@ def banks_in_steps(
     return banks
 
 # %% ../../nbs/generators/13_run.ipynb #995d4f24
-def ledger_rows(
+def bank_ledger(
     fitted: FittedGenerator,
     level: str,
     own_uppers: dict[int, nn.Module] | None = None,  # client -> upper part, where every client has its own model
-) -> list[Message]:
-    "All messages of a generator and of the judges of its bank, for `Ledger.record`."
+) -> Ledger:
+    "All messages of a generator and of the judges of its bank."
+    ledger = Ledger()
     kind, discloses = f"upper part above {level}", "weights of its own model"
-    uppers = [
-        Message(f"client {k}", "server", 0, kind, n_bytes(view.state_dict()), discloses)
-        for k, view in (own_uppers or {}).items()
-    ]
-    return [*fitted.messages, *uppers]
+    for message in fitted.messages:
+        ledger.record(*message)
+    for k, view in (own_uppers or {}).items():
+        ledger.record(f"client {k}", "server", 0, kind, n_bytes(view.state_dict()), discloses)
+    return ledger

@@ -6,22 +6,11 @@
 from __future__ import annotations
 import torch
 from torch import Tensor
+from ..core.rank import rank_in_class
 from .space import RFF
 
 # %% auto #0
-__all__ = ['rank_in_class', 'class_sum', 'class_blocks', 'class_sums', 'class_matmul']
-
-# %% ../../nbs/stats/02_blocks.ipynb #18a8a336
-def rank_in_class(
-    y: Tensor,  # [N] int64
-    n_classes: int,
-) -> Tensor:  # [N] int64
-    "How many samples of the same class come before each."
-    count = torch.bincount(y, minlength=n_classes)
-    order = torch.argsort(y, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(y), device=y.device) - (count.cumsum(0) - count)[y[order]]
-    return rank
+__all__ = ['class_sum', 'class_blocks', 'class_sums', 'class_matmul']
 
 # %% ../../nbs/stats/02_blocks.ipynb #511ee127
 def class_sum(
