@@ -64,7 +64,7 @@ def training_clients(params: dict, precision: str) -> tuple:  # data set, client
 
 def work_of(file: Path, overrides: dict | None = None) -> Work:
     "The training of an experiment's first member, built as the stage `20_train` builds it."
-    params = plan(file, overrides).members[0].params
+    params = plan(file, overrides, "tune").members[0].params
     machine = runtime()
     t = params["20_train"]
     data, clients = training_clients(params, machine.precision)
