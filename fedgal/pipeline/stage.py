@@ -14,7 +14,7 @@ from ..core.errors import FedgalError
 from ..core.progress import interactive
 from ..core.settings import settings
 from ..core.store import MANIFEST, commit, load_json, verify
-from .given import Given, differences, gather, write_params
+from .given import LEFT, Given, differences, gather, write_params
 from .keys import facts, hashed_params, key_of, keys, part_facts, versions
 from .locks import held, hold
 from .schema import inputs, lineage
@@ -69,7 +69,7 @@ class StageFacts:
         self.name = name
         self.given: Given = gather(name, namespace)
         self.params = self.given.params[name]
-        namespace.update(self.params)
+        namespace.update(self.params, **{LEFT: self.given})
         self.keys = keys(lineage(name), self.given.params)
         self.key = self.keys[name]
         self.runtime = prepare()
