@@ -108,6 +108,8 @@ class Split:
         return _checked(split, folder)
 
 # %% ../../nbs/data/16_split.ipynb #3017892d
+_FROM_FILE = "partition:file"  # in this form a key finds the entry
+
 class SplitOptions(Options):
     "How the training set is thinned and divided."
 
@@ -139,7 +141,7 @@ class SplitOptions(Options):
     @property
     def kind(self) -> str:
         "The name of the partition."
-        return "file" if self.split_file else self.partition
+        return _FROM_FILE.partition(":")[2] if self.split_file else self.partition
 
 # %% ../../nbs/data/16_split.ipynb #b28cbce8
 def _protocol(dataset, o, facts) -> dict:

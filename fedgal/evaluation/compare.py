@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ..core.errors import FedgalError
 from ..core.settings import settings
 from ..core.store import canonical, load_json
-from ..core.text import member_name
+from ..core.names import member_name
 from .significance import holm, paired_comparison
 from ..finetune.arms import ARMS
 

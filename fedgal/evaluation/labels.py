@@ -9,7 +9,7 @@ __all__ = ['shorten', 'label', 'pooled', 'row_name', 'find_row']
 from collections import Counter
 from ..core.errors import FedgalError
 from ..core.store import canonical
-from ..core.text import spelt
+from ..core.names import spelt
 from ..finetune.arms import ARMS
 
 # %% ../../nbs/evaluation/15_labels.ipynb #dbdbd3c3

@@ -54,6 +54,8 @@ READOUTS = Registry(
     },
 )
 
+_RESTS_ON = ("readout:*",)  # all that are possible are evaluated; keys find entries by such words
+
 class ClientOutputs(NamedTuple):
     "What a client's model says of test samples."
 

@@ -16,7 +16,8 @@ from .arms import Arm
 from .context import ArmContext
 from .finetune import RefitPrior, finetune_global, finetune_personal, own_models
 from .mix import nearest
-from ..generators.base import Bank, FitTask, make_bank, make_generator
+from ..generators.base import Bank, FitTask, make_bank
+from ..generators.gaussian import Gaussian
 from ..models.encode import encode
 from ..models.losses.local import OwnPrior
 
@@ -117,7 +118,7 @@ class CCVR(Arm):
 
     def bank(self, context):
         high = context.statistics_high
-        moments = make_generator("gaussian", high.space, high.n_classes, shrink="none")
+        moments = Gaussian(high.space, high.n_classes, Gaussian.Options(shrink="none"))
         moments.fit(FitTask(high.space, high.n_classes, high))
         per_class = torch.where(high.present, self.options.per_class, 0)
         return make_bank(moments, per_class, stream(context.seed, "bank ccvr"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..core.errors import FedgalError, one_of
-from ..core.random import stream
+from ..core.random import runtime, stream
 from ..core.store import load_json, save_json
 from ..core.tensors import n_bytes
 from ..federated.ledger import Ledger
@@ -106,12 +106,12 @@ class FittedGenerator:
         save_json(folder / "fitted.json", facts | {"present": self.present.tolist()})
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> FittedGenerator:
-        "Read what `save` wrote; large networks go to the device."
+    def load(cls, folder: Path, device: str | None = None) -> FittedGenerator:
+        "Read what `save` wrote; large networks go to the device, by default this machine's."
         folder = Path(folder)
         facts = load_json(folder / "fitted.json")
         return cls(
-            load_generator(folder / "generator.safetensors", device),
+            load_generator(folder / "generator.safetensors", device or runtime().device),
             Bank.load(folder / "bank.safetensors"),
             [dict(row) for row in facts["history"]],
             [Message(*m) for m in facts["messages"]],

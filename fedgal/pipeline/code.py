@@ -68,9 +68,12 @@ def _reads(tree, package="") -> tuple[frozenset, frozenset]:
             dots = "." * node.level + (node.module or "")
             base = resolve_name(dots, package) if node.level else node.module
             modules |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+:\w+", node.value):
-            texts.add(node.value)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+:(\w+|\*)", str(node.value)):
+            texts.add(str(node.value))
     return frozenset(m for m in modules if m.split(".")[0] == "fedgal"), frozenset(texts)
+
+def _all_of(entry: str) -> str:
+    return f"{entry.partition(':')[0]}:*"
 
 @cache
 def _module_file(name: str) -> Path | None:
@@ -96,7 +99,7 @@ def reached(
         if not computes(module) or path is None:
             continue
         hashes[module], imports, texts = _parsed(str(path))
-        used = {name: tables[name] for name in texts if name in tables}
+        used = {name: target for name, target in tables.items() if name in texts or _all_of(name) in texts}
         entries |= used
         todo |= (set(imports) | {t.partition(":")[0] for t in used.values()}) - tried
     return {"modules": dict(sorted(hashes.items())), "entries": dict(sorted(entries.items()))}

@@ -36,6 +36,11 @@ def _file_hash(path: Path) -> str:
         save_json(memo, hashes)
     return hashes[tag]
 
+def _place(path: Path) -> str:
+    "A file's path below the root, the data root or the current folder, which other machines have elsewhere."
+    bases = [base for base in (root(), settings().data_root, Path.cwd()) if path.is_relative_to(base)]
+    return path.relative_to(bases[0]).as_posix() if bases else path.name
+
 def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
     "The files that parameters name, by content."
     files = {}
@@ -44,7 +49,7 @@ def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
 
         dataset = params["dataset"]
         present = [f for f in data_files(dataset) if f.is_file()]
-        files |= {f"dataset/{dataset}/{f.name}": f for f in reversed(present)}  # the first place counts
+        files |= {f"dataset/{dataset}/{_place(f)}": f for f in reversed(present)}  # the first place counts
     if split_file := params.get("split_file"):
         places = [root() / split_file, settings().data_root / split_file]
         files |= {f"split_file/{split_file}": next((f for f in places if f.is_file()), places[0])}
@@ -105,10 +110,11 @@ def facts(stage: str, params: dict, upstream: dict, here: dict | None = None) ->
     "Everything that determines a stage's result; its hash is the key."
     code, modules = stage_code(stage)
     given = hashed_params(stage, params)
+    chosen = chosen_entries(stage, params) | {f"engine:{settings().engine}"}
     return {
         "stage": stage,
         "code": code_hash(code),
-        **reached(frozenset(modules), chosen_entries(stage, params)),
+        **reached(frozenset(modules), chosen),
         "params": given,
         "data": data_hashes(params),
         "versions": versions(given),
@@ -145,10 +151,11 @@ def part_facts(
     "Everything that determines one part of a stage."
     parts = ("arm", "generator", "joint_arm")
     others = {entry for entry in chosen_entries(stage, stage_params) if entry.partition(":")[0] not in parts}
+    others |= {f"{kind}:{name}", f"engine:{settings().engine}"}
     return {
         "stage": stage,
         "part": f"{kind}:{name}",
-        **reached(frozenset(modules), frozenset(others | {f"{kind}:{name}"})),
+        **reached(frozenset(modules), frozenset(others)),
         "params": params,
         "versions": versions(params),
         "machine": machine(),

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.errors import FedgalError, did_you_mean
-from ..core.text import member_name, spelt
+from ..core.names import member_name, spelt
 from .check import check_run
 from .keys import keys
 from .schema import RESERVED, flat, grid, grids, inputs, load_params, resolve, schema

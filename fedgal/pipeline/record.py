@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.errors import FedgalError
 from ..core.settings import root
 from ..core.store import canonical, load_json
-from ..core.text import member_name
+from ..core.names import member_name
 from .plan import Experiment, Member
 
 # %% ../../nbs/pipeline/12b_record.ipynb #e2815b05

@@ -65,11 +65,14 @@ class StageFacts:
         namespace: dict,  # globals(): its parameters are checked and written back in their declared type
     ):
         from fedgal.core.random import prepare
+        from fedgal.data.datasets import ensure_data
 
         self.name = name
         self.given: Given = gather(name, namespace)
         self.params = self.given.params[name]
         namespace.update(self.params, **{LEFT: self.given})
+        for dataset in {p["dataset"] for p in self.given.params.values() if "dataset" in p}:
+            ensure_data(dataset)  # a key covers the contents of its files
         self.keys = keys(lineage(name), self.given.params)
         self.key = self.keys[name]
         self.runtime = prepare()

@@ -135,7 +135,8 @@ def _digest(record):
     "What the pages depend on: the results that they show, and the code that draws them."
     code = [sha256(file) for file in _drawn_by()]
     shown = [(e["stage"], e["key"], e["status"] in _READY) for e in record["stages"]]
-    return hashlib.sha256(canonical([code, shown, record["title"], record["params_file"]]).encode()).hexdigest()[:16]
+    words = [record["title"], record.get("question", ""), record["params_file"]]
+    return hashlib.sha256(canonical([code, shown, *words]).encode()).hexdigest()[:16]
 
 # %% ../../nbs/report/08_publish.ipynb #18f6b3ec
 def publish_pages(

@@ -61,6 +61,7 @@ def payload_of(payload: ServerPayload, own: Tensors | None) -> ServerPayload:
     )
 
 # %% ../../../nbs/federated/engines/01_base.ipynb #f349a1bd
+_RESTS_ON = ("engine:serial", "engine:batched")  # what auto may take; keys find entries by such words
 AUTO_CLIENTS = 4  # batched from this many clients a round on ...
 AUTO_STEP = 2**20  # ... if one client's step keeps at most this many bytes
 
