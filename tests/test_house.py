@@ -167,3 +167,28 @@ def test_a_module_is_one_idea():
     sizes = {where(p): sum(len(lines_of(s)) for s in code_cells(p) if exports(s)) for p in NOTEBOOKS}
     long = {name: n for name, n in sizes.items() if n > MODULE}
     assert long.keys() <= LONG.keys(), f"{long} have over {MODULE} lines of exported code; split them, or say why not"
+
+
+# --- what keys rest on ---
+
+def registries():
+    "Name of a registry's variable -> its kind."
+    assigned = [n for p in MODULES for n in tree(p).body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Call)]
+    return {n.targets[0].id: n.value.args[0].value for n in assigned if ast.unparse(n.value.func) == "Registry"}
+
+
+def test_an_entry_that_code_chooses_is_written_with_its_kind():
+    "A bare `ENGINES['serial']` would hide the entry's module from the keys; the text `engine:serial` beside it shows it."
+    kinds, hidden = registries(), []
+    assert len(kinds) > 10
+    for path in MODULES:
+        if room(dotted(path)) in ("report", "pipeline", "cli"): continue
+        nodes = list(ast.walk(tree(path)))
+        texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        looked_up = [(n.value, n.slice) for n in nodes if isinstance(n, ast.Subscript)]
+        looked_up += [(n.func.value, n.args[0]) for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.args]
+        for table, name in looked_up:
+            if isinstance(table, ast.Name) and table.id in kinds and isinstance(name, ast.Constant):
+                kind = kinds[table.id]
+                if not {f"{kind}:{name.value}", f"{kind}:*"} & texts: hidden.append(f"{dotted(path)}: {kind} {name.value}")
+    assert not hidden
