@@ -2,18 +2,23 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
-from conftest import CHAIN, TINY, Project, ran
+from conftest import CHAIN, JUNK, REPO, TINY, Project, ran
 
 pytestmark = pytest.mark.slow
 
 ECHO = '''
 "Every feature is the mean of its class and a little noise."
 import torch
-from ..core.options import Options, option
-from .base import Generator
+from fedgal.core.options import Options, option
+from fedgal.generators.base import Generator
 
 
 class EchoOptions(Options):
@@ -41,8 +46,8 @@ class Echo(Generator):
 HALF_STEP = '''
 "FedAvg in half steps."
 from dataclasses import replace
-from ..core.options import Options, option
-from ..federated.algorithm import Algorithm
+from fedgal.core.options import Options, option
+from fedgal.federated.algorithm import Algorithm
 
 
 class HalfOptions(Options):
@@ -60,7 +65,7 @@ class HalfStep(Algorithm):
 SMOOTH = '''
 "Cross-entropy with smoothed labels."
 from torch.nn.functional import cross_entropy
-from .local import NamedLoss
+from fedgal.models.losses.local import NamedLoss
 
 
 class Smooth(NamedLoss):
@@ -71,8 +76,8 @@ COLD = '''
 "The classifier with half its weights."
 import copy
 import torch
-from .arms import Arm
-from .repairs import with_head
+from fedgal.finetune.arms import Arm
+from fedgal.finetune.repairs import with_head
 
 
 class Cold(Arm):
@@ -89,8 +94,8 @@ NPZ = '''
 "Arrays x and y of a .npz file."
 import numpy as np
 import torch
-from .parquet import Part
-from .sources import DataSource, find_file, places
+from fedgal.data.parquet import Part
+from fedgal.data.sources import DataSource, find_file, places
 
 
 class Npz(DataSource):
@@ -126,15 +131,25 @@ def change(path, old, new):
 
 
 def add(project, kind):
-    "One new module and one line of the registry's table."
+    "One new notebook and one line of the registry's table; `export` makes modules of them."
     name, home, module, entry, source = ADDITIONS[kind]
-    package = project.home / "fedgal"
-    path = package / f"{module}.py"
-    assert not path.exists()
-    path.write_text(source.lstrip(), encoding="utf-8")
-    opening = re.search(rf'= Registry\(\s*"{kind}",\s*\{{\n', (package / f"{home}.py").read_text(encoding="utf-8"))[0]
-    line = f'        "{name}": "fedgal.{module.replace("/", ".")}:{entry}",\n'
-    change(package / f"{home}.py", opening, opening + line)
+    dotted = module.replace("/", ".")
+    cells = [f"#| default_exp {dotted}", f"#| export\n{source.strip()}"]
+    new = project.home / "nbs" / f"{module}.ipynb"
+    assert not new.exists() and not (project.home / "fedgal" / f"{module}.py").exists()
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells]), new)
+
+    [table] = [p for p in (project.home / "nbs").rglob("*.ipynb") if f"default_exp {home.replace('/', '.')}\\n" in p.read_text(encoding="utf-8")]
+    notebook = nbformat.read(table, 4)
+    [cell] = [c for c in notebook.cells if re.search(rf'= Registry\(\s*"{kind}",\s*\{{\n', c.source)]
+    opening = re.search(rf'= Registry\(\s*"{kind}",\s*\{{\n', cell.source)[0]
+    cell.source = cell.source.replace(opening, f'{opening}        "{name}": "fedgal.{dotted}:{entry}",\n')
+    nbformat.write(notebook, table)
+
+
+def export(project):
+    "Modules from notebooks, as the recipe says."
+    subprocess.run([str(Path(sys.executable).with_name("nbdev-export"))], cwd=project.home, check=True, capture_output=True)
 
 
 def outcome(result) -> dict:
@@ -162,8 +177,10 @@ def reported(path) -> dict:
 
 # --- something new ---
 
-def test_each_addition_is_a_module_and_a_line(copy):
+def test_each_addition_is_a_notebook_and_a_line(copy):
+    shutil.copytree(REPO / "nbs", copy.home / "nbs", dirs_exist_ok=True, ignore=JUNK)
     for kind in ADDITIONS: add(copy, kind)
+    export(copy)
     before = copy.results()
     assert outcome(copy.fedgal("run", "tiny")) == CACHED, "what nobody chose makes nothing run"
     assert copy.results() == before
@@ -237,6 +254,8 @@ def test_a_changed_loss_runs_what_uses_it(copy):
     assert outcome(copy.fedgal("run", "margins")) == trained
 
     assert outcome(copy.fedgal("run", "plain")) == cached, "the data and the training of tiny"
+    change(copy.home / "fedgal/federated/engines/batched.py", "import torch\n", "import torch\n\nFASTER = True\n")
+    assert outcome(copy.fedgal("run", "plain")) == trained, "the engine that auto may take is part of every training"
     change(losses / "base.py", "weight = weight.to(values.dtype)", "weight = 1 * weight.to(values.dtype)")
     assert outcome(copy.fedgal("run", "plain")) == trained, "what every loss rests on is part of every training"
 

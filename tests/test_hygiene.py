@@ -80,29 +80,6 @@ def test_no_module_without_its_notebook():
         assert any(re.search(rf"^#\|\s*default_exp\s+{re.escape(name)}\s*$", c, re.M) for c in code(notebook)), f"{notebook.name} does not export to {name}"
 
 
-EACH_ALONE = """
-import os, sys, traceback
-import torch                                    # shared by the forks below; nothing of fedgal is
-left, busy, bad = sys.argv[1:], 0, 0
-while left or busy:
-    if left and busy < 2:
-        name, busy = left.pop(), busy + 1
-        if os.fork() == 0:
-            try: __import__(name)
-            except BaseException: traceback.print_exc(); os._exit(1)
-            os._exit(0)
-    else:
-        busy, bad = busy - 1, bad + (os.wait()[1] != 0)
-sys.exit(bad > 0)
-"""
-
-
-@pytest.mark.slow    # that modules have no cycle, which `test_house` sees in seconds, says nearly the same
-def test_every_module_imports_alone():
-    run = subprocess.run([sys.executable, "-c", EACH_ALONE, *map(dotted, MODULES)], cwd="/", capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-
-
 def test_importing_the_package_is_cheap():
     listed = subprocess.run([sys.executable, "-c", "import fedgal, sys; print(*sys.modules)"], cwd="/", capture_output=True, text=True, check=True).stdout.split()
     heavy = {"torch", "papermill", "pandas", "matplotlib", "nbconvert", "IPython", "datasets", "flwr", "flwr_datasets", "opacus", "transformers", "diffusers"}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from conftest import CHAIN, ran
 
-KILLS = 20
+KILLS = 12
 
 
 def kill(process, tree):
