@@ -7,7 +7,6 @@ __all__ = ['half_cosine', 'ema_decay', 'history_step']
 
 # %% ../../nbs/core/11_schedules.ipynb #5f355340
 import math
-from .errors import FedgalError
 
 # %% ../../nbs/core/11_schedules.ipynb #c3d6b542
 def half_cosine(
@@ -28,8 +27,6 @@ def ema_decay(
 # %% ../../nbs/core/11_schedules.ipynb #c38a1043
 def history_step(
     steps: int,  # steps of the whole training
-    n_rows: int = 20,  # rows wanted
 ) -> int:  # steps from one row to the next
-    "How many steps one row of a history stands for."
-    if n_rows < 1: raise FedgalError(f"n_rows = {n_rows}: a history has at least one row")
-    return max(1, steps // n_rows)
+    "How many steps one of about twenty rows of a history stands for."
+    return max(1, steps // 20)

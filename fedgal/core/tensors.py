@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Tensors', 'gradient_norms', 'n_bytes', 'copy_tensors', 'check_schema']
+__all__ = ['Tensors', 'gradient_norms', 'n_bytes', 'l2_norm', 'copy_tensors', 'check_schema']
 
 # %% ../../nbs/core/08_tensors.ipynb #1ad294f2
 def gradient_norms(
@@ -34,8 +34,9 @@ def n_bytes(*groups: Tensors | None) -> int:
     "Size of all tensors in the groups, in bytes."
     return sum(t.numel() * t.element_size() for group in groups if group for t in group.values())
 
-def _norm(tensors):
-    return sum(t.double().square().sum().item() for t in tensors.values()) ** 0.5
+def l2_norm(tensors: Tensors) -> float:
+    "Length of all tensors together, in float64; the order of names is of no consequence."
+    return sum(t.double().square().sum().item() for _, t in sorted(tensors.items())) ** 0.5
 
 # %% ../../nbs/core/08_tensors.ipynb #451dabf5
 def copy_tensors(tensors: Tensors) -> Tensors:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from fedgal.evaluation.metrics import (
     EvalResult,
-    _number,
+    finite_or_none,
     balanced_accuracy,
     class_groups,
     geometric_mean,
@@ -69,7 +69,7 @@ def client_metrics(
             "rare_gain": g[rare].nanmean(),
             "harm_rate": (g[~g.isnan()] < -1e-12).double().mean(),
         }
-    return {k: _number(v) for k, v in out.items()}
+    return {k: finite_or_none(v) for k, v in out.items()}
 
 # %% ../../nbs/evaluation/02_clients.ipynb #a7a97a0a
 def gain_table(
@@ -107,14 +107,14 @@ def arm_summary(
     clients = client_metrics(r, client_counts, None if base is None else _recalls(base), rare_at)
     per_class = r.view(-1, r.shape[-1]).nanmean(0)
     return {
-        "balanced_accuracy": _number(balanced_accuracy(r)),
+        "balanced_accuracy": finite_or_none(balanced_accuracy(r)),
         **group_accuracy(r, client_counts.sum(0), bounds),
-        "geometric_mean": _number(geometric_mean(per_class)),
-        "harmonic_mean": _number(harmonic_mean(per_class)),
-        "per_class": [_number(v) for v in per_class],
-        "ece": _number(np.mean([e.ece for e in results])),
-        "classwise_ece": _number(np.mean([e.classwise_ece for e in results])),
-        "predicted_share": [_number(v) for v in torch.stack([e.predicted_share for e in results]).mean(0)],
+        "geometric_mean": finite_or_none(geometric_mean(per_class)),
+        "harmonic_mean": finite_or_none(harmonic_mean(per_class)),
+        "per_class": [finite_or_none(v) for v in per_class],
+        "ece": finite_or_none(np.mean([e.ece for e in results])),
+        "classwise_ece": finite_or_none(np.mean([e.classwise_ece for e in results])),
+        "predicted_share": [finite_or_none(v) for v in torch.stack([e.predicted_share for e in results]).mean(0)],
         "clients": clients,
     }
 

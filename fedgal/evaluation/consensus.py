@@ -8,6 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 from ..core.errors import FedgalError
+from ..stats.blocks import class_sum
+from ..stats.radius import measured_radius
 from ..stats.teachers import TeacherMap
 
 # %% auto #0
@@ -61,9 +63,8 @@ def _weighted(weights, values):  # [K, C] each, a client without weight may have
     return (weights * torch.where(weights > 0, values, 0.0)).sum(0)
 
 def _class_mean(v, y, n_classes):
-    total = torch.zeros(n_classes, dtype=v.dtype).index_add_(0, y, v)
     count = torch.bincount(y, minlength=n_classes)
-    return total / count.where(count > 0, torch.nan)
+    return class_sum(v, y, n_classes) / count.where(count > 0, torch.nan)
 
 # %% ../../nbs/evaluation/06_consensus.ipynb #3ff1881a
 def recognised_by(
@@ -106,10 +107,8 @@ def class_geometry(
 
 def _moments(z, y, n_classes):
     z, n = z.double(), torch.bincount(y, minlength=n_classes).double()
-    total = torch.zeros(n_classes, z.shape[1], dtype=z.dtype).index_add_(0, y, z)
-    mean = total / torch.where(n > 0, n, torch.nan)[:, None]
-    square = torch.zeros(n_classes, dtype=z.dtype).index_add_(0, y, (z - mean[y]).square().sum(1))
-    return mean, (square / n).sqrt()
+    mean = class_sum(z, y, n_classes) / torch.where(n > 0, n, torch.nan)[:, None]
+    return mean, measured_radius(z, y, n_classes, about=mean)
 
 def _apart(mean):
     d = torch.cdist(mean, mean)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from ..core.errors import FedgalError
+from ..core.rank import rank_in_class
 
 # %% ../../nbs/evaluation/04_distances.ipynb #a74e442c
 class Packed(NamedTuple):
@@ -49,9 +50,8 @@ def pack(
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_classes:
         raise FedgalError(f"labels go from {int(y.min())} to {int(y.max())}; allowed are 0 to {n_classes - 1}")
     order = torch.arange(len(y)) if generator is None else torch.randperm(len(y), generator=generator)
-    order = order[y[order].argsort(stable=True)]
     count, y = torch.bincount(y, minlength=n_classes), y[order]
-    place = torch.arange(len(y)) - (count.cumsum(0) - count)[y]
+    place = rank_in_class(y, n_classes)
     n = min(int(count.max()), size or len(y))
     out, keep = torch.zeros(n_classes, n, z.shape[1], dtype=torch.float64), place < n
     out[y[keep], place[keep]] = z[order[keep]].double()

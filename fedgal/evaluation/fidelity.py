@@ -81,13 +81,16 @@ def fidelity(
     for split in range(n_splits):
         g = stream(seed, "fidelity", split)
         a, b = pack(real, y_real, n_classes, 2 * max_per_class, g).halves()
-        generated, seen = (pack(z, y, n_classes, max_per_class, g) for z, y in ((fake, y_fake), (train, y_train)))
+        generated, training = (
+            pack(z, y, n_classes, max_per_class, g) for z, y in ((fake, y_fake), (train, y_train))
+        )
         size = torch.minimum(b.count, generated.count)
-        parts = [_score(*(p.classes(at) for p in (a, generated.trim(size), b.trim(size), seen))) for at in _chunks(a)]
+        compared = (a, generated.trim(size), b.trim(size), training)
+        parts = [_score(*(p.classes(at) for p in compared)) for at in _chunks(a)]
         runs.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
     table = pd.DataFrame({k: torch.stack([r[k] for r in runs]).mean(0).numpy() for k in runs[0]})
-    table["n_reference"], table["n_compared"], table["n_train"] = a.count.numpy(), size.numpy(), seen.count.numpy()
-    sizes = zip(a.count.tolist(), size.tolist(), seen.count.tolist(), strict=True)
+    table["n_reference"], table["n_compared"], table["n_train"] = a.count.numpy(), size.numpy(), training.count.numpy()
+    sizes = zip(a.count.tolist(), size.tolist(), training.count.tolist(), strict=True)
     table["reason"] = [_reason(*row, trained=len(train) > 0) for row in sizes]
     return Fidelity(table.rename_axis("class"))
 
@@ -96,15 +99,15 @@ def _chunks(p, budget=2**25):  # classes at once so that a distance matrix stays
     return torch.arange(len(p.mask)).split(max(1, budget // max(1, p.mask.shape[1] ** 2)))
 
 # %% ../../nbs/evaluation/05_fidelity.ipynb #6afe89a7
-def _score(reference, generated, held_out, seen):
+def _score(reference, generated, held_out, training):
     gamma, out = bandwidth(reference), {}
     for suffix, sample in (("", generated), ("_floor", held_out)):
-        found = prdc(reference, sample) | {
+        values = prdc(reference, sample) | {
             "frechet": frechet_samples(reference, sample),
             "mmd2": mmd2(reference, sample, gamma),
-            "memorisation": memorisation(sample, seen, reference),
+            "memorisation": memorisation(sample, training, reference),
         }
-        out |= {k + suffix: v for k, v in found.items()}
+        out |= {k + suffix: v for k, v in values.items()}
     return out
 
 def _reason(*sizes, trained):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvalCounts', 'EvalResult', 'recall', 'balanced_accuracy', 'ece', 'evaluate', 'class_groups', 'group_bounds',
-           'group_accuracy', 'geometric_mean', 'harmonic_mean', 'chance_flag']
+           'group_accuracy', 'finite_or_none', 'geometric_mean', 'harmonic_mean', 'chance_flag']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #ad19d158
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.errors import FedgalError
 from ..data.transforms import to_float
+from ..stats.blocks import class_sum
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #17a4b139
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _tally(logits, y, n_classes, n_bins):
     return EvalResult(
         confusion=torch.bincount(target * n_classes + guess, minlength=n_classes**2).view(n_classes, n_classes),
         invalid=torch.bincount(y[~ok], minlength=n_classes),
-        loss_sum=torch.zeros(n_classes, dtype=torch.float64).index_add_(0, y, loss),
+        loss_sum=class_sum(loss, y, n_classes),
         top_bins=_bins(p.amax(1)[:, None], (guess == target)[:, None], n_bins)[0],
         class_bins=_bins(p, F.one_hot(target, n_classes), n_bins),
     )
@@ -186,9 +187,12 @@ def group_accuracy(
 ) -> dict[str, float | None]:  # None for a group without classes
     "Mean recall of the many, medium and few classes; an empty group is absent, never 0."
     groups = class_groups(counts, bounds)
-    return {name: _number(recall[..., classes].nanmean()) if classes else None for name, classes in groups.items()}
+    return {
+        name: finite_or_none(recall[..., classes].nanmean()) if classes else None for name, classes in groups.items()
+    }
 
-def _number(value) -> float | None:
+def finite_or_none(value) -> float | None:
+    "A number or a tensor of one element as a float; None if it is not finite."
     value = float(value)
     return value if np.isfinite(value) else None
 

@@ -9,7 +9,7 @@ __all__ = ['gap_closed', 'paired_interval', 'holm', 'paired_comparison']
 from collections.abc import Sequence
 import numpy as np
 from ..core.errors import FedgalError, did_you_mean
-from .metrics import _number
+from .metrics import finite_or_none
 
 # %% ../../nbs/evaluation/03_significance.ipynb #ae74bc5c
 def gap_closed(
@@ -97,4 +97,4 @@ def paired_comparison(
 def _spread(x):
     ok = x[~np.isnan(x)]
     mean, sd = (ok.mean() if len(ok) else np.nan), (ok.std(ddof=1) if len(ok) > 1 else np.nan)
-    return {"mean": _number(mean), "sd": _number(sd), "values": [_number(a) for a in x]}
+    return {"mean": finite_or_none(mean), "sd": finite_or_none(sd), "values": [finite_or_none(a) for a in x]}

@@ -95,6 +95,6 @@ def owner_scores(
         losses.append(absent if result is None else result.loss.double())
         counts.append(torch.zeros_like(absent) if result is None else result.count.double())
         if upper is not None and len(y):
-            told = "accuracy, loss and count of every class on its validation samples"
-            ledger.record(f"client {client}", "server", 0, f"validation scores {level}", 12 * n_classes, told)
+            discloses = "accuracy, loss and count of every class on its validation samples"
+            ledger.record(f"client {client}", "server", 0, f"validation scores {level}", 12 * n_classes, discloses)
     return torch.stack(recalls), torch.stack(losses), torch.stack(counts)

@@ -15,7 +15,13 @@ from ..core.random import own_rng, stream
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
 from .local import LocalOptions, draw_batches, train_locally
-from .messages import ClientUpdate, ServerPayload, _buffers, _trainable, load_payload
+from fedgal.federated.messages import (
+    ClientUpdate,
+    ServerPayload,
+    load_payload,
+    persistent_buffers,
+    trainable_parameters,
+)
 from ..models.losses.protocol import context_of, per_example, task_loss
 
 # %% ../../nbs/federated/03_clients.ipynb #19aaf28c
@@ -81,7 +87,7 @@ class SingleStepClient(MultiStepClient):
 
     def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss=task_loss, correction=None) -> ClientUpdate:
         "The gradient at the payload; `model` is scratch."
-        weights = _trainable(load_payload(model, payload).train())
+        weights = trainable_parameters(load_payload(model, payload).train())
         device = next(iter(weights.values())).device
         with own_rng(seed, "dropout", payload.round, self.id):
             value = per_example(
@@ -91,4 +97,4 @@ class SingleStepClient(MultiStepClient):
                 return self.failed("loss not finite at step 0")
             grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
         tensors = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), grads, strict=True)}
-        return replace(self.update(tensors, copy_tensors(_buffers(model)), value.item()), kind="gradient")
+        return replace(self.update(tensors, copy_tensors(persistent_buffers(model)), value.item()), kind="gradient")

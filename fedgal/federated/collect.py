@@ -32,8 +32,8 @@ def collect_statistics(
         rff = RFF(space.dim, rff_dim, bandwidth(sum(first[1:], first[0])), seed)
     sent = [view_statistics(z, y, n_classes, space, rff, views) for z, y in parts]
     for client, statistics in enumerate(sent):
-        told = told_by(statistics, views)
-        ledger.record(f"client {client}", "server", 0, f"statistics {level}", statistics.n_bytes, told)
+        discloses = told_by(statistics, views)
+        ledger.record(f"client {client}", "server", 0, f"statistics {level}", statistics.n_bytes, discloses)
     return sum(sent[1:], sent[0])
 
 def radii_of(

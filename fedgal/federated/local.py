@@ -13,7 +13,13 @@ from ..core.random import own_rng, stream
 from ..core.schedules import half_cosine
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
-from .messages import ClientUpdate, ServerPayload, _buffers, _trainable, load_payload
+from fedgal.federated.messages import (
+    ClientUpdate,
+    ServerPayload,
+    load_payload,
+    persistent_buffers,
+    trainable_parameters,
+)
 from ..models.init import undecayed_names
 from ..models.losses.protocol import blend, context_of, mixed_loss, task_loss
 
@@ -136,7 +142,7 @@ def train_locally(
     options = client.config
     rng = stream(seed, "augment", payload.round, client.id)
     context = context_of(loss, client)
-    weights = _trainable(load_payload(model, payload).train())
+    weights = trainable_parameters(load_payload(model, payload).train())
     if len(client.x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         return client.failed("one example: BatchNorm needs two")
     optimiser = _optimiser(model, weights, options, payload.round)
@@ -156,4 +162,4 @@ def train_locally(
             total += value.item() * len(index)
             examples += len(index)
     delta = {n: w.detach() - payload.parameters[n] for n, w in weights.items()}
-    return client.update(delta, copy_tensors(_buffers(model)), total / examples)
+    return client.update(delta, copy_tensors(persistent_buffers(model)), total / examples)

@@ -13,6 +13,7 @@ from ..core.options import Options, option
 from .arms import ARMS, Arm, is_personal, run_arm
 from .context import ArmContext
 from .repairs import check_statistics, fed3r, fedncm, lda, logit_adjust, tau_norm, with_head
+from ..models.heads import HEADS
 
 # %% ../../nbs/finetune/09_head_arms.ipynb #9791b461
 class ClosedForm(Arm):
@@ -85,8 +86,8 @@ class TauNorm(Arm):
     @classmethod
     def check_run(cls, params):
         super().check_run(params)
-        head = params.get("head")
-        if head in ("cosine", "wcdas"):
+        head = params.get("head", "linear")
+        if HEADS[head].angular:
             ignores = f"arm tau_norm rescales the rows of a linear layer, and head {head} ignores their length"
             raise FedgalError(f"{ignores}; use head linear, or leave the arm out")
 

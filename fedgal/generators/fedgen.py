@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.options import option
+from ..core.schedules import history_step
 from .base import FitTask, Generator
 from .fedgen_net import FedGenOptions, FedGenPFLOptions, descend, init_generator, net_from, sent
 from .teaching import Teaching, stack_heads
@@ -24,7 +25,7 @@ class FedGenFitOptions(FedGenOptions):
 # %% ../../nbs/generators/08_fedgen.ipynb #570e1c6f
 def mean_rows(losses: dict[str, Tensor], steps: int) -> list[dict]:
     "About twenty rows of means from the loss terms of every step."
-    every = max(1, steps // 20)
+    every = history_step(steps)
     return [
         {"step": min(i + every, steps)} | {k: float(v[i : i + every].mean()) for k, v in losses.items()}
         for i in range(0, steps, every)

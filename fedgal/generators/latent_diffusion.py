@@ -18,6 +18,7 @@ from .diffusion.frame import Frame, make_frame
 from .diffusion.options import SAMPLERS, DiffusionOptions, GaldOptions, geometry_of
 from .diffusion.schedule import Schedule, add_noise, factors, min_snr_weight, recover, stratified_t
 from ..models.losses.geometry import gald_loss
+from ..stats.blocks import class_sum
 from ..stats.radius import dilate, measured_radius
 from ..stats.space import Space
 
@@ -246,7 +247,7 @@ def denoising_error(
         "gaussian": gaussian_denoiser(gen.frame, gen.schedule)(z_t, t, y),
     }
     errors = {name: weight * (x0 - x).square().mean(1) for name, x0 in estimates.items()}
-    return {name: torch.zeros(gen.n_classes).index_add(0, y, error) / n for name, error in errors.items()}
+    return {name: class_sum(error, y, gen.n_classes) / n for name, error in errors.items()}
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #00d3ca82
 def error_table(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.options import Options, option
+from ..core.schedules import history_step
 from .base import FitTask, Generator, require_known
 from .diffusion.schedule import cosine_schedule
 from .unet import UNet1d
@@ -140,7 +141,7 @@ def train_ldmlr(
     signal = abar.sqrt().float().to(device)
     noise = (1 - abar).sqrt().float().to(device)
     x, y = x.to(device), y.to(device)
-    every, history, losses = max(1, options.steps // 20), [], []
+    every, history, losses = history_step(options.steps), [], []
     optimiser = torch.optim.SGD(net.parameters(), lr=options.lr)
     for step in range(1, options.steps + 1):
         i, t = (torch.randint(n, (B,), generator=rng).to(device) for n in (len(y), len(abar)))

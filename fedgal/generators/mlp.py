@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 from ..core.options import option
+from ..core.schedules import history_step
 from .base import FitTask, Generator, require_known
 from .gaussian import MomentOptions, target_covariance, unrectify
 from fedgal.models.losses.matching import (
@@ -229,7 +230,7 @@ def train(gen: MLP, targets: Targets, task: FitTask) -> list[dict]:
         schedule.step()
         torch._foreach_lerp_(average, [p.detach() for p in params], 1 - o.ema)
         losses.append(torch.stack([*terms.values(), total]).detach())
-        if step % max(1, o.steps // 20) == 0 or step == o.steps:
+        if step % history_step(o.steps) == 0 or step == o.steps:
             mean = torch.stack(losses).mean(0).tolist()
             history.append({"step": step} | dict(zip([*terms, "total"], mean, strict=True)))
             losses = []

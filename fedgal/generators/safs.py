@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from ..core.errors import FedgalError
 from ..core.options import option
+from ..core.rank import rank_in_class
 from .align import ALIGNERS, Aligner
 from .base import FitTask, Generator, require_known
 from .gaussian import MomentOptions, target_covariance
@@ -78,7 +79,7 @@ def synthesis_terms(
     "L1 distance of mean Fourier features, and negative mass."
     mmd = z.new_zeros(len(z))
     if fourier is not None:
-        mmd = (FourierMean.apply(z, rff._weight.to(z)) - fourier.to(z)).abs().sum(-1)
+        mmd = (FourierMean.apply(z, rff.frequencies.to(z)) - fourier.to(z)).abs().sum(-1)
     return SynthesisTerms(mmd, (-z).relu().sum(-1).mean(-1))
 
 # %% ../../nbs/generators/04_safs.ipynb #29d8c578
@@ -133,10 +134,7 @@ def deal(
     owner = torch.repeat_interleave(torch.arange(len(size)), size)
     key = torch.rand(len(owner), generator=generator, dtype=torch.float64)
     shuffled = torch.argsort(key + owner)  # a permutation within each class
-    order = torch.argsort(labels, stable=True)
-    count = torch.bincount(labels, minlength=len(size))
-    rank = torch.empty_like(labels)  # how many equal labels came before
-    rank[order] = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]
+    rank = rank_in_class(labels, len(size))
     return shuffled[(size.cumsum(0) - size)[labels] + rank % size[labels]]
 
 # %% ../../nbs/generators/04_safs.ipynb #c8174123

@@ -4,14 +4,14 @@
 
 # %% ../../nbs/generators/11_unet.ipynb #b7e7cc3d
 from __future__ import annotations
-import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.errors import FedgalError
+from .diffusion.schedule import step_angles
 
 # %% auto #0
-__all__ = ['RMSNorm', 'Block', 'Attention', 'sinusoid', 'UNet1d']
+__all__ = ['RMSNorm', 'Block', 'Attention', 'UNet1d']
 
 # %% ../../nbs/generators/11_unet.ipynb #f8d038ae
 class RMSNorm(nn.Module):
@@ -65,13 +65,6 @@ class Attention(nn.Module):
         return self.out(h.flatten(1, 2)) + x
 
 # %% ../../nbs/generators/11_unet.ipynb #a3bc95d5
-def sinusoid(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:  # [B, width]
-    "Sines and cosines of the step `t` [B]."
-    half = width // 2
-    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
-    angle = t[:, None].to(dtype) * frequency
-    return torch.cat([angle.sin(), angle.cos()], 1)
-
 def _level(*parts: nn.Module) -> nn.ModuleList:
     return nn.ModuleList(parts)
 
@@ -130,7 +123,8 @@ class UNet1d(nn.Module):
         nn.init.normal_(self.classes, generator=generator)
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # [B, d], [B], [B] -> [B, d]
-        e = self.time(sinusoid(t, self.base, self.classes.dtype)) + self.classes[y]  # [B, 4 base]
+        angle = step_angles(t.to(self.classes.dtype), self.base // 2, self.base // 2 - 1)
+        e = self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.classes[y]  # [B, 4 base]
         first = self.stem(F.pad(z, (0, -z.shape[1] % self.unit))[:, None])  # [B, base, d]
         x, skips = _descend(first, self.down, e)
         x = self.middle[2](self.middle[1](self.middle[0](x, e)), e)

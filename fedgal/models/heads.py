@@ -21,6 +21,7 @@ class Head(nn.Module):
 
     Options = Options
     unit_length = False  # True: features are scaled to length 1 before anything else
+    angular = False  # True: logits depend on the direction of weight vectors, not on their length
 
     @classmethod
     def check_run(cls, params: dict) -> None:
@@ -48,6 +49,7 @@ class CosineHead(Head):
     "Logits `s * cos(z, w_c)`: blind to the length of features and of weight vectors; the scale `s` is learned."
 
     Options = CosineOptions
+    angular = True
 
     def __init__(self, dim_in: int, n_classes: int, options: CosineOptions | None = None):
         super().__init__()
@@ -72,6 +74,7 @@ class WCDASHead(Head):
     "Logits `s` times the wrapped Cauchy density of the angle to `w_c`, as concentrated as each class learns to be."
 
     Options = WCDASOptions
+    angular = True
     undecayed = ("g", "s0")
 
     def __init__(self, dim_in: int, n_classes: int, options: WCDASOptions | None = None):

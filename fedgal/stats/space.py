@@ -61,7 +61,7 @@ class RFF:
             raise FedgalError(f"n_features = {self.n_features}: an even number is needed (cosines and sines)")
         if not self.gamma > 0: raise FedgalError(f"gamma = {self.gamma}: must be positive")
         one_of("RFF kind", self.kind, ("orthogonal", "iid"))
-        object.__setattr__(self, "_weight", self._draw())
+        object.__setattr__(self, "frequencies", self._draw())
 
     def _draw(self) -> Tensor:  # W [D/2, d]
         rows = self.n_features // 2
@@ -79,7 +79,7 @@ class RFF:
 
     def phi(self, z: Tensor) -> Tensor:
         "Features [B, D] of a batch [B, d], in the batch's own precision; statistics pass float64."
-        angle = z @ self._weight.to(z).mT
+        angle = z @ self.frequencies.to(z).mT
         return math.sqrt(2 / self.n_features) * torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def check(self, other: RFF | None) -> None:

@@ -22,6 +22,7 @@ class Engine:
     "How the clients of a round are run."
 
     Options: type[Options] = Options
+    exact = False  # True: does the arithmetic of `serial` in its order, so that it gives the same bytes
 
     def __init__(self, options: Options | None = None):
         self.options = self.Options() if options is None else options

@@ -17,6 +17,8 @@ from ...models.losses.protocol import task_loss
 class Serial(Engine):
     "Runs the clients one after another."
 
+    exact = True
+
     def run(
         self,
         model: nn.Module,  # scratch

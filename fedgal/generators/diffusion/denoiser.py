@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #61f97641
 from __future__ import annotations
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
@@ -13,13 +12,21 @@ from torch import Tensor, nn
 from ...core.errors import FedgalError
 from ...core.options import Options, option
 from ...core.random import stream
+from ...core.schedules import ema_decay, half_cosine
 from ...core.tensors import gradient_norms
-from .schedule import TARGETS, Schedule, check_target, denoising_loss, stratified_t
+from fedgal.generators.diffusion.schedule import (
+    TARGETS,
+    Schedule,
+    check_target,
+    denoising_loss,
+    step_angles,
+    stratified_t,
+)
 from ...models.init import initialised
 
 # %% auto #0
-__all__ = ['ZeroLinear', 'ClassEmbedding', 'modulate', 'Block', 'sinusoid', 'Denoiser', 'row_weights', 'draw_rows',
-           'DenoiserOptions', 'Trained', 'is_reported', 'cosine_factor', 'train_denoiser']
+__all__ = ['ZeroLinear', 'ClassEmbedding', 'modulate', 'Block', 'Denoiser', 'row_weights', 'draw_rows', 'DenoiserOptions',
+           'Trained', 'is_reported', 'train_denoiser']
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #663a9b0d
 class ZeroLinear(nn.Linear):
@@ -55,12 +62,6 @@ class Block(nn.Module):
         return h + gate * self.outer(F.silu(self.inner(modulate(h, scale, shift))))
 
 # %% ../../../nbs/generators/diffusion/03_denoiser.ipynb #c146cc16
-def sinusoid(t: Tensor, width: int) -> Tensor:  # [B, width]
-    "Cosines and sines of `t` [B], with periods from 2π to 2π · 10000 steps."
-    half = width // 2
-    angle = t[..., None] * torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
-    return torch.cat([angle.cos(), angle.sin()], -1)
-
 class Denoiser(nn.Module):
     "Predicts the target from a noisy latent, its step and its class; build it with `initialised`."
 
@@ -82,7 +83,8 @@ class Denoiser(nn.Module):
         self.leave = ZeroLinear(width, dim)
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:  # [B, d], int64 [B], int64 [B] -> [B, d]
-        c = F.silu(self.time(sinusoid(t, self.width)) + self.label(y))
+        angle = step_angles(t, self.width // 2, self.width // 2)
+        c = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], -1)) + self.label(y))
         h = self.enter(z)
         for block in self.blocks:
             h = block(h, c)
@@ -128,10 +130,6 @@ class Trained(NamedTuple):
 def is_reported(i: int, n: int, rows: int = 20) -> bool:
     "Whether step `i` of `n`, counted from 0, is one of about twenty that the history shows."
     return (i + 1) * rows // n > i * rows // n
-
-def cosine_factor(i: int, n: int) -> float:
-    "Half a cosine from 1 at step 0 to 0 at step `n`."
-    return 0.5 + 0.5 * math.cos(math.pi * i / n)
 
 def _row(step, names, losses):
     mean = torch.stack(losses).mean(0)
@@ -184,11 +182,11 @@ def train_denoiser(
     for i in range(o.steps):
         terms = _step_terms(model, x, y, o, schedule, rng, chance, extra, weights or {})
         norms = gradient_norms(terms, params) if extra and is_reported(i, o.steps) else {}
-        optimiser.param_groups[0]["lr"] = o.lr * (cosine_factor(i, o.steps) if o.cosine else 1.0)
+        optimiser.param_groups[0]["lr"] = o.lr * (half_cosine(i, o.steps) if o.cosine else 1.0)
         optimiser.zero_grad()
         sum(terms.values()).backward()
         optimiser.step()
-        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - min(o.ema, (1 + i) / (10 + i)))
+        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - ema_decay(o.ema, i))
         losses.append(torch.stack([v.detach() for v in terms.values()]))
         if is_reported(i, o.steps):
             history.append(_row(i + 1, list(terms), losses) | {f"gradient of {k}": float(v) for k, v in norms.items()})

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from ...core.errors import FedgalError
 from ...core.random import stream
+from ...core.schedules import ema_decay, half_cosine
 from ...core.tensors import gradient_norms, n_bytes
-from .denoiser import Denoiser, DenoiserOptions, cosine_factor, draw_rows, is_reported
+from .denoiser import Denoiser, DenoiserOptions, draw_rows, is_reported
 from .schedule import Schedule, check_target, denoising_loss, stratified_t
 from ...models.init import initialised
+from ...stats.blocks import class_sum
 
 # %% auto #0
 __all__ = ['SEVERAL', 'Averaged', 'average_rows', 'Holder', 'holders_of', 'Batch', 'draw', 'stack_batches', 'client_loss',
@@ -161,7 +163,7 @@ def train_federated(
     o = options
     check_target(o.target, schedule)
     holders = holders_of(parts, n_classes, o.power)
-    share = torch.stack([torch.zeros(n_classes).double().index_add(0, h.y, h.weights) for h in holders])
+    share = torch.stack([class_sum(h.weights, h.y, n_classes) for h in holders])
     dim = holders[0].x.shape[1]
     model = initialised(lambda: Denoiser(dim, n_classes, o.width, o.blocks), stream(seed, "denoiser weights"))
     world = {n: p.detach() for n, p in model.named_parameters()}
@@ -170,14 +172,14 @@ def train_federated(
     loss = client_loss(model, schedule, o, extra)
     for r in range(rounds):
         stacked = {n: p.expand(len(holders), *p.shape).clone().requires_grad_() for n, p in world.items()}
-        lr = o.lr * (cosine_factor(r, rounds) if o.cosine else 1.0)
+        lr = o.lr * (half_cosine(r, rounds) if o.cosine else 1.0)
         optimiser = torch.optim.AdamW(stacked.values(), lr=lr, weight_decay=o.weight_decay)
         rngs = [stream(seed, "denoiser batches", r, h.client) for h in holders]
         batches = (stack_batches(holders, rngs, o, schedule, views) for _ in range(local))
         log = is_reported(r, rounds)
         losses, norms = local_steps(loss, stacked, optimiser, batches, with_norms=log and extra is not None)
         world = average_rows(stacked, world, share, class_rows)
-        keep = min(o.ema**local, (1 + r) / (10 + r))
+        keep = ema_decay(o.ema**local, r)
         mean = {n: torch.lerp(p, mean[n], keep) for n, p in world.items()}
         if log:
             history.append(summary(r + 1, losses) | {f"gradient of {k}": float(v) for k, v in norms.items()})

@@ -35,8 +35,8 @@ def clean_estimate(
     for z_b, y in zip(z.split(batch), labels.split(batch), strict=True):
         at = torch.full_like(y, t)
         if guidance:
-            free, told = model(z_b.repeat(2, 1), at.repeat(2), torch.cat([torch.full_like(y, null), y])).chunk(2)
-            prediction = free + (1 + guidance) * (told - free)
+            free, conditional = model(z_b.repeat(2, 1), at.repeat(2), torch.cat([torch.full_like(y, null), y])).chunk(2)
+            prediction = free + (1 + guidance) * (conditional - free)
         else:
             prediction = model(z_b, at, y)
         out.append(recover(prediction, z_b, at, schedule, target)[0].clamp(-clip, clip))
@@ -96,7 +96,6 @@ def dpm_solver(
     dim: int,
     steps: int,
     generator: torch.Generator,
-    eta: float = 0.0,  # 0 only: noise at the start
     guidance: float = 0.0,
     clip: float = 5.0,
     target: str = "v",
@@ -105,7 +104,6 @@ def dpm_solver(
 ) -> Tensor:  # [N, d]
     "Sample latents as `ddim` does, with `diffusers`' DPMSolverMultistepScheduler (second order, trailing steps)."
     check_target(target, schedule)
-    if eta: raise FedgalError(f"eta = {eta}: dpm_solver adds no noise on the way; use eta = 0, or ddim")
     solver = require("diffusers", "diffusers").DPMSolverMultistepScheduler(
         schedule.T,
         beta_schedule="squaredcos_cap_v2",

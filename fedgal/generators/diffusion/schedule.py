@@ -15,7 +15,7 @@ from ...core.errors import FedgalError, unknown_name
 
 # %% auto #0
 __all__ = ['TARGETS', 'cosine_schedule', 'Tables', 'Schedule', 'check_target', 'factors', 'add_noise', 'target_of', 'recover',
-           'min_snr_weight', 'denoising_loss', 'stratified_t']
+           'min_snr_weight', 'denoising_loss', 'stratified_t', 'step_angles']
 
 # %% ../../../nbs/generators/diffusion/01_schedule.ipynb #13b20d9a
 def cosine_schedule(
@@ -153,3 +153,12 @@ def stratified_t(B: int, T: int, generator: torch.Generator) -> Tensor:  # int64
     u = torch.rand(B, generator=generator, device=device, dtype=torch.float64)
     t = ((torch.arange(B, device=device) + u) * (T / B)).long().clamp(max=T - 1)
     return t[torch.randperm(B, generator=generator, device=device)]
+
+# %% ../../../nbs/generators/diffusion/01_schedule.ipynb #a1c40d02
+def step_angles(
+    t: Tensor,  # [B] steps
+    n: int,  # angles of a step
+    spread: int,  # index at which the period is 2π · 10000 steps
+) -> Tensor:  # [B, n]
+    "Angles whose cosines and sines tell a network the step."
+    return t[..., None] * torch.exp(-math.log(10000) / spread * torch.arange(n, device=t.device))

@@ -11,8 +11,7 @@ from torch import Tensor
 from ...core.errors import FedgalError, one_of
 
 # %% auto #0
-__all__ = ['WEIGHTINGS', 'weighted_mean', 'class_log_prior', 'cross_entropy', 'balanced_softmax', 'class_weights', 'mixed_prior',
-           'balancing_weights']
+__all__ = ['WEIGHTINGS', 'weighted_mean', 'class_log_prior', 'cross_entropy', 'balanced_softmax', 'class_weights', 'mixed_prior']
 
 # %% ../../../nbs/models/losses/02_base.ipynb #b2e85e53
 def weighted_mean(
@@ -91,16 +90,3 @@ def mixed_prior(
     real = 1 / (1 + gamma)
     return real * counts.double() / counts.sum() + (1 - real) * q.double()
 
-def balancing_weights(
-    counts: Tensor,  # [C] real samples per class
-    gamma: float,  # weight of the loss on generated features
-) -> Tensor:  # [C] float64, sums to 1
-    "Shares of generated features that make the prior of the union uniform."
-    pi = counts.double() / counts.sum()
-    least = float(len(pi) * pi.max() - 1)
-    if gamma <= 0 or gamma < least - 1e-9:
-        raise FedgalError(
-            f"gamma = {gamma:g}: generated features balance these classes from gamma = {least:.2f} on; "
-            "raise it, or add log(mixed_prior) to the logits"
-        )
-    return (((1 + gamma) / len(pi) - pi) / gamma).clamp(min=0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from ...core.errors import FedgalError
 from ...core.options import Options, option
-from ..heads import CosineHead
+from ..heads import HEADS, CosineHead
 from .base import cross_entropy
 from .local import NamedLoss, OwnPrior
 
@@ -35,8 +35,9 @@ class LDAM(NamedLoss):
 
     @classmethod
     def check_run(cls, params: dict) -> None:
-        if params.get("head") != "cosine":
-            raise FedgalError(f"local_loss ldam needs cosines; set head to cosine, it is {params.get('head')}")
+        head = params.get("head", "linear")
+        if not issubclass(HEADS[head], CosineHead):
+            raise FedgalError(f"local_loss ldam needs cosines; set head to cosine, it is {head}")
 
     def prepare(self, model: nn.Module) -> None:
         "Fix the scale of the model's cosine head; raises `FedgalError` for another head."
