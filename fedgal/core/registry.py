@@ -80,10 +80,6 @@ class Table:
         self.entries[name] = _checked(self.kind, name, target)
 
 # %% ../../nbs/core/05_registry.ipynb #cdca2ee0
-def _options_model(entry) -> type[Options]:
-    models = [getattr(entry, attribute, None) for attribute in ("Options", "options")]
-    return next((model for model in models if isinstance(model, type) and issubclass(model, Options)), Options)
-
 class Registry(Table):
     "Name -> `package.module:Class`, resolved on first use."
 
@@ -105,7 +101,8 @@ class Registry(Table):
 
     def options_model(self, name: str) -> type[Options]:
         "The model of an entry's options; empty for one that has none."
-        return _options_model(self[name])
+        models = [getattr(self[name], attribute, None) for attribute in ("Options", "options")]
+        return next((model for model in models if isinstance(model, type) and issubclass(model, Options)), Options)
 
     def options(
         self,

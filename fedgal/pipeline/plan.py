@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARE', 'protocol', 'Member', 'Experiment', 'check_stages', 'check_name', 'Source', 'read_source', 'resolve_member',
-           'check_comparison', 'check_contest', 'check_row', 'plan']
+           'check_comparison', 'contest_rows', 'check_row', 'plan']
 
 # %% ../../nbs/pipeline/12_plan.ipynb #e2c0ee5f
 import re
@@ -123,17 +123,17 @@ def check_comparison(source: Source, members: list[Member]) -> None:
     baseline = source.values.get("baseline", schema(COMPARE)["baseline"].default)
     if len(members) > 1 and baseline not in arms:
         raise FedgalError(f"baseline {baseline!r} is not an arm of any member; arms: {', '.join(arms)}")
-    for contest in source.values.get("contests", []):
-        check_contest(contest, arms, merged)
+    rows = [row for contest in source.values.get("contests", []) for row in contest_rows(contest)]
+    for row in rows if source.stages != [COMPARE] else []:  # alone, it compares other experiments
+        check_row(row, arms, merged)
 
-def check_contest(contest: str, arms: list[str], merged: list[dict]) -> None:
-    "Raise unless a contest is two rows with ` > ` between them that members make."
+def contest_rows(contest: str) -> list[str]:
+    "The two rows of a contest; raises where there are not two."
     rows = [row.strip() for row in f" {contest} ".split(" > ")]
     if len(rows) != 2 or not all(rows):
         form = "two rows with ` > ` between them are needed, like: generator level=high > ccvr"
         raise FedgalError(f"contests: {contest!r}: {form}")
-    for row in rows:
-        check_row(row, arms, merged)
+    return rows
 
 def check_row(row: str, arms: list[str], merged: list[dict]) -> None:
     "Raise for a row of a contest that no member makes."
