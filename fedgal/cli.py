@@ -59,15 +59,18 @@ def _say(error, code):
     return code
 
 # %% ../nbs/cli.ipynb #1aeb5117
-def _print_rows(rows) -> None:
+def _print_rows(rows, reached=None) -> None:
     for row in rows:
         rule = f"  [{row.rule}]" if row.rule else ""
-        print(f"  {row.name:<20} {row.type:<13} {row.default!r:<22} {row.help}{rule}")
+        alone = "" if reached is None or row.shared in reached else "  (library only)"
+        print(f"  {row.name:<20} {row.type:<13} {row.default!r:<22} {row.help}{rule}{alone}")
 
 def _print_entry(kind, name) -> None:
+    "The options of an entry; those that no parameter of a stage can set are marked."
     rows = describe(registry(kind).options_model(name))
     print(f"\n{kind} {name}" + ("" if rows else ": no options"))
-    _print_rows(rows)
+    parameters = {parameter for stage in STAGES for parameter in schema(stage)}
+    _print_rows(rows, None if f"{kind}_options" in parameters else parameters)
 
 def cmd_params(args) -> int:
     "list the parameters of stages and the options of everything that can be chosen by name"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import pytest
 from conftest import CHAIN, Project, ran
@@ -25,11 +26,16 @@ def one_line(result, code):
 
 # --- what is wrong is seen before anything runs ---
 
+JOINT = {"stages": [*CHAIN[:2], "25_joint", *CHAIN[2:]]}
+FLOWER = find_spec("flwr_datasets") is not None
+COMPARED = {"stages": [*CHAIN, "90_compare"]}
+FORM = "two rows with ` > ` between them are needed"
 REFUSED = {
     "unknown parameter": ({"imbalanse": 3}, ["'imbalanse'", "did you mean 'imbalance'", "10_data"]),
     "unknown stage": ({"stages": ["10_data", "20_trian"]}, ["'20_trian'", "did you mean '20_train'"]),
     "missing input": ({"stages": ["10_data", "30_statistics"]}, ["30_statistics needs 20_train"]),
     "no stages": ({"stages": []}, ["`stages:` must list"]),
+    "a stage twice": ({"stages": ["10_data", "10_data", "20_train"]}, ["10_data is listed twice"]),
     "unknown data set": ({"dataset": "fashion_mnits"}, ["dataset = 'fashion_mnits'", "did you mean 'fashion_mnist'"]),
     "unknown generator": ({"generator": "gausian"}, ["generator = 'gausian'", "did you mean 'gaussian'"]),
     "unknown arm": ({"arms": ["none", "orakle"]}, ["'orakle'", "did you mean 'oracle'"]),
@@ -46,6 +52,19 @@ REFUSED = {
     "no client": ({"n_clients": 0}, ["n_clients = 0", "≥ 1"]),
     "no round": ({"rounds": 0}, ["rounds = 0", "≥ 1"]),
     "everything for validation": ({"val_fraction": 1.0}, ["val_fraction = 1.0", "< 1"]),
+    "a split file that is not there": ({"split_file": "nothere.json", "imbalance": 1}, ["split_file = 'nothere.json'", "no such file", "nothere.json or "]),
+    "a division by file without one": ({"partition": "file"}, ["partition 'file' needs the path of a split file"]),
+    "unknown partitioner": ({"partition": "flwr:Dirichlt"}, ["'Dirichlt' (did you mean 'DirichletPartitioner'" if FLOWER else "fedgal[flower]"]),
+    "unknown argument of a partitioner": ({"partition": "flwr:DirichletPartitioner", "partitioner": {"alfa": 1}},
+                                          ["no argument 'alfa' (did you mean 'alpha'" if FLOWER else "fedgal[flower]"]),
+    "no level": ({"levels": []}, ["levels = []", "at least one of low, high"]),
+    "a level twice": ({"levels": ["low", "low"]}, ["levels = ['low', 'low']", "each once"]),
+    "no arm": ({"arms": []}, ["arms = []", "with `none`"]),
+    "no joint arm": (JOINT | {"joint_arms": []}, ["joint_arms = []", "`none` and `joint`"]),
+    "more clients in a round than there are": ({"min_clients": 99}, ["min_clients = 99", "4 of n_clients = 4", "at most 4"]),
+    "more clients in a round than take part": ({"min_clients": 3, "participation": 0.5}, ["min_clients = 3", "2 of n_clients = 4", "at most 2"]),
+    "joint training of clients that stay alone": (JOINT | {"algorithm": "local"}, ["algorithm = 'local'", "one global model", "such as fedavg"]),
+    "joint training of clients' own models": (JOINT | {"algorithm": "fedmps"}, ["algorithm = 'fedmps'", "one global model", "such as fedavg"]),
     "repairs of clients' own models": ({"algorithm": "fedmps", "arms": ["none", "lda", "ccvr"]}, ["arms lda, ccvr make one classifier", "fedmps leaves every client"]),
     "a server without a model": ({"algorithm": "local", "finetune_on": "server"}, ["finetune_on = 'server'", "local leaves every client", "'clients'"]),
     "a sweep with both": ({"finetune_on": "server", "sweep": {"algorithm": ["fedavg", "fedproto"]}}, ["finetune_on = 'server'", "fedproto leaves"]),
@@ -63,11 +82,15 @@ REFUSED = {
     "old name of an option": ({"gen_lr": 0.1}, ["'gen_lr' is an option of generator mlp now", "generator_options: {lr: ...}"]),
     "old name of a weight": ({"weight_teacher": 1.0}, ["'weight_teacher' is an option of generator mlp now", "generator_options: {alpha: ...}"]),
     "old name of an option of safs": ({"generator": "safs", "safs_steps": 3}, ["'safs_steps' is an option of generator safs now", "generator_options: {steps: ...}"]),
-    "old name of a value": ({"shrink": "oas"}, ["shrink = 'oas'", "pooled_oas"]),
+    "old name of a value": ({"shrink": "oas"}, ["shrink = 'oas'", "did you mean 'pooled_oas'"]),
     "arm without its statistics": ({"levels": ["low"], "level": "low", "arms": ["none", "lda"]}, ["arm lda", "level high"]),
     "baseline that nobody has": ({"seed": None, "sweep": {"seed": [0, 1]}, "stages": [*CHAIN, "90_compare"], "arms": ["none", "refit"], "baseline": "oracle"}, ["baseline 'oracle'", "arms: none, refit"]),
     "contest with an unknown arm": ({"stages": [*CHAIN, "90_compare"], "contests": ["generator > refitt"]}, ["'refitt'", "did you mean 'refit'"]),
     "contest with a value that nobody has": ({"stages": [*CHAIN, "90_compare"], "contests": ["generator level=hihg > none"]}, ["no member has level=hihg"]),
+    "contest of three": (COMPARED | {"contests": ["none > refit > generator"]}, ["contests: 'none > refit > generator'", FORM]),
+    "contest of one": (COMPARED | {"contests": ["generator"]}, ["contests: 'generator'", FORM]),
+    "contest with an empty side": (COMPARED | {"contests": [" > gaussian"]}, ["contests: ' > gaussian'", FORM]),
+    "contest with an old name": (COMPARED | {"contests": ["generator gen_lr=0.1 > none"]}, ["'gen_lr' is an option of generator mlp now", "generator_options: {lr: ...}"]),
     "sweep of an unknown value": ({"sweep": {"level": ["low", "hihg"]}}, ["did you mean 'high'"]),
 }
 TEXTS = {

@@ -21,7 +21,10 @@ def did_you_mean(
     known: Iterable,  # the names that exist
 ) -> str:  # " (did you mean 'x'?)", or "" if nothing is close
     "A suggestion to append to an error about an unknown name."
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=2, cutoff=0.6)
+    names = list(dict.fromkeys(map(str, known)))
+    close = difflib.get_close_matches(str(name), names, n=2, cutoff=0.6)
+    if not close and len(str(name)) > 2:
+        close = [k for k in names if str(name) in k][:2]
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 # %% ../../nbs/core/01_errors.ipynb #1e40cf8c

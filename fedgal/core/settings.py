@@ -8,12 +8,10 @@ __all__ = ['root', 'engine_names', 'Settings', 'settings', 'device_class']
 # %% ../../nbs/core/02_settings.ipynb #674566c0
 import configparser, os
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from .errors import FedgalError, unknown_name
-from .registry import entries_of
+from .registry import catalogue
 
 # %% ../../nbs/core/02_settings.ipynb #1a16584b
 def root() -> Path:
@@ -31,13 +29,9 @@ def root() -> Path:
     )
 
 # %% ../../nbs/core/02_settings.ipynb #1f819a14
-@cache
 def engine_names() -> tuple[str, ...]:
     "`auto` and the entries of the engine registry, from its text: nothing is imported for it."
-    folder = Path(find_spec("fedgal").submodule_search_locations[0]) / "federated" / "engines"
-    tables = [entries_of(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))]
-    names = [name for table in tables for name in table.get("engine", {})]
-    return ("auto", *names) if names else ()
+    return ("auto", *catalogue()["engine"])
 
 # %% ../../nbs/core/02_settings.ipynb #02540665
 def _choices() -> dict[str, tuple[str, ...]]:
@@ -59,7 +53,7 @@ class Settings:
     def __post_init__(self):
         for key, allowed in _choices().items():
             value = getattr(self, key)
-            if allowed and value not in allowed:
+            if value not in allowed:
                 raise FedgalError(f"setting {key} = {value!r}: allowed are {', '.join(allowed)}")
         if self.threads < 1: raise FedgalError(f"setting threads = {self.threads}: at least 1")
 

@@ -131,12 +131,12 @@ class SplitOptions(Options):
     val_fraction: float = option(0.2, "share of each class on each client", ge=0, lt=1, shared="val_fraction")
 
     def check(self):
-        PARTITIONS.entry(self.partition)
         if self.split_file and (self.imbalance != 1 or self.fraction != 1):
             raise FedgalError(
                 "a split file says which examples are used, so imbalance and fraction must be 1, "
                 f"not {self.imbalance:g} and {self.fraction:g}"
             )
+        PARTITIONS.options(self.kind, **dict(self))
 
     @property
     def kind(self) -> str:

@@ -50,13 +50,19 @@ class SplitFileOptions(Options):
 
     file: str | None = option(None, "JSON file with a list of example indices per client", shared="split_file")
 
+    def check(self) -> None:
+        if not self.file: raise FedgalError("partition 'file' needs the path of a split file")
+        try:
+            find_file(self.file)
+        except FedgalError as error:
+            raise FedgalError(f"split_file = {self.file!r}: {error}") from None
+
 class SplitFile(Partition):
     "The division that a user wrote down."
 
     Options = SplitFileOptions
 
     def divide(self, y, n_clients, seed):
-        if not self.options.file: raise FedgalError("partition 'file' needs the path of a split file")
         return read_split_file(self.options.file, len(y), n_clients)
 
     def facts(self, parts):

@@ -6,30 +6,28 @@
 __all__ = ['named_entries', 'check_run']
 
 # %% ../../nbs/pipeline/07_check.ipynb #c4ec0004
-from .catalogue import entry_of, names, registry
+from .catalogue import entry_of, registry
 from .schema import STAGES, flat, schema
 
 # %% ../../nbs/pipeline/07_check.ipynb #c4ec0006
 def named_entries(params: dict) -> list[tuple[str, str, str]]:  # kind, entry, parameter
-    "The registry entries that the parameters of a run name, in the order of the stages."
+    "The registry entries that the parameters of a run choose, in the order of the stages."
     entries = {}
     for stage, values in params.items():
         for row in schema(stage).values():
-            if row.registry:
+            if row.registry and row.name not in STAGES[stage].mentions:
                 chosen = values[row.name] if isinstance(values[row.name], list) else [values[row.name]]
                 entries |= {(row.registry, entry_of(row.registry, name)): row.name for name in chosen}
-    return [(kind, name, parameter) for (kind, name), parameter in entries.items() if name in names(kind)]
+    return [(kind, name, parameter) for (kind, name), parameter in entries.items()]
 
 def check_run(params: dict) -> None:
-    "Raise for options that an entry does not have, and for values that are impossible together."
+    "Raise for options that an entry does not have or allow, and for values that are impossible together."
     everything = flat(params)
     for stage in params:
         STAGES[stage].check_run(everything)
     for kind, name, parameter in named_entries(params):
-        options = everything.get(f"{kind}_options") if parameter == kind else None
         table = registry(kind)
-        if options:
-            table.options(name, options, **everything)
+        table.options(name, everything.get(f"{kind}_options") if parameter == kind else None, **everything)
         rule = getattr(table[name], "check_run", None)
-        if rule and parameter != "baseline":
+        if rule:
             rule(everything)

@@ -19,6 +19,7 @@ class StageParameters(Options):
     "Parameters of one stage notebook, with the stages whose artifacts it loads."
 
     inputs: ClassVar[tuple] = ()
+    mentions: ClassVar[tuple] = ()  # parameters that name an entry of a registry without running it
 
     @classmethod
     def check_run(cls, params: dict) -> None:
@@ -74,6 +75,12 @@ class Data(StageParameters):
     split_file: str = option("", "JSON file with a list of sample indices per client; replaces profile and partition")
     val_fraction: float = option(0.1, "share of every class of a client that is kept for validation", ge=0, lt=1)
 
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        from fedgal.data.split import SplitOptions
+
+        SplitOptions.make(**params)
+
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0013
 class Train(StageParameters):
     "Parameters of `20_train`."
@@ -111,6 +118,15 @@ class Train(StageParameters):
     )
     min_clients: int = option(1, "accepted updates that a round needs; with fewer the model stays", ge=1)
     eval_every: int = option(1, "rounds between two looks at the validation data", ge=1)
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        from fedgal.federated.local import LocalOptions
+        from fedgal.federated.state import FederationOptions, check_participants
+
+        LocalOptions.make(**params)
+        FederationOptions.make(**params)
+        check_participants(params["n_clients"], params["participation"], params["min_clients"])
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0016
 class JointTraining(StageParameters):
@@ -170,3 +186,9 @@ class Joint(JointTraining):
 
     def check(self) -> None:
         check_groups(self)
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        from fedgal.algorithms.joint.arms import check_joint
+
+        check_joint(params)

@@ -46,6 +46,10 @@ class Statistics(StageParameters):
     teacher_lambda: float = option(0.1, "weight of the validation loss in a teacher's score", ge=0)
     judge_fraction: float = option(0.3, "share of a class's owners that only judge", ge=0, lt=1)
 
+    def check(self) -> None:
+        if not self.levels or len(set(self.levels)) < len(self.levels):
+            raise FedgalError(f"levels = {self.levels}: each once, and at least one of low, high")
+
 # %% ../../nbs/pipeline/03_parameters_features.ipynb #fa2a0008
 class Generate(StageParameters):
     "Parameters of `40_generator`."
@@ -76,8 +80,8 @@ class Generate(StageParameters):
 
     @classmethod
     def check_run(cls, params: dict) -> None:
-        levels = params.get("levels", [])
-        if levels and params["level"] not in levels:
+        levels = params["levels"]
+        if params["level"] not in levels:
             raise FedgalError(
                 f"level {params['level']!r} is not among levels = {levels}, for which statistics are collected"
             )
@@ -166,6 +170,8 @@ class Models(StageParameters):
 # %% ../../nbs/pipeline/03_parameters_features.ipynb #fa2a0017
 class Compare(StageParameters):
     "Parameters of `90_compare`."
+
+    mentions: ClassVar = ("baseline",)
 
     params_file: str = PARAMS_FILE
     experiment: str = EXPERIMENT

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARE', 'protocol', 'Member', 'Experiment', 'check_stages', 'check_name', 'Source', 'read_source', 'resolve_member',
-           'check_comparison', 'check_row', 'plan']
+           'check_comparison', 'contest_rows', 'check_row', 'plan']
 
 # %% ../../nbs/pipeline/12_plan.ipynb #e2c0ee5f
 import re
@@ -15,7 +15,7 @@ from ..core.errors import FedgalError, did_you_mean
 from ..core.names import member_name, spelt
 from .check import check_run
 from .keys import keys
-from .schema import RESERVED, flat, grid, grids, inputs, load_params, resolve, schema
+from .schema import RENAMED, RESERVED, flat, grid, grids, inputs, load_params, resolve, schema
 
 # %% ../../nbs/pipeline/12_plan.ipynb #2d0259d5
 COMPARE = "90_compare"
@@ -52,6 +52,7 @@ def check_stages(stages) -> None:
     if not (isinstance(stages, list) and stages and all(isinstance(s, str) for s in stages)):
         raise FedgalError("`stages:` must list the stages to run, for example [10_data, 20_train]")
     for place, stage in enumerate(stages):
+        if stage in stages[:place]: raise FedgalError(f"stages: {stage} is listed twice")
         missing = [up for up in inputs(stage) if up not in stages[:place]]
         if missing: raise FedgalError(f"stage {stage} needs {missing[0]} before it")
 
@@ -122,8 +123,17 @@ def check_comparison(source: Source, members: list[Member]) -> None:
     baseline = source.values.get("baseline", schema(COMPARE)["baseline"].default)
     if len(members) > 1 and baseline not in arms:
         raise FedgalError(f"baseline {baseline!r} is not an arm of any member; arms: {', '.join(arms)}")
-    for row in [side.strip() for contest in source.values.get("contests", []) for side in contest.split(" > ")]:
+    rows = [row for contest in source.values.get("contests", []) for row in contest_rows(contest)]
+    for row in rows if source.stages != [COMPARE] else []:  # alone, it compares other experiments
         check_row(row, arms, merged)
+
+def contest_rows(contest: str) -> list[str]:
+    "The two rows of a contest; raises where there are not two."
+    rows = [row.strip() for row in f" {contest} ".split(" > ")]
+    if len(rows) != 2 or not all(rows):
+        form = "two rows with ` > ` between them are needed, like: generator level=high > ccvr"
+        raise FedgalError(f"contests: {contest!r}: {form}")
+    return rows
 
 def check_row(row: str, arms: list[str], merged: list[dict]) -> None:
     "Raise for a row of a contest that no member makes."
@@ -132,6 +142,7 @@ def check_row(row: str, arms: list[str], merged: list[dict]) -> None:
         known = f"no member has the arm {arm!r}{did_you_mean(arm, arms)}; arms: {', '.join(arms)}"
         raise FedgalError(f"contest row {row!r}: {known}")
     for name, _, value in (s.partition("=") for s in settings):
+        if name in RENAMED: raise FedgalError(f"contest row {row!r}: parameter {name!r} is {RENAMED[name]}")
         values = {spelt(p[name]) for p in merged if name in p}
         if spelt(value) not in values:
             there = f"; there is {', '.join(sorted(values))}" if values else did_you_mean(name, merged[0])

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['JOINT_ARMS', 'check_arms', 'JointArm', 'Untrained', 'Refit', 'Joint', 'JointGaussian', 'Unguarded', 'Oracle',
-           'arm_options', 'arms_to_train', 'fit_joint_arm']
+           'check_joint', 'arm_options', 'arms_to_train', 'fit_joint_arm']
 
 # %% ../../../nbs/algorithms/joint/14_arms.ipynb #e91391a1
 from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
-from .inputs import JointInputs
+from .inputs import NEEDS_GLOBAL, JointInputs
 from .options import JointOptions
 from .result import JointResult
 from .trainer import fit_joint
 from ...core.errors import FedgalError, unknown_name
 from ...core.registry import Registry
+from ...federated.algorithm import ALGORITHMS
 
 # %% ../../../nbs/algorithms/joint/14_arms.ipynb #0a1df3b4
 JOINT_ARMS = Registry(
@@ -53,17 +54,6 @@ class JointArm:
         "Whether all that it uses stays with the clients: samples are pooled, so only one client will do."
         return n_clients == 1
 
-    @classmethod
-    def check_run(cls, params: dict) -> None:
-        "Raise FedgalError for parameters of a run that are impossible together."
-        check_arms(params["joint_arms"])
-        refresh, epochs = params.get("joint_refresh", 0), params.get("joint_epochs", 1)
-        if params.get("joint_gamma") and refresh >= epochs:
-            raise FedgalError(
-                f"joint_refresh = {refresh} with joint_epochs = {epochs}: no bank would ever be made; "
-                "set joint_refresh below joint_epochs, or joint_gamma = 0"
-            )
-        JointOptions.make(params.get("joint_options"), "joint_options", **params)
 
 # %% ../../../nbs/algorithms/joint/14_arms.ipynb #72275946
 class Untrained(JointArm):
@@ -105,6 +95,22 @@ class Oracle(JointArm):
     @classmethod
     def federated(cls, n_clients: int) -> bool:
         return False
+
+# %% ../../../nbs/algorithms/joint/14_arms.ipynb #3b1e7702
+def check_joint(
+    params: dict,  # flat parameters of a run
+) -> None:
+    "Raise FedgalError for parameters of a run with joint training that are impossible together."
+    check_arms(params["joint_arms"])
+    algorithm = params.get("algorithm", "fedavg")
+    if ALGORITHMS[algorithm].personal: raise FedgalError(f"algorithm = {algorithm!r}: {NEEDS_GLOBAL}")
+    refresh, epochs = params.get("joint_refresh", 0), params.get("joint_epochs", 1)
+    if params.get("joint_gamma") and refresh >= epochs:
+        raise FedgalError(
+            f"joint_refresh = {refresh} with joint_epochs = {epochs}: no bank would ever be made; "
+            "set joint_refresh below joint_epochs, or joint_gamma = 0"
+        )
+    JointOptions.make(params.get("joint_options"), "joint_options", **params)
 
 # %% ../../../nbs/algorithms/joint/14_arms.ipynb #c7640df6
 def arm_options(

@@ -22,10 +22,14 @@ from ...models.split import SplitModel
 from ...stats.blocks import class_sum
 
 # %% auto #0
-__all__ = ['STARTS', 'start_model', 'oracle_pool', 'validation_judge', 'JointInputs', 'joint_inputs']
+__all__ = ['STARTS', 'NEEDS_GLOBAL', 'start_model', 'oracle_pool', 'validation_judge', 'JointInputs', 'joint_inputs']
 
 # %% ../../../nbs/algorithms/joint/13_inputs.ipynb #d08bad1a
 STARTS = ("trained", "scratch")
+NEEDS_GLOBAL = (
+    "joint training starts from one global model, and here every client has its own; "
+    "use an algorithm that leaves a global one, such as fedavg"
+)
 
 def start_model(
     run: TrainedRun,
@@ -36,10 +40,7 @@ def start_model(
     "The model that joint training begins with; raises FedgalError for another start, or without a global model."
     one_of("start", start, STARTS)
     if run.personal:
-        raise FedgalError(
-            "joint training starts from one global model, and here every client has its own; "
-            "use an algorithm that leaves a global one, such as fedavg, or n_clients 1"
-        )
+        raise FedgalError(NEEDS_GLOBAL)
     if start == "trained":
         return copy.deepcopy(run.model)
     return build_model(**recipe, generator=stream(seed, "joint init"))
