@@ -8,6 +8,7 @@ __all__ = ['to_float', 'augment', 'distort', 'augmentation_for']
 # %% ../../nbs/data/09_transforms.ipynb #5ece0389
 import math
 from collections.abc import Callable
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,9 +80,4 @@ def augmentation_for(
     "The random views that suit a data set: `distort` for characters, `augment` for all else."
     if dataset.characters:
         return distort
-    crop = min(4, round(min(dataset.in_shape[1:], default=0) / 8))
-
-    def view(x, generator):
-        return augment(x, generator, crop)
-
-    return view
+    return partial(augment, crop=min(4, round(min(dataset.in_shape[1:], default=0) / 8)))

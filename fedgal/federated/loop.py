@@ -17,13 +17,13 @@ from ..core.tensors import Tensors, check_schema
 from .aggregate import check_updates
 from .algorithm import ALGORITHMS, Algorithm
 from .checkpoint import load_state, save_state
-from .engines.base import payload_of, resolve_engine
+from .engines.base import ENGINES, Engine, resolve_engine
 from .identity import identity
 from .ledger import Ledger
 from .messages import ClientUpdate, payload_from
 from .result import FederationResult, delivered, judged, last_round_of_all, last_round_of_own
 from .state import FederationOptions, State, choose
-from .work import as_deltas, kept_private, local_work, record_messages
+from .work import Task, as_deltas, record_messages
 from ..models.losses.protocol import task_loss
 
 # %% ../../nbs/federated/08_loop.ipynb #20b6733b
@@ -41,15 +41,9 @@ def _served(algorithm, model, state, accepted, options, seed, weights):
 
 def _clients_after(algorithm, state, accepted, options, keeps):
     "What every client keeps after a round; in one that failed nothing is averaged, and only own weights move."
-    own = dict(state.own)
     if len(accepted) < options.min_clients and not algorithm.personal:
-        return own
-    for u in accepted:
-        before = state.own.get(u.client, {})
-        private = kept_private(algorithm, options, payload_of(state.payload, before), u)
-        if tensors := {**before, **keeps[u.client], **private}:
-            own[u.client] = tensors
-    return own
+        return dict(state.own)
+    return {**state.own, **{u.client: keeps[u.client] for u in accepted if keeps[u.client]}}
 
 def _mean_loss(updates):
     losses = [(u.n_examples, u.train_loss) for u in updates if u.train_loss is not None]
@@ -62,7 +56,7 @@ def run_round(
     clients: list,
     options: FederationOptions,
     seed: int,
-    engine: str,
+    engine: Engine,
     loss: Callable = task_loss,  # (output, targets) -> [B]
     weights: dict[int, float] | None = None,  # of the clients in the average; default: their numbers of examples
 ) -> tuple[State, list[ClientUpdate]]:  # new state, accepted updates
@@ -71,7 +65,9 @@ def run_round(
     ledger = Ledger(state.ledger)
     algorithm = options.make_algorithm()
     chosen = [clients[i] for i in choose(len(clients), options.participation, seed, payload.round)]
-    updates, keeps = local_work(algorithm, engine, model, chosen, state, seed, loss)
+    task = Task(algorithm, payload, seed, loss, options.bn)
+    updates, kept = zip(*engine.work(task, model, chosen, state.own), strict=True)
+    keeps = {c.id: tensors for c, tensors in zip(chosen, kept, strict=True)}
     accepted, rejected = check_updates(as_deltas(chosen, updates, payload.round), payload, options.norm_factor)
     pairs = zip(chosen, updates, strict=True)
     sizes = [record_messages(ledger, algorithm, c, payload, u, options.bn) for c, u in pairs]
@@ -124,6 +120,12 @@ def start_state(
     return State(payload, own=merged, server=server)
 
 # %% ../../nbs/federated/08_loop.ipynb #af188e5a
+def _last_round(state, accepted, base, model, clients, options, seed, engine, loss):
+    "The last round with the model of every client; where each has its own, nobody trains for it."
+    if options.make_algorithm().personal:
+        return state, last_round_of_own(state, clients)
+    return last_round_of_all(state, accepted, base, model, clients, options, seed, engine, loss)
+
 def fit(
     model: nn.Module,  # where it starts; not changed
     clients: list,  # of `MultiStepClient`
@@ -146,25 +148,24 @@ def fit(
     last = None
     who = {}
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
-    engine, reason = resolve_engine(engine, model, first)
+    name, reason = resolve_engine(engine, model, first)
     if checkpoint:
-        who = identity(state.payload, clients, options, seed, engine, loss, weights, own, model)
+        who = identity(state.payload, clients, options, seed, name, loss, weights, own, model)
         state, last = load_state(checkpoint, who, next(model.parameters()).device) or (state, None)
     done = state.payload.round
-    for r in progress(range(done, options.rounds), f"resumed after round {done}: round" if done else "round"):
-        base = state.payload
-        final = r + 1 == options.rounds
-        state, accepted = run_round(state, model, clients, options, seed, engine, loss, weights)
-        if evaluate and (final or (r + 1) % options.eval_every == 0):
-            row = {**state.history[-1], **judged(evaluate, algorithm, model, state, clients)}
-            state = replace(state, history=(*state.history[:-1], row))
-        if final and algorithm.personal:
-            last = last_round_of_own(state, clients)
-        elif final:
-            state, last = last_round_of_all(state, accepted, base, model, clients, options, seed, engine, loss)
-        if checkpoint:
-            save_state(checkpoint, state, who, last)
-        if on_round:
-            on_round(state)
+    with ENGINES.make(name) as runner:
+        for r in progress(range(done, options.rounds), f"resumed after round {done}: round" if done else "round"):
+            base = state.payload
+            final = r + 1 == options.rounds
+            state, accepted = run_round(state, model, clients, options, seed, runner, loss, weights)
+            if evaluate and (final or (r + 1) % options.eval_every == 0):
+                row = {**state.history[-1], **judged(evaluate, algorithm, model, state, clients)}
+                state = replace(state, history=(*state.history[:-1], row))
+            if final:
+                state, last = _last_round(state, accepted, base, model, clients, options, seed, runner, loss)
+            if checkpoint:
+                save_state(checkpoint, state, who, last)
+            if on_round:
+                on_round(state)
     payload = delivered(algorithm, model, state)
-    return FederationResult(payload, last, list(state.history), Ledger(state.ledger), engine, reason)
+    return FederationResult(payload, last, list(state.history), Ledger(state.ledger), name, reason)

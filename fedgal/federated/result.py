@@ -13,11 +13,10 @@ from ..core.errors import FedgalError, unknown_name
 from ..core.tensors import Tensors
 from .aggregate import check_updates, merge_buffers
 from .algorithm import Algorithm
-from .engines.base import payload_of
 from .ledger import Ledger
-from .messages import ClientUpdate, ServerPayload, load_payload
+from .messages import ClientUpdate, ServerPayload, load_payload, payload_of
 from .state import FederationOptions, LastRound, State, choose
-from .work import as_deltas, local_work, record_messages
+from .work import Task, as_deltas, record_messages
 
 # %% ../../nbs/federated/07b_result.ipynb #d391c590
 @dataclass(frozen=True, eq=False)
@@ -72,7 +71,7 @@ def last_round_of_all(
     clients: list,
     options: FederationOptions,
     seed: int,
-    engine: str,
+    engine,  # an `Engine`
     loss: Callable,
 ) -> tuple[State, LastRound]:
     "Let the clients that sat out the last round train too; their messages join the ledger."
@@ -80,7 +79,8 @@ def last_round_of_all(
     rest = [c for i, c in enumerate(clients) if i not in took_part]
     ledger = Ledger(state.ledger)
     algorithm = options.make_algorithm()
-    late = local_work(algorithm, engine, model, rest, replace(state, payload=base), seed, loss)[0] if rest else []
+    task = Task(algorithm, base, seed, loss, options.bn)
+    late = [update for update, _ in engine.work(task, model, rest, state.own)] if rest else []
     for c, u in zip(rest, late, strict=True):
         record_messages(ledger, algorithm, c, base, u, options.bn)
     good, bad = check_updates(as_deltas(rest, late, base.round), base, options.norm_factor)

@@ -18,7 +18,7 @@ from ..core.random import prepare, runtime
 from ..core.store import write_bytes
 from ..data.datasets import load_dataset
 from ..data.split import SplitOptions, make_split
-from ..federated.engines.base import ENGINES
+from ..federated.engines.base import ENGINES, Engine
 from ..federated.loop import run_round, start_state
 from ..federated.setup import set_up
 from ..federated.state import FederationOptions, State, choose
@@ -41,7 +41,7 @@ class Work:
         "The clients of the first round."
         return [self.clients[i] for i in choose(len(self.clients), self.options.participation, self.seed, 0)]
 
-    def round(self, engine: str) -> None:
+    def round(self, engine: Engine) -> None:
         "One communication round; nothing is kept of it."
         run_round(self.state, self.model, self.clients, self.options, self.seed, engine, self.loss)
 
@@ -73,15 +73,18 @@ def tune(
     before = torch.get_num_threads()
     work = work_of(file)
     seconds = {candidate: [] for candidate in candidates(work)}
+    engines = {name: ENGINES.make(name) for name, _ in seconds}
     try:
         for _ in progress(range(repeats + 1), "repetition"):  # the first one warms up
             for (engine, threads), times in seconds.items():
                 torch.set_num_threads(threads)
                 start = time.perf_counter()
-                work.round(engine)
+                work.round(engines[engine])
                 times.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
+        for engine in engines.values():
+            engine.close()
     rows = [{"engine": e, "threads": t, "seconds": statistics.median(s[1:])} for (e, t), s in seconds.items()]
     return rows, min(rows, key=lambda row: row["seconds"])
 

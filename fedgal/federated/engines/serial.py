@@ -9,8 +9,9 @@ __all__ = ['Serial']
 from collections.abc import Callable
 from torch import nn
 from ...core.tensors import Tensors
-from .base import Engine, payload_of
-from ..messages import ClientUpdate, ServerPayload
+from .base import Engine
+from ..messages import ClientUpdate, ServerPayload, payload_of
+from ..work import run_client
 from ...models.losses.protocol import task_loss
 
 # %% ../../../nbs/federated/engines/01b_serial.ipynb #d619580e
@@ -31,3 +32,6 @@ class Serial(Engine):
     ) -> list[ClientUpdate]:
         own, corrections = own or {}, corrections or {}
         return [c.run(model, payload_of(payload, own.get(c.id)), seed, loss, corrections.get(c.id)) for c in clients]
+
+    def work(self, task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
+        return [run_client(task, model, c, own.get(c.id, {})) for c in clients]
