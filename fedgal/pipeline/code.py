@@ -51,6 +51,32 @@ def code_hash(source: str) -> str:  # 16 hex digits
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50005
+def _reads(tree, package="") -> tuple[frozenset, frozenset]:
+    modules, texts, tables = set(), set(), set()
+    for node in ast.walk(tree):  # parents before children
+        if id(node) in tables:
+            continue
+        if _is_table(node):
+            tables |= {id(child) for child in ast.walk(node)}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level + (node.module or "")
+            base = resolve_name(dots, package) if node.level else node.module
+            modules |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+:(\w+|\*)", str(node.value)):
+            texts.add(str(node.value))
+    return frozenset(m for m in modules if m.split(".")[0] == "fedgal"), frozenset(texts)
+
+def _all_of(entry: str) -> str:
+    return f"{entry.partition(':')[0]}:*"
+
+@cache
+def _module_file(name: str) -> Path | None:
+    path = root() / (name.replace(".", "/") + ".py")
+    return path if path.is_file() else None
+
+# %% ../../nbs/pipeline/06_code.ipynb #0ce5000a
 class _Memo:
     "What was found out about modules, kept in a file: every stage of a run reads the same ones."
 
@@ -77,31 +103,6 @@ class _Memo:
         if self.new:
             with suppress(OSError):  # a full disk is told where a result is lost
                 save_json(self.file, self.rows)
-
-def _reads(tree, package="") -> tuple[frozenset, frozenset]:
-    modules, texts, tables = set(), set(), set()
-    for node in ast.walk(tree):  # parents before children
-        if id(node) in tables:
-            continue
-        if _is_table(node):
-            tables |= {id(child) for child in ast.walk(node)}
-        elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            dots = "." * node.level + (node.module or "")
-            base = resolve_name(dots, package) if node.level else node.module
-            modules |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+:(\w+|\*)", str(node.value)):
-            texts.add(str(node.value))
-    return frozenset(m for m in modules if m.split(".")[0] == "fedgal"), frozenset(texts)
-
-def _all_of(entry: str) -> str:
-    return f"{entry.partition(':')[0]}:*"
-
-@cache
-def _module_file(name: str) -> Path | None:
-    path = root() / (name.replace(".", "/") + ".py")
-    return path if path.is_file() else None
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50006
 @cache
