@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -114,8 +115,7 @@ class Project:
             try: out, err = process.communicate(timeout=400)
             finally: process.kill()
             return subprocess.CompletedProcess(args, process.returncode, out, err)
-        files = [self.away.with_name(f"{self.home.name}_{name}") for name in ("out", "err")]
-        for file in files: file.write_text("")
+        files = [Path(tempfile.mkstemp(name, "fedgal-", self.home.parent)[1]) for name in ("out", "err")]
         process = warm().Process(target=command_line, args=(list(map(str, args)), self.home, self.env(**dict(env)), self.away, *files))
         process.start()
         process.join(400)
