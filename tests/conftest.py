@@ -1,10 +1,14 @@
 """Every test works in a project of its own; the repository is never written to."""
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,42 @@ CHAIN = ["10_data", "20_train", "30_statistics", "40_generator", "50_finetune", 
 TINY = {"title": "Tiny", "stages": CHAIN, "seed": 0, "dataset": "digits", "imbalance": 10, "n_clients": 4, "rounds": 2, "generator": "mlp",
         "gen_steps": 20, "bank_per_class": 30, "rff_dim": 64, "finetune_rounds": 2, "finetune_steps": 4, "oracle_per_class": 30}
 JUNK = shutil.ignore_patterns("kernel-ipc*", "__pycache__", ".ipynb_checkpoints", ".hypothesis", "llms.txt")
+
+
+# what most processes of the tests import, and none of fedgal
+LIBRARIES = ["torch", "torch._dynamo", "safetensors.torch", "pandas", "pandas.io.formats.style", "pydantic", "seaborn", "matplotlib.pyplot",
+             "scipy.stats", "sklearn.datasets", "sklearn.decomposition", "sklearn.manifold", "ipykernel.kernelapp", "IPython.display", "nbformat",
+             "nbconvert", "papermill", "jupyter_client", "psutil", "filelock", "nbdev.test", "hypothesis"]
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # the libraries read it when they are imported
+
+
+@functools.cache
+def warm():
+    "Processes that start from one which has the libraries in memory: seconds less for each."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
+def begin(home, env, cwd, out, err):
+    "Make the process of `warm` one that a shell would have started: its environment, its folder, its output, its path."
+    for number, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear(), os.environ.update(env), os.chdir(cwd)
+    sys.path.insert(0, str(home))
+    assert not [m for m in sys.modules if m.split(".")[0] == "fedgal"]
+
+
+def command_line(arguments, home, env, cwd, out, err):
+    "`fedgal ...`; its kernels are forks of the process that it is a fork of itself, not of one that has to import the libraries again."
+    from multiprocessing import forkserver
+    begin(home, env, cwd, out, err)
+    forkserver._forkserver.ensure_running = lambda: None
+    from fedgal.cli import main
+    try: code = main(arguments)
+    except SystemExit as error: code = error.code
+    except BaseException: traceback.print_exc(); code = 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def data_root() -> Path:
@@ -69,11 +109,19 @@ class Project:
                                 stdout=options.pop("stdout", subprocess.PIPE), stderr=options.pop("stderr", subprocess.PIPE), **options)
 
     def fedgal(self, *args, env=(), **options) -> subprocess.CompletedProcess:
-        "A command line of fedgal: its exit code and what it printed."
-        process = self.start(*args, env=env, **options)
-        try: out, err = process.communicate(timeout=400)
-        finally: process.kill()
-        return subprocess.CompletedProcess(args, process.returncode, out, err)
+        "A command line of fedgal: its exit code and what it printed. One with a path or options of its own starts from nothing."
+        if options or "PYTHONPATH" in dict(env):
+            process = self.start(*args, env=env, **options)
+            try: out, err = process.communicate(timeout=400)
+            finally: process.kill()
+            return subprocess.CompletedProcess(args, process.returncode, out, err)
+        files = [Path(tempfile.mkstemp(name, "fedgal-", self.home.parent)[1]) for name in ("out", "err")]
+        process = warm().Process(target=command_line, args=(list(map(str, args)), self.home, self.env(**dict(env)), self.away, *files))
+        process.start()
+        process.join(400)
+        if process.is_alive(): process.kill()
+        process.join()
+        return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
 
     def json(self, path: str): return json.loads((self.reports / path).read_text(encoding="utf-8"))
 

@@ -1,5 +1,6 @@
 """Benchmarks still run: each from end to end with the smallest numbers, and shows all that the committed notebook shows."""
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from conftest import REPO, Project
 BANKS = {"seeds": [100, 101], "rounds": 1, "per_class": 10, "options": {"steps": 4, "rounds": 2, "width": 16}, "tuning": {"rounds": 1, "steps": 2}}
 SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide_steps": 1, "narrow_steps": 10, "rounds": 1, "options": {"steps": 10}, "per_class": 4, "claims": False},
          "engines": {"repeats": 1, "n_clients": 4, "examples": 4, "batch_size": 2, "full": False},
+         "choose_widen": {"seeds": [100, 101], "candidates": [0.0, 3.0], "rounds": 1, "per_class": 10, "tuning": {"rounds": 1, "steps": 2}},
          "moments_or_shape": BANKS | {"trained": [1, 2]}, "views": BANKS}
 RUN = """
 import json, sys, tempfile
@@ -30,7 +32,7 @@ def shown(cell): return [sorted(o.data) for o in cell.outputs if "data" in o]
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    "A folder with the four notebooks, run one after another from one process that has the libraries in memory."
+    "A folder with the notebooks, run one after another from one process that has the libraries in memory."
     project, out = Project.make(tmp_path_factory.mktemp("benchmarks") / "project", all_notebooks=True), tmp_path_factory.mktemp("executed")
     run = subprocess.run([sys.executable, "-c", RUN, str(project.home / "nbs" / "benchmarks"), str(out), json.dumps(SMALL)],
                          cwd=project.away, env=project.env(), capture_output=True, text=True, timeout=400)
@@ -59,3 +61,11 @@ def test_the_small_numbers_are_parameters_of_the_notebook(notebook):
     for name, value in SMALL[notebook].items():
         row = declared[name]
         assert type(value).__name__ == row.type.partition("[")[0] and value != row.default, name
+
+
+def test_the_default_of_widen_is_the_best_on_development_images():
+    from fedgal.pipeline.schema import schema
+    text = (REPO / "nbs" / "benchmarks" / "choose_widen.ipynb").read_text(encoding="utf-8")
+    shown = re.search(r"Bars of balanced accuracy by widen: ([^\"\\]+)", text[text.index('"outputs"'):])[1]
+    scores = {float(w): float(v) for w, v in re.findall(r"([\d.]+) ([\d.]+) %", shown)}
+    assert len(scores) == 4 and schema("40_generator")["widen"].default == max(scores, key=scores.get)

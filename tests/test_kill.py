@@ -91,14 +91,23 @@ def faults(tmp_path):
     return tmp_path / "faults"
 
 
-QUICK = "before a checkpoint counts"
+def die(project, faults, moment):
+    died = project.fedgal("run", "tiny", env={"KILL_AT": MOMENTS[moment], "PYTHONPATH": f"{faults}:{project.home}"})
+    assert died.returncode == 3 and "the kernel died" in died.stderr, f"{moment}: {died.stderr}{died.stdout}"
 
 
-@pytest.mark.parametrize("at", [pytest.param(at, id=name, marks=() if name == QUICK else pytest.mark.slow) for name, at in MOMENTS.items()])
-def test_a_kernel_killed_while_it_writes(at, copy, tiny, faults):
+def test_a_kernel_killed_while_it_writes(copy, tiny, faults):
     shutil.rmtree(copy.artifacts / "20_train")
-    died = copy.fedgal("run", "tiny", env={"KILL_AT": at, "PYTHONPATH": f"{faults}:{copy.home}"})
-    assert died.returncode == 3 and "the kernel died" in died.stderr, died.stderr + died.stdout
+    die(copy, faults, "before a checkpoint counts")
+    done = copy.fedgal("run", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert copy.snapshot() == tiny.snapshot()
+
+
+@pytest.mark.slow
+def test_a_kernel_killed_again_each_time_a_little_later(copy, tiny, faults):
+    shutil.rmtree(copy.artifacts / "20_train")
+    for moment in ("among the results", "before the commit", "after the commit"): die(copy, faults, moment)
     done = copy.fedgal("run", "tiny")
     assert done.returncode == 0, done.stderr
     assert copy.snapshot() == tiny.snapshot()

@@ -1,11 +1,10 @@
 """Library notebooks and tutorials pass as tests, each in a process of its own and in a copy of the repository."""
-import multiprocessing
 import os
 import sys
 import traceback
 
 import pytest
-from conftest import REPO, Project
+from conftest import REPO, Project, begin, warm
 
 ELSEWHERE = ("stages", "benchmarks")
 NOTEBOOKS = [p.relative_to(REPO / "nbs") for p in sorted((REPO / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
@@ -32,22 +31,14 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "tutorials": "by_hand own_data",
 }
 SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
-SLOW_TO_IMPORT = ["torch", "torch._dynamo", "pandas", "pandas.io.formats.style", "pydantic", "seaborn", "matplotlib.pyplot", "scipy.stats",
-                  "sklearn.datasets", "sklearn.manifold", "nbformat", "nbconvert", "hypothesis", "nbdev.test", "IPython.display"]
-
-
 def run_notebook(notebook, home, env, log):
     "Everything a fresh interpreter would do, but with the libraries that fedgal rests on already imported."
-    with open(log, "w", buffering=1) as out:
-        os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
-        os.environ.clear(), os.environ.update(env), os.chdir(home)
-        sys.path.insert(0, str(home))
-        assert "fedgal" not in sys.modules
-        from nbdev.test import test_nb
-        try: passed = test_nb(str(home / "nbs" / notebook), skip_flags=["slow"], basepath=str(home), cell_timeout=300)[0]
-        except BaseException: traceback.print_exc(); passed = False
-        sys.stdout.flush()
-        os._exit(not passed)
+    begin(home, env, home, log, log)
+    from nbdev.test import test_nb
+    try: passed = test_nb(str(home / "nbs" / notebook), skip_flags=["slow"], basepath=str(home), cell_timeout=300)[0]
+    except BaseException: traceback.print_exc(); passed = False
+    sys.stdout.flush()
+    os._exit(not passed)
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +46,13 @@ def repository(tmp_path_factory):
     return Project.make(tmp_path_factory.mktemp("notebooks") / "project", all_notebooks=True)
 
 
-@pytest.fixture(scope="module")
-def warm():
-    "Processes that start from one which has the libraries in memory: seconds less for each notebook."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_TO_IMPORT)
-    return context
-
-
 def test_the_long_notebooks_are_there(): assert set(NOTEBOOKS) >= SLOW, "a notebook was moved or removed: change `LONG`"
 
 
 @pytest.mark.parametrize("notebook", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NOTEBOOKS])
-def test_notebook(notebook, repository, warm, tmp_path):
+def test_notebook(notebook, repository, tmp_path):
     env = {k: v for k, v in repository.env().items() if k not in ("FEDGAL_ROOT", "FEDGAL_ARTIFACTS", "FEDGAL_REPORTS")}
-    process = warm.Process(target=run_notebook, args=(notebook, repository.home, env, tmp_path / "log"))
+    process = warm().Process(target=run_notebook, args=(notebook, repository.home, env, tmp_path / "log"))
     process.start()
     process.join(900)
     if process.is_alive(): process.kill()

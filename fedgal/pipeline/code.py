@@ -7,10 +7,13 @@ __all__ = ['computes', 'code_hash', 'reached', 'stage_code', 'chosen_entries']
 
 # %% ../../nbs/pipeline/06_code.ipynb #6c581a96
 import ast, hashlib, re
+from contextlib import suppress
 from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
-from ..core.settings import root
+from ..core.errors import FedgalError
+from ..core.settings import root, settings
+from ..core.store import load_json, save_json
 from .catalogue import catalogue, entry_of
 from .schema import cells, schema, stage_path
 
@@ -48,13 +51,6 @@ def code_hash(source: str) -> str:  # 16 hex digits
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50005
-@cache
-def _parsed(path) -> tuple[str, frozenset, frozenset]:
-    "A module's hash, the names it imports, and the texts that may choose an entry."
-    source = Path(path).read_text(encoding="utf-8")
-    package = ".".join(Path(path).relative_to(root()).parent.parts)
-    return code_hash(source), *_reads(ast.parse(source), package)
-
 def _reads(tree, package="") -> tuple[frozenset, frozenset]:
     modules, texts, tables = set(), set(), set()
     for node in ast.walk(tree):  # parents before children
@@ -80,6 +76,34 @@ def _module_file(name: str) -> Path | None:
     path = root() / (name.replace(".", "/") + ".py")
     return path if path.is_file() else None
 
+# %% ../../nbs/pipeline/06_code.ipynb #0ce5000a
+class _Memo:
+    "What was found out about modules, kept in a file: every stage of a run reads the same ones."
+
+    def __init__(self):
+        rules = (root() / "fedgal" / "pipeline" / "code.py").read_bytes()
+        own = hashlib.sha256(rules).hexdigest()[:16]
+        self.file = settings().artifacts / "code" / f"{own}.json"  # another rule, another file
+        self.new = False
+        try:
+            self.rows = load_json(self.file)
+        except FedgalError:
+            self.rows = {}
+
+    def read(self, path: str) -> list:  # hash, names that it imports, texts that may choose an entry
+        source = Path(path).read_text(encoding="utf-8")
+        package = ".".join(Path(path).relative_to(root()).parent.parts)
+        tag = hashlib.sha256(f"{package}\n{source}".encode()).hexdigest()
+        if tag not in self.rows:
+            self.rows[tag] = [code_hash(source), *map(sorted, _reads(ast.parse(source), package))]
+            self.new = True
+        return self.rows[tag]
+
+    def save(self) -> None:
+        if self.new:
+            with suppress(OSError):  # a full disk is told where a result is lost
+                save_json(self.file, self.rows)
+
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50006
 @cache
 def reached(
@@ -92,16 +116,18 @@ def reached(
     todo = set(modules) | {t.partition(":")[0] for t in entries.values()}
     hashes = {}
     tried = set()
+    memo = _Memo()
     while todo:
         module = todo.pop()
         tried.add(module)
         path = _module_file(module)
         if not computes(module) or path is None:
             continue
-        hashes[module], imports, texts = _parsed(str(path))
+        hashes[module], imports, texts = memo.read(str(path))
         used = {name: target for name, target in tables.items() if name in texts or _all_of(name) in texts}
         entries |= used
         todo |= (set(imports) | {t.partition(":")[0] for t in used.values()}) - tried
+    memo.save()
     return {"modules": dict(sorted(hashes.items())), "entries": dict(sorted(entries.items()))}
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50010
