@@ -126,6 +126,7 @@ def _last_round(state, accepted, base, model, clients, options, seed, engine, lo
         return state, last_round_of_own(state, clients)
     return last_round_of_all(state, accepted, base, model, clients, options, seed, engine, loss)
 
+# %% ../../nbs/federated/08_loop.ipynb #7a5c0013
 def fit(
     model: nn.Module,  # where it starts; not changed
     clients: list,  # of `MultiStepClient`

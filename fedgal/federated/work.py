@@ -29,6 +29,7 @@ def kept_private(algorithm: Algorithm, bn: str, start: ServerPayload, update: Cl
     weights = {n: p + update.tensors[n] for n, p in start.parameters.items()} if algorithm.personal else {}
     return {**weights, **(update.buffers if algorithm.personal or bn == "local" else {})}
 
+# %% ../../nbs/federated/07a_work.ipynb #7a5c0011
 @dataclass(frozen=True, eq=False)
 class Task:
     "What the clients of a round are asked to do: names, options and tensors."
@@ -64,6 +65,7 @@ class Task:
             update = replace(update, statistics=report)
         return update, {**own, **keeps, **kept_private(self.algorithm, self.bn, start, delta)}
 
+# %% ../../nbs/federated/07a_work.ipynb #7a5c0012
 def run_client(
     task: Task,
     model: nn.Module,  # scratch, overwritten

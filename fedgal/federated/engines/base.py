@@ -41,17 +41,11 @@ class Engine:
         own: dict[int, Tensors] | None = None,  # client -> tensors that it has in place of the payload's
         corrections: dict[int, Tensors] | None = None,  # client -> what is added to its gradients
     ) -> list[ClientUpdate]:  # in the order of `clients`
-        "The updates of one round."
+        "The training alone of one round."
         raise NotImplementedError
 
-    def work(
-        self,
-        task,  # a `Task`
-        model: nn.Module,  # scratch, overwritten
-        clients: list,
-        own: dict[int, Tensors],  # client -> what it has kept
-    ) -> list[tuple[ClientUpdate, Tensors]]:  # in the order of `clients`: what each sends, and what it keeps
-        "A round's work with all that belongs to it, as `run_client` does it for one client."
+    def work(self, task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
+        "What every client sends and what it keeps, as pairs in their order: `run_client` for each of them."
         pushes = {c.id: task.correction(own.get(c.id, {})) for c in clients}
         corrections = {k: push for k, push in pushes.items() if push is not None}
         updates = self.run(model, clients, task.payload, task.seed, task.objective(), own, corrections)
@@ -66,6 +60,7 @@ class Engine:
     def __exit__(self, *_):
         self.close()
 
+# %% ../../../nbs/federated/engines/01_base.ipynb #7a5c0014
 ENGINES = Registry(
     "engine",
     {
