@@ -16,7 +16,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "data": "01_parquet 10_long_tail",
     "evaluation": "04_distances 05_fidelity 07_readouts 09_training 13_joint_results",
     "federated": "02_local 03_clients 04_aggregate 05_ledger 07a_work 07b_result 08_loop 09_trained",
-    "federated/engines": "01_base 01b_serial 02_batched",
+    "federated/engines": "01_base 01b_serial 02_batched 04_workers",
     "finetune": "04_finetune 05_repairs 08_trained_arms 09_head_arms",
     "generators": "01_base 02_gaussian 03_align 04_safs 05_mlp 07_fedgen_net 08_fedgen 09_resample 10_latent_diffusion "
         "11_unet 12_ldmlr 13_run",
