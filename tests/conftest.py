@@ -22,18 +22,19 @@ TINY = {"title": "Tiny", "stages": CHAIN, "seed": 0, "dataset": "digits", "imbal
 JUNK = shutil.ignore_patterns("kernel-ipc*", "__pycache__", ".ipynb_checkpoints", ".hypothesis", "llms.txt")
 
 
-# what most processes of the tests import, and none of fedgal
-LIBRARIES = ["torch", "torch._dynamo", "safetensors.torch", "pandas", "pandas.io.formats.style", "pydantic", "seaborn", "matplotlib.pyplot",
-             "scipy.stats", "sklearn.datasets", "sklearn.decomposition", "sklearn.manifold", "ipykernel.kernelapp", "IPython.display", "nbformat",
-             "nbconvert", "papermill", "jupyter_client", "psutil", "filelock", "nbdev.test", "hypothesis"]
+# what most processes of the tests import beyond the libraries of a kernel, and none of fedgal
+LIBRARIES = ["nbformat", "nbconvert", "papermill", "jupyter_client", "psutil", "filelock", "nbdev.test", "hypothesis"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")     # the libraries read it when they are imported
 
 
 @functools.cache
 def warm():
     "Processes that start from one which has the libraries in memory: seconds less for each."
+    # here, since the processes import this file and must find their own copy of fedgal
+    from fedgal.pipeline import kernels
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
+    context.set_forkserver_preload([*kernels.LIBRARIES, *LIBRARIES])
     return context
 
 

@@ -80,17 +80,23 @@ def _module_file(name: str) -> Path | None:
 class _Memo:
     "What was found out about modules, kept in a file: every stage of a run reads the same ones."
 
-    def __init__(self):
+    def __init__(self, folder: Path):
         rules = (root() / "fedgal" / "pipeline" / "code.py").read_bytes()
         own = hashlib.sha256(rules).hexdigest()[:16]
-        self.file = settings().artifacts / "code" / f"{own}.json"  # another rule, another file
+        self.file = folder / f"{own}.json"  # another rule, another file
         self.new = False
+        self.known = {}  # path -> row, as this process has read it
         try:
             self.rows = load_json(self.file)
         except FedgalError:
             self.rows = {}
 
     def read(self, path: str) -> list:  # hash, names that it imports, texts that may choose an entry
+        if path not in self.known:
+            self.known[path] = self._row(path)
+        return self.known[path]
+
+    def _row(self, path):
         source = Path(path).read_text(encoding="utf-8")
         package = ".".join(Path(path).relative_to(root()).parent.parts)
         tag = hashlib.sha256(f"{package}\n{source}".encode()).hexdigest()
@@ -103,6 +109,11 @@ class _Memo:
         if self.new:
             with suppress(OSError):  # a full disk is told where a result is lost
                 save_json(self.file, self.rows)
+            self.new = False
+
+@cache
+def _memo(folder: Path) -> _Memo:
+    return _Memo(folder)
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50006
 @cache
@@ -116,7 +127,7 @@ def reached(
     todo = set(modules) | {t.partition(":")[0] for t in entries.values()}
     hashes = {}
     tried = set()
-    memo = _Memo()
+    memo = _memo(settings().artifacts / "code")
     while todo:
         module = todo.pop()
         tried.add(module)

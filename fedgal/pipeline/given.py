@@ -130,13 +130,13 @@ def _file_values(base: str) -> dict:
 # %% ../../nbs/pipeline/08_given.ipynb #91be0013
 def write_params(name: str, given: Given, stage: str) -> Path:
     "Write `params/<name>.yaml`: the stages of the file it began with and this one, and all that is no default."
-    from fedgal.pipeline.plan import check_name
+    from fedgal.pipeline.plan import COMPARE, check_name
 
     check_name(name)
     path = root() / "params" / f"{name}.yaml"
     if path.exists(): raise FedgalError(f"{path}: exists already; choose another name")
     planned = load_params(root() / "params" / f"{given.base}.yaml")["stages"] if given.base else []
-    stages = [s for s in STAGES if s in {*planned, *lineage(stage)} - {"90_compare"}]
+    stages = [s for s in STAGES if s in {*planned, *lineage(stage)} - {COMPARE}]
     declared = {n: row.default for s in stages for n, row in schema(s).items()}
     values = {n: v for n, v in flat({s: given.params[s] for s in stages}).items() if v != declared[n]}
     head = {"title": name, "question": f"What do the changes made in {stage} do?", "stages": stages}

@@ -43,6 +43,8 @@ def _place(path: Path) -> str:
 
 def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
     "The files that parameters name, by content."
+    from fedgal.data.sources import places
+
     files = {}
     if "dataset" in params:
         from fedgal.data.datasets import data_files
@@ -51,8 +53,8 @@ def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
         present = [f for f in data_files(dataset) if f.is_file()]
         files |= {f"dataset/{dataset}/{_place(f)}": f for f in reversed(present)}  # the first place counts
     if split_file := params.get("split_file"):
-        places = [root() / split_file, settings().data_root / split_file]
-        files |= {f"split_file/{split_file}": next((f for f in places if f.is_file()), places[0])}
+        present = [f for f in places(split_file) if f.is_file()]
+        files |= {f"split_file/{split_file}": f for f in reversed(present)}
     for name in params.get("experiments", []):
         files[f"experiments/{name}"] = settings().reports / name / "metrics.json"
     return {name: _file_hash(f) for name, f in files.items() if f.is_file()}
