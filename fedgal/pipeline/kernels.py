@@ -11,14 +11,13 @@ import multiprocessing, os, signal, sys, threading
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint
-from types import ModuleType
-from unittest.mock import patch
 from weakref import WeakSet
 import numpy as np
 import psutil
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 from traitlets import default
+from ..core.processes import end_with_parent, without_main
 
 # %% ../../nbs/pipeline/09_kernels.ipynb #86358c89
 LIBRARIES = (
@@ -56,12 +55,7 @@ def become_kernel(
     cwd: str,
 ) -> None:
     "Turn this process into a Jupyter kernel; returns when the kernel is told to end."
-
-    def end_with(runner):
-        runner.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    end_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.setsid()
     os.environ.clear()
@@ -88,8 +82,7 @@ class ForkedProcess:
 
     def __init__(self, arguments: list[str], env: dict[str, str], cwd: str):
         self._process = forkserver().Process(target=become_kernel, args=(arguments, env, cwd), name="kernel")
-        nobody = {"__main__": ModuleType("__main__")}  # else every kernel would run the script that started it
-        with _STARTING, patch.dict(sys.modules, nobody):
+        with _STARTING, without_main():
             # Ctrl-C is the runner's, also while the libraries load
             before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:

@@ -6,34 +6,24 @@
 __all__ = ['ATTEMPTS', 'serve', 'WorkersOptions', 'Worker', 'Crew', 'work_through', 'Workers']
 
 # %% ../../../nbs/federated/engines/04_workers.ipynb #c3a10004
-import copy, multiprocessing, os, pickle, signal, sys, threading
+import copy, multiprocessing, os, pickle, signal
 from collections import Counter
 from multiprocessing.connection import wait
-from types import ModuleType
-from unittest.mock import patch
 import torch
 from torch import nn
 from ...core.errors import FedgalError
 from ...core.options import Options, option
+from ...core.processes import end_with_parent, without_main
 from ...core.tensors import Tensors
 from .base import Engine
 from .shared import received, share
 from ..work import run_client
 
 # %% ../../../nbs/federated/engines/04_workers.ipynb #c3a10013
-def _end_with_parent():
-    "End this process when the one that wants its work has ended, even by force."
-
-    def watch(parent):
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(multiprocessing.parent_process(),), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends
-
 def serve(connection) -> None:
     "The life of a worker."
-    _end_with_parent()
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends
     torch.set_num_threads(1)
     held, clients = {}, {}
     answer = None  # its tensors stay until the parent has taken them, which the next message shows
@@ -75,7 +65,7 @@ class Worker:
         context.set_forkserver_preload(["fedgal.federated.work"])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs,), daemon=True, name="client worker")
-        with patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):  # else it would run the user's script
+        with without_main():
             self.process.start()
         theirs.close()
         self.client = None
