@@ -86,12 +86,8 @@ def run_round(
     return State(new, (*state.history, row), tuple(ledger.to_json()), own, server), accepted
 
 # %% ../../nbs/federated/08_loop.ipynb #399c377b
-def _check_start(algorithm, model, own):
-    "Raise for a device or for start weights that an algorithm cannot use."
-    device = next(model.parameters()).device
-    if algorithm.cpu_only and device.type != "cpu":
-        advice = "set device = cpu in settings.ini, or FEDGAL_DEVICE=cpu"
-        raise FedgalError(f"{algorithm.name} computes on the CPU only, not on {device}; {advice}")
+def _check_start(algorithm, own):
+    "Raise for start weights that an algorithm cannot use."
     if own and not algorithm.personal:
         able = ", ".join(n for n in ALGORITHMS if ALGORITHMS[n].personal)
         raise FedgalError(
@@ -106,10 +102,11 @@ def start_state(
     own: dict[int, Tensors] | None = None,  # see `fit`
 ) -> State:
     "The state before the first round; raises FedgalError for start tensors that cannot be used."
-    _check_start(algorithm, model, own)
-    extras, server, keeps = algorithm.start(model, clients, seed)
-    payload = replace(payload_from(model), extras=extras)
+    _check_start(algorithm, own)
     device = next(model.parameters()).device
+    extras, server, keeps = algorithm.start(model, clients, seed)
+    extras, server = ({n: t.to(device) for n, t in part.items()} for part in (extras, server))
+    payload = replace(payload_from(model), extras=extras)
     schema = {**payload.parameters, **payload.buffers}
     starts = {}
     for k in [c.id for c in clients if c.id in (own or {})]:
@@ -145,11 +142,13 @@ def fit(
     model = copy.deepcopy(model)
     algorithm = options.make_algorithm()
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
+    for c in clients:
+        algorithm.check_mixup(c.config.mixup, loss)
     state = start_state(algorithm, model, clients, seed, own)
     last = None
     who = {}
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
-    name, reason = resolve_engine(engine, model, first)
+    name, reason = resolve_engine(engine, model, first, algorithm.loss(state.payload, loss))
     if checkpoint:
         who = identity(state.payload, clients, options, seed, name, loss, weights, own, model)
         state, last = load_state(checkpoint, who, next(model.parameters()).device) or (state, None)
