@@ -113,6 +113,7 @@ ALGORITHMS = Registry(
         "fedgen": "fedgal.algorithms.fedgen:FedGenTraining",
         "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining",
         "creff": "fedgal.algorithms.creff:CReFF",
+        "denoiser": "fedgal.generators.diffusion.federated:DenoiserAveraging",
     },
 )
 

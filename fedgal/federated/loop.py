@@ -45,9 +45,16 @@ def _clients_after(algorithm, state, accepted, options, keeps):
         return dict(state.own)
     return {**state.own, **{u.client: keeps[u.client] for u in accepted if keeps[u.client]}}
 
-def _mean_loss(updates):
-    losses = [(u.n_examples, u.train_loss) for u in updates if u.train_loss is not None]
-    return sum(n * v for n, v in losses) / sum(n for n, _ in losses) if losses else None
+def _mean(values):
+    "Of pairs (number of examples, value); None without any."
+    return sum(n * v for n, v in values) / sum(n for n, _ in values) if values else None
+
+def _losses(updates):
+    "The mean loss of the accepted updates and, where it has several terms, of each."
+    row = {"train_loss": _mean([(u.n_examples, u.train_loss) for u in updates if u.train_loss is not None])}
+    names = updates[0].terms if updates else ()
+    terms = {name: _mean([(u.n_examples, u.terms[name]) for u in updates]) for name in names}
+    return row | ({"terms": terms} if terms else {})
 
 # %% ../../nbs/federated/08_loop.ipynb #20b6733c
 def run_round(
@@ -74,7 +81,7 @@ def run_round(
     new, server, numbers = _served(algorithm, model, state, accepted, options, seed, weights)
     row = {
         "round": payload.round + 1,
-        "train_loss": _mean_loss(accepted),
+        **_losses(accepted),
         "accepted": len(accepted),
         "rejected": [list(x) for x in rejected],
         "failed": len(accepted) < options.min_clients,
