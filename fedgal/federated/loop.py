@@ -16,7 +16,7 @@ from ..core.progress import progress
 from ..core.tensors import Tensors, check_schema
 from .aggregate import check_updates
 from .algorithm import ALGORITHMS, Algorithm
-from .checkpoint import load_state, save_state
+from .checkpoint import Checkpoints
 from .engines.base import ENGINES, Engine, resolve_engine
 from .identity import identity
 from .ledger import Ledger
@@ -153,12 +153,12 @@ def fit(
         algorithm.check_mixup(c.config.mixup, loss)
     state = start_state(algorithm, model, clients, seed, own)
     last = None
-    who = {}
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     name, reason = resolve_engine(engine, model, first, algorithm.loss(state.payload, loss))
     if checkpoint:
         who = identity(state.payload, clients, options, seed, name, loss, weights, own, model)
-        state, last = load_state(checkpoint, who, next(model.parameters()).device) or (state, None)
+        saved = Checkpoints(checkpoint, who)
+        state, last = saved.load(next(model.parameters()).device) or (state, None)
     done = state.payload.round
     with ENGINES.make(name) as runner:
         for r in progress(range(done, options.rounds), f"resumed after round {done}: round" if done else "round"):
@@ -171,7 +171,7 @@ def fit(
             if final:
                 state, last = _last_round(state, accepted, base, model, clients, options, seed, runner, loss)
             if checkpoint:
-                save_state(checkpoint, state, who, last)
+                saved.save(state, last)
             if on_round:
                 on_round(state)
     payload = delivered(algorithm, model, state)
