@@ -21,12 +21,21 @@ from .engines.base import ENGINES, Engine, resolve_engine
 from .identity import identity
 from .ledger import Ledger
 from .messages import ClientUpdate, payload_from
+from .postprocess import take_step
 from .result import FederationResult, delivered, judged, last_round_of_all, last_round_of_own
 from .state import FederationOptions, State, choose
 from .work import Task, as_deltas, record_messages
 from ..models.losses.protocol import task_loss
 
 # %% ../../nbs/federated/08_loop.ipynb #20b6733b
+def _postprocessed(before, after, postprocessors, n_clients, seed):
+    "The merged model, its step changed by the postprocessors."
+    if not postprocessors:
+        return after
+    step = {n: p - before.parameters[n] for n, p in after.parameters.items()}
+    step = take_step(postprocessors, step, n_clients, seed, before.round)
+    return replace(after, parameters={n: p + step[n] for n, p in before.parameters.items()})
+
 def _served(algorithm, model, state, accepted, options, seed, weights):
     "What the server makes of a round: the next payload, what it keeps, numbers for the history."
     payload = replace(state.payload, round=state.payload.round + 1)
@@ -34,6 +43,7 @@ def _served(algorithm, model, state, accepted, options, seed, weights):
         return payload, state.server, {}
     if not algorithm.personal:
         payload = algorithm.merge(state.payload, accepted, weights=weights, bn=options.bn)
+        payload = _postprocessed(state.payload, payload, options.make_postprocessors(), len(accepted), seed)
     extras, server, numbers = algorithm.serve(model, state.payload, accepted, state.server, seed)
     # as a checkpoint would give them back, or rounding may differ
     extras, server = ({n: t.contiguous() for n, t in part.items()} for part in (extras, server))
@@ -72,7 +82,7 @@ def run_round(
     ledger = Ledger(state.ledger)
     algorithm = options.make_algorithm()
     chosen = [clients[i] for i in choose(len(clients), options.participation, seed, payload.round)]
-    task = Task(algorithm, payload, seed, loss, options.bn)
+    task = Task(algorithm, payload, seed, loss, options.bn, options.make_postprocessors())
     updates, kept = zip(*engine.work(task, model, chosen, state.own), strict=True)
     keeps = {c.id: tensors for c, tensors in zip(chosen, kept, strict=True)}
     accepted, rejected = check_updates(as_deltas(chosen, updates, payload.round), payload, options.norm_factor)

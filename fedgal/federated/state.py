@@ -16,6 +16,7 @@ from ..core.tensors import Tensors
 from .aggregate import BN_POLICIES
 from .algorithm import Algorithm, get_algorithm
 from .messages import ClientUpdate, ServerPayload
+from .postprocess import Postprocessor, make_postprocessors
 
 # %% ../../nbs/federated/06a_state.ipynb #a412b6a2
 class FederationOptions(Options):
@@ -32,11 +33,17 @@ class FederationOptions(Options):
     bn: str = option("average", "buffers: averaged, or kept on the clients", one_of=BN_POLICIES, shared="bn")
     eval_every: int = option(1, "rounds between two evaluations; the last round counts", ge=1, shared="eval_every")
 
+    postprocessors: list[dict] = option([], "what happens to updates, in order, for example {name: clip, norm: 1.0}")
+
     def check(self) -> None:
         self.make_algorithm()
+        self.make_postprocessors()
 
     def make_algorithm(self) -> Algorithm:
         return get_algorithm(self.algorithm, **self.options)
+
+    def make_postprocessors(self) -> tuple[Postprocessor, ...]:
+        return make_postprocessors(self.postprocessors)
 
 # %% ../../nbs/federated/06a_state.ipynb #2c0b95a8
 def n_chosen(

@@ -46,10 +46,7 @@ class Engine:
 
     def work(self, task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
         "What every client sends and what it keeps, as pairs in their order: `run_client` for each of them."
-        pushes = {c.id: task.correction(own.get(c.id, {})) for c in clients}
-        corrections = {k: push for k, push in pushes.items() if push is not None}
-        updates = self.run(model, clients, task.payload, task.seed, task.objective(), own, corrections)
-        return [task.reported(model, c, u, own.get(c.id, {})) for c, u in zip(clients, updates, strict=True)]
+        raise NotImplementedError
 
     def close(self) -> None:
         "Give back what it holds between rounds."

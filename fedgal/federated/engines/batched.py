@@ -7,6 +7,7 @@ __all__ = ['pad_batches', 'blend_stacked', 'Batches', 'Weights', 'BatchedOptions
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #e0439ba5
 from collections.abc import Callable
+from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
@@ -22,6 +23,7 @@ from .memory import BUDGET, chunk_size, probed
 from ..local import draw_mixup, first_not_finite, means_of, total
 from ..messages import ClientUpdate, ServerPayload, load_payload
 from ..steps import Steps
+from ..work import attempted, run_client
 from ...models.init import undecayed_names
 from ...models.losses.protocol import Batch, LocalLoss, as_local_loss, blend, task_loss
 
@@ -275,3 +277,17 @@ class Batched(Engine):
                 for update in _run_chunk(model, probe, chunk, payload, seed, loss, own, corrections):
                     done[update.client] = update
         return [done[c.id] for c in clients]
+
+    def work(self, task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
+        kept = {c.id: own.get(c.id, {}) for c in clients}
+        pushes = {c.id: task.correction(kept[c.id]) for c in clients}
+        corrections = {k: push for k, push in pushes.items() if push is not None}
+        try:
+            updates = self.run(model, clients, task.payload, task.seed, task.objective(), own, corrections)
+        except FedgalError:
+            raise
+        except Exception as error:  # of one client, or of all: each alone tells
+            print(f"clients run one after another, since together they failed: {type(error).__name__}")
+            return [run_client(task, model, c, kept[c.id]) for c in clients]
+        reports = [partial(task.reported, model, c, u, kept[c.id]) for c, u in zip(clients, updates, strict=True)]
+        return [attempted(c, kept[c.id], report) for c, report in zip(clients, reports, strict=True)]
