@@ -35,7 +35,7 @@ def opinions(
     said = torch.full((n_clients, len(bank), bank.n_classes), 1 / bank.n_classes)
     with torch.inference_mode():
         for k, upper in uppers.items():
-            device = next(upper.parameters()).device
+            device = next((p.device for p in upper.parameters()), bank.z.device)
             said[k] = upper(bank.z.to(device)).logits.softmax(1)
     return said
 
