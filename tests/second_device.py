@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OTHER = "other:0"
@@ -55,6 +56,9 @@ class OtherTensor(torch.Tensor):
 
 def compute(func, args, kwargs):
     "Run an operation on the wrapped tensors; its result lives where a device would leave it."
+    if func._can_decompose():  # in inference mode operations come whole
+        with _Mode():
+            return func.decompose(*args, **kwargs)
     given = pytree.tree_leaves((args, kwargs))
     ours = [t for t in given if isinstance(t, OtherTensor)]
     device = kwargs.get("device")
@@ -67,14 +71,12 @@ def compute(func, args, kwargs):
         kwargs = {**kwargs, "device": torch.device("cpu")}
     inner_args, inner_kwargs = pytree.tree_map_only(OtherTensor, lambda t: t.inner, (args, kwargs))
     known = {id(t.inner): t for t in ours}
-    out = func(*inner_args, **inner_kwargs)
-    if func is aten._to_copy.default and there != bool(ours) and out is inner_args[0]:
-        out = out.clone()
-
-    def wrap(t):
-        return known.get(id(t)) if id(t) in known else OtherTensor(t) if there else t
-
-    return pytree.tree_map_only(torch.Tensor, wrap, out)
+    with torch.inference_mode(False), torch.no_grad():
+        out = func(*inner_args, **inner_kwargs)
+        if torch.Tag.inplace_view in func.tags:  # the wrapper takes the new shape too
+            with no_dispatch():
+                func(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, lambda t: known.get(id(t), OtherTensor(t) if there else t), out)
 
 
 def _refuse_mixing(func, args, given):

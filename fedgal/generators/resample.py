@@ -97,8 +97,8 @@ class Smote(Generator):
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        u = torch.rand(len(labels), 3, generator=generator, dtype=torch.float64)  # feature, neighbour, how far
-        u = u.to(labels.device)
+        u = torch.rand(len(labels), 3, generator=generator, dtype=torch.float64).to(labels.device)
+        # columns: which feature, which neighbour, how far
         i = (self.count.cumsum(0) - self.count)[labels] + (u[:, 0] * self.count[labels]).long()
         n_near = (self.near[i] >= 0).sum(1)
         j = torch.where(n_near > 0, self.near[i, (u[:, 1] * n_near).long()], i)
@@ -221,8 +221,8 @@ class Transplant(Generator):
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        u = torch.rand(len(labels), 2, generator=generator, dtype=torch.float64)  # class that gives, its residual
-        u = u.to(labels.device)
+        u = torch.rand(len(labels), 2, generator=generator, dtype=torch.float64).to(labels.device)
+        # columns: the class that gives, its residual
         reach = self.give.cumsum(1)[labels]
         donor = torch.searchsorted(reach, u[:, :1] * reach[:, -1:], right=True)[:, 0]
         i = (self.size.cumsum(0) - self.size)[donor] + (u[:, 1] * self.size[donor]).long()
