@@ -1,14 +1,17 @@
 """The library runs on any torch device: checked without a GPU, on a device that computes on the CPU and refuses to mix."""
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import second_device  # registers the device; autograd must not have run before
 import torch
-from device_cases import CASES, difference
+from device_cases import CASES, TOLERANCE, difference
 from second_device import OTHER
 
 import fedgal
+from fedgal.federated.algorithm import ALGORITHMS
 
 NOT_COVERED = ("federated", "algorithms", "stats", "finetune")  # rooms, without `algorithms/joint`
 CPU_ONLY = ("data",)  # data sets are read and divided on the CPU, with numpy; views of images are not
@@ -90,4 +93,14 @@ def _marked(name):
 def test_a_device_changes_no_number(name):
     expected = CASES[name]("cpu")
     with second_device.second_device():
-        assert difference(expected, CASES[name](OTHER)) < 1e-5
+        assert difference(expected, CASES[name](OTHER)) < TOLERANCE.get(name, 1e-5)
+
+
+@pytest.mark.slow
+def test_every_part_has_a_row_and_agrees():
+    "The script behind `make gpu`, with the CPU as the device."
+    script = Path(__file__).with_name("gpu.py")
+    done = subprocess.run([sys.executable, script, "--device", "cpu", "--small"], capture_output=True, text=True)
+    assert done.returncode == 0 and "all agree" in done.stdout, done.stdout + done.stderr
+    assert all(f"algorithm {name} " in done.stdout for name in ALGORITHMS)
+    assert all(f"chain: {step} " in done.stdout for step in ("train", "generator", "finetune generator"))
