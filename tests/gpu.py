@@ -4,36 +4,34 @@ Prints one row a part: seconds on both, the largest difference of the results, a
 that fails is a row too. Ends with status 1 if one failed. `--small` takes the shortest form of everything.
 """
 import argparse
-import importlib.util
 import sys
 import time
 import traceback
 import warnings
 
-NEEDED = ("torch", "numpy", "pandas", "sklearn", "scipy", "pydantic", "safetensors")
-if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
-    sys.exit(f"missing: {', '.join(missing)}; install the project first, pip install -e .")
+try:
+    import torch
+    from device_cases import CASES, TOLERANCE, difference, flat
 
-import torch
-from device_cases import CASES, TOLERANCE, difference, flat
-
-from fedgal.core.random import Runtime, prepare
-from fedgal.data.datasets import load_dataset
-from fedgal.data.split import make_split
-from fedgal.evaluation.fidelity import fidelity
-from fedgal.evaluation.metrics import evaluate
-from fedgal.evaluation.training import owner_scores
-from fedgal.federated.algorithm import ALGORITHMS
-from fedgal.federated.collect import collect_statistics
-from fedgal.federated.ledger import Ledger
-from fedgal.federated.loop import fit
-from fedgal.federated.setup import set_up
-from fedgal.federated.trained import TrainedRun, client_features, client_model, held_out
-from fedgal.finetune.arms import run_arm
-from fedgal.finetune.clients import FinetuneOptions
-from fedgal.finetune.context import ArmContext, arm_features
-from fedgal.generators.inputs import GeneratorInputs
-from fedgal.stats.teachers import select_teachers
+    from fedgal.core.random import Runtime, prepare
+    from fedgal.data.datasets import load_dataset
+    from fedgal.data.split import make_split
+    from fedgal.evaluation.fidelity import fidelity
+    from fedgal.evaluation.metrics import evaluate
+    from fedgal.evaluation.training import owner_scores
+    from fedgal.federated.algorithm import ALGORITHMS
+    from fedgal.federated.collect import collect_statistics
+    from fedgal.federated.ledger import Ledger
+    from fedgal.federated.loop import fit
+    from fedgal.federated.setup import set_up
+    from fedgal.federated.trained import TrainedRun, client_features, client_model, held_out
+    from fedgal.finetune.arms import run_arm
+    from fedgal.finetune.clients import FinetuneOptions
+    from fedgal.finetune.context import ArmContext, arm_features
+    from fedgal.generators.inputs import GeneratorInputs
+    from fedgal.stats.teachers import select_teachers
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing; install the project first: pip install -e .")
 
 TRAINING = {"seed": 0, "model": "cnn8", "head": "linear", "norm": "group", "local_loss": "ce", "augment": False}
 TRAINING |= {"batch_size": 16, "lr": 0.05, "momentum": 0.9}
