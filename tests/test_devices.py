@@ -11,7 +11,9 @@ from device_cases import CASES, TOLERANCE, difference
 from second_device import OTHER
 
 import fedgal
+from fedgal.core.errors import FedgalError
 from fedgal.federated.algorithm import ALGORITHMS
+from fedgal.pipeline.plan import plan
 
 NOT_COVERED = ("federated", "algorithms", "stats", "finetune")  # rooms, without `algorithms/joint`
 CPU_ONLY = ("data",)  # data sets are read and divided on the CPU, with numpy; views of images are not
@@ -81,6 +83,13 @@ def test_the_second_device_is_strict():
                 mixed()
         with pytest.raises(RuntimeError, match="draw on the CPU"):
             torch.rand(3, device=OTHER)
+
+
+def test_a_device_that_is_not_there_is_refused_at_planning(monkeypatch):
+    monkeypatch.setenv("FEDGAL_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(FedgalError, match="torch sees no CUDA device"):
+        plan(Path(fedgal.__file__).parents[1] / "params" / "quickstart.yaml")
 
 
 def _marked(name):

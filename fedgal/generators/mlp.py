@@ -67,7 +67,11 @@ class Targets(NamedTuple):
     trust: Tensor  # [C] weight of a class's Fourier mean
 
 # %% ../../nbs/generators/05_mlp.ipynb #6eb48abb
-def prepare(s: ClassStatistics, options: MLPOptions) -> tuple[Start, Targets]:
+def prepare(
+    s: ClassStatistics,  # on the CPU
+    options: MLPOptions,
+    device: torch.device | str = "cpu",  # of what is returned
+) -> tuple[Start, Targets]:
     "Start and targets from class statistics."
     mean = s.mean().nan_to_num()
     cov = target_covariance(s, options.shrink, options.widen)
@@ -87,7 +91,11 @@ def prepare(s: ClassStatistics, options: MLPOptions) -> tuple[Start, Targets]:
         cov = gain[:, :, None] * cov * gain[:, None, :]
     colour, white = whitening((share * cov).sum(0))
     factor = colour @ covariance_factor(white @ cov @ white.T) * s.present[:, None, None]
-    return Start(mean.float(), factor.float().contiguous(), s.present), targets
+    start = Start(mean.float(), factor.float().contiguous(), s.present)
+    return Start(*_moved(start, device)), Targets(*_moved(targets, device))
+
+def _moved(tensors, device):
+    return [None if t is None else t.to(device) for t in tensors]
 
 # %% ../../nbs/generators/05_mlp.ipynb #cbbc64c4
 class Residual(nn.Module):
@@ -162,14 +170,12 @@ class MLP(Generator):
     def fit(self, task: FitTask) -> list[dict]:
         task.require("statistics")
         self.space.check(task.space)
-        o = self.options
-        start, targets = prepare(task.statistics, o)
-        self.start = Start(*(t.to(task.device) for t in start))
-        targets = Targets(*(None if t is None else t.to(task.device) for t in targets))
-        width = len(targets.view)
-        net = Residual(self.n_classes, width, o.embedding, o.hidden, task.rng("weights"))
-        self.net = net.to(task.device)
+        self.start, targets = prepare(task.statistics, self.options, task.device)
+        self.net = self.build(len(targets.view), task.rng("weights")).to(task.device)
         return train(self, targets, task)
+
+    def build(self, width: int, generator: torch.Generator | None = None) -> Residual:
+        return Residual(self.n_classes, width, self.options.embedding, self.options.hidden, generator)
 
     def draw(self, noise: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         "Features [N, d] and shaped noise [N, d] for noise [N, d]."
@@ -191,9 +197,7 @@ class MLP(Generator):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.start = Start(*(tensors[k].clone() for k in Start._fields))
-        width = len(tensors["net.w3"])
-        net = Residual(self.n_classes, width, self.options.embedding, self.options.hidden)
-        self.net = net.to(tensors["net.w3"].device)
+        self.net = self.build(len(tensors["net.w3"])).to(tensors["net.w3"].device)
         self.net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
 
 # %% ../../nbs/generators/05_mlp.ipynb #b0a97840
