@@ -15,7 +15,8 @@ from fedgal.evaluation.fidelity import fidelity, tail_fidelity
 from fedgal.evaluation.generated import opinions
 from fedgal.evaluation.metrics import evaluate
 from fedgal.evaluation.readouts import readouts
-from fedgal.generators.base import GENERATORS, Bank, FitTask, load_generator, make_bank
+from fedgal.generators.base import GENERATORS, Bank, FitTask, load_generator
+from fedgal.generators.run import fit_and_sample
 from fedgal.models.encode import encode, encode_from
 from fedgal.models.losses import base, contrastive, geometry, matching
 from fedgal.models.losses.local import LOCAL_LOSSES, local_loss
@@ -148,11 +149,10 @@ SMALL = {
 
 
 def _generator(name, device):
-    options = GENERATORS.options(name, SMALL.get(name, {}))
-    generator = GENERATORS[name](SPACE, C, options)
-    task = task_on(device)
-    history = [[v for v in row.values() if isinstance(v, float)] for row in generator.fit(task)]
-    bank = make_bank(generator, 20, stream(1, "bank"))
+    sizes = torch.full((C,), 20)
+    fitted = fit_and_sample(name, task_on(device), sizes, seed=1, generator_options=SMALL.get(name))
+    generator, bank = fitted.generator, fitted.bank
+    history = [[v for v in row.values() if isinstance(v, float)] for row in fitted.history]
     with tempfile.TemporaryDirectory() as folder:
         generator.save(Path(folder) / "g.safetensors")
         twin = load_generator(Path(folder) / "g.safetensors", device)
@@ -241,5 +241,6 @@ def difference(a, b) -> float:
     a, b = flat(a), flat(b)
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
-    apart = [((x - y).abs() / x.abs().clamp(min=1)).masked_fill((x == y) | x.isnan() & y.isnan(), 0) for x, y in zip(a, b, strict=True)]
-    return max((float(d.nan_to_num(torch.inf).max()) for d in apart if d.numel()), default=0.0)
+    x, y = (torch.cat([t.flatten() for t in side]) for side in (a, b))
+    apart = ((x - y).abs() / x.abs().clamp(min=1)).masked_fill((x == y) | x.isnan() & y.isnan(), 0)
+    return float(apart.nan_to_num(torch.inf).max())
