@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: report test test-slow test-all lab clean
+.PHONY: report test test-slow test-all gpu lab clean
 
 report: $(VENV)/ready  ## run the quickstart and print the path of its report
 	$(BIN)/fedgal run params/quickstart.yaml
@@ -17,6 +17,9 @@ test-slow: $(VENV)/ready  ## what `make test` leaves out
 
 test-all: $(VENV)/ready  ## every test
 	$(BIN)/python -m pytest
+
+gpu: $(VENV)/ready  ## a few minutes on a GPU: every part of the library against the CPU, one row each
+	$(BIN)/python tests/gpu.py --device cuda
 
 lab: $(VENV)/ready  ## open JupyterLab on the tour
 	$(BIN)/fedgal lab

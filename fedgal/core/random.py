@@ -39,24 +39,37 @@ def np_stream(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.ra
 class Runtime:
     "What `prepare` settled on; part of every stage's cache key."
 
-    device: str
+    device: str  # "cpu" or "cuda"
     threads: int
-    precision: str
+    precision: str  # "fp32" or "bf16": of local training
+    tf32: bool = False  # products of float32 on a GPU may be rounded to ten bits
+
+    def hardware(self) -> dict[str, str]:
+        "The GPU and its CUDA version, for the record; nothing on a CPU."
+        if self.device == "cpu":
+            return {}
+        return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda or torch.version.hip}
 
 def runtime() -> Runtime:
     "Resolve `auto` in the settings by the fixed rule."
     s = settings()
     device = device_class()
-    if s.device == "cuda" and not torch.cuda.is_available():
-        raise FedgalError("device = cuda, but torch sees no CUDA device; use device = auto or cpu")
     precision = ("bf16" if device == "cuda" else "fp32") if s.precision == "auto" else s.precision
-    return Runtime(device, 1 if os.environ.get("IN_TEST") else s.threads, precision)
+    if precision == "tf32" and device == "cpu":
+        raise FedgalError("precision = tf32 is arithmetic of a GPU; use precision = auto or fp32 on the CPU")
+    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise FedgalError("precision = bf16, but this GPU has no bfloat16; use precision = fp32")
+    threads = 1 if os.environ.get("IN_TEST") else s.threads
+    return Runtime(device, threads, precision.replace("tf32", "fp32"), precision == "tf32")
 
 # %% ../../nbs/core/07_random.ipynb #1c73ec5c
 def prepare() -> Runtime:
-    "Set threads and, where there is a choice, deterministic algorithms for this process; say what will be used."
+    "Set threads, arithmetic and, where there is a choice, deterministic algorithms for this process."
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     r = runtime()
     torch.set_num_threads(r.threads)
+    for library in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        library.fp32_precision = "tf32" if r.tf32 else "ieee"
     if r.device != "cpu" or r.threads > 1:
         torch.use_deterministic_algorithms(True, warn_only=True)  # imports a compiler
     return r

@@ -68,7 +68,7 @@ def hold_out(
             f"no test set was given and class {c} has only {n[c]} examples, too few to set "
             f"{fraction:.0%} aside; add examples or bring a test file"
         )
-    keys = torch.rand(len(y), generator=stream(seed, "test set"), dtype=torch.float64)
+    keys = torch.rand(len(y), generator=stream(seed, "test set"), dtype=torch.float64).to(y.device)
     test = rank_in_class(y, keys=keys) < m
     return torch.nonzero(~test)[:, 0], torch.nonzero(test)[:, 0]
 

@@ -39,15 +39,12 @@ def augment(
     "Random shift and mirror image, a whole batch at once."
     _check_images(x)
     b, c, h, w = x.shape
-    dy, dx = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=generator)
-    mirror = torch.rand(b, 1, generator=generator) < 0.5 * flip
-    rows = torch.arange(h) + dy
-    columns = torch.arange(w)
+    dy, dx = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=generator).to(x.device)
+    mirror = torch.rand(b, 1, generator=generator).to(x.device) < 0.5 * flip
+    image, channel, rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
     columns = torch.where(mirror, w - 1 - columns, columns) + dx
-    image = torch.arange(b).view(b, 1, 1, 1)
-    channel = torch.arange(c).view(c, 1, 1)
-    index = [i.to(x.device) for i in (image, channel, rows[:, None, :, None], columns[:, None, None, :])]
-    return F.pad(x, [crop] * 4)[tuple(index)]
+    places = image.view(b, 1, 1, 1), channel.view(c, 1, 1), (rows + dy)[:, None, :, None], columns[:, None, None, :]
+    return F.pad(x, [crop] * 4)[places]
 
 # %% ../../nbs/data/09_transforms.ipynb #5fec5c57
 def distort(
@@ -62,14 +59,14 @@ def distort(
     _check_images(x)
     if not len(x):  # a client without samples
         return x
-    u = 2 * torch.rand(len(x), 6, generator=generator) - 1
+    u = 2 * torch.rand(len(x), 6, generator=generator).to(x.device) - 1
     angle = math.radians(degrees) * u[:, 0]
     wide, high = (1 + stretch * u[:, 1:3]).unbind(1)
     lean = slant * u[:, 3]
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     shape = torch.stack([wide, lean, torch.zeros_like(lean), high], 1).view(-1, 2, 2)
     maps = torch.cat([turn @ shape, 2 * shift * u[:, 4:, None]], 2)  # from places in the view to places in the image
-    grid = F.affine_grid(maps.to(x.device), list(x.shape), align_corners=False)  # both in [-1, 1]
+    grid = F.affine_grid(maps, list(x.shape), align_corners=False)  # both in [-1, 1]
     y = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
     return y.round().to(x.dtype) if x.dtype == torch.uint8 else y.to(x.dtype)
 

@@ -26,7 +26,7 @@ def consensus_report(
     if (K, C) != tuple(teachers.score.shape) or len(y) != N:
         wanted = f"{tuple(teachers.score.shape)} clients x classes"
         raise FedgalError(f"probabilities {tuple(probs.shape)} and {len(y)} labels do not fit {wanted}")
-    fit, judges, probs = teachers.weights(), teachers.weights("judges"), probs.double()
+    fit, judges, probs, y = teachers.weights(), teachers.weights("judges"), probs.cpu().double(), y.cpu()
     taught, judged, several = fit.sum(0) > 0, judges.sum(0) > 0, (fit > 0).sum(0) > 1
     recall = torch.stack([_class_mean((p.argmax(1) == y).double(), y, C) for p in probs])  # [K, C]
     spread = {name: _class_mean(v, y, C) for name, v in _teachers_spread(probs, y, fit).items()}
@@ -108,9 +108,9 @@ def class_geometry(
 def _moments(z, y, n_classes):
     z, n = z.double(), torch.bincount(y, minlength=n_classes).double()
     mean = class_sum(z, y, n_classes) / torch.where(n > 0, n, torch.nan)[:, None]
-    return mean, measured_radius(z, y, n_classes, about=mean)
+    return mean.cpu(), measured_radius(z, y, n_classes, about=mean).cpu()
 
 def _apart(mean):
     d = torch.cdist(mean, mean)
-    lowest = d.masked_fill(torch.eye(len(d), dtype=torch.bool) | d.isnan(), torch.inf).amin(1)
+    lowest = d.masked_fill(torch.eye(len(d), dtype=torch.bool, device=d.device) | d.isnan(), torch.inf).amin(1)
     return torch.where(lowest.isinf() | mean[:, 0].isnan(), torch.nan, lowest)

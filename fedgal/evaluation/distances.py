@@ -25,7 +25,7 @@ class Packed(NamedTuple):
 
     def trim(self, size: Tensor) -> "Packed":
         "At most `size[c]` features of class c."
-        mask = self.mask & (torch.arange(self.mask.shape[1]) < size[:, None])
+        mask = self.mask & (torch.arange(self.mask.shape[1], device=size.device) < size[:, None])
         n = int(mask.sum(1).max()) if mask.numel() else 0
         return Packed((self.z * mask[:, :, None])[:, :n], mask[:, :n])
 
@@ -45,17 +45,19 @@ def pack(
     generator: torch.Generator | None = None,  # draw them at random, in random order
 ) -> Packed:
     "Group features by class; raises `FedgalError` if labels do not fit."
-    y = torch.zeros(len(z), dtype=torch.long) if y is None else y
+    y = torch.zeros(len(z), dtype=torch.long, device=z.device) if y is None else y
     if len(z) != len(y): raise FedgalError(f"{len(z)} features but {len(y)} labels: one label per feature is needed")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_classes:
         raise FedgalError(f"labels go from {int(y.min())} to {int(y.max())}; allowed are 0 to {n_classes - 1}")
-    order = torch.arange(len(y)) if generator is None else torch.randperm(len(y), generator=generator)
+    order = torch.arange(len(y), device=y.device)
+    if generator is not None:
+        order = torch.randperm(len(y), generator=generator).to(y.device)
     count, y = torch.bincount(y, minlength=n_classes), y[order]
     place = rank_in_class(y, n_classes)
     n = min(int(count.max()), size or len(y))
-    out, keep = torch.zeros(n_classes, n, z.shape[1], dtype=torch.float64), place < n
+    out, keep = z.new_zeros(n_classes, n, z.shape[1], dtype=torch.float64), place < n
     out[y[keep], place[keep]] = z[order[keep]].double()
-    return Packed(out, torch.arange(n) < count[:, None])
+    return Packed(out, torch.arange(n, device=y.device) < count[:, None])
 
 # %% ../../nbs/evaluation/04_distances.ipynb #d6005e6a
 def square_distances(
@@ -67,13 +69,13 @@ def square_distances(
     d = (a.z**2).sum(-1)[:, :, None] + (other.z**2).sum(-1)[:, None] - 2 * a.z @ other.z.mT
     valid = a.mask[:, :, None] & other.mask[:, None]
     if b is None:
-        valid = valid & ~torch.eye(d.shape[1], dtype=torch.bool)
+        valid = valid & ~torch.eye(d.shape[1], dtype=torch.bool, device=d.device)
     return d.clamp(min=0).where(valid, torch.inf)
 
 # %% ../../nbs/evaluation/04_distances.ipynb #3b87a497
 def _radius(p, k):  # squared distance to the k-th neighbour [C, n]; -1 (an empty ball) for padding
     d = square_distances(p)
-    r = d.kthvalue(k, -1).values if k <= d.shape[-1] else torch.full(d.shape[:2], torch.inf)
+    r = d.kthvalue(k, -1).values if k <= d.shape[-1] else d.new_full(d.shape[:2], torch.inf)
     return r.where(p.mask, -1.0)
 
 def prdc(
@@ -176,4 +178,4 @@ def memorisation(
 
 def _nearest(a, b):
     d = square_distances(a, b)
-    return d.amin(2).sqrt() if d.shape[2] else torch.full(d.shape[:2], torch.inf)
+    return d.amin(2).sqrt() if d.shape[2] else d.new_full(d.shape[:2], torch.inf)

@@ -77,6 +77,7 @@ def fidelity(
         raise FedgalError(f"real features are {dims}: one space is needed")
     if train is None:
         train, y_train = real[:0], y_real[:0]
+    real, y_real, train, y_train, y_fake = (t.to(fake.device) for t in (real, y_real, train, y_train, y_fake))
     runs = []
     for split in range(n_splits):
         g = stream(seed, "fidelity", split)
@@ -88,15 +89,15 @@ def fidelity(
         compared = (a, generated.trim(size), b.trim(size), training)
         parts = [_score(*(p.classes(at) for p in compared)) for at in _chunks(a)]
         runs.append({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
-    table = pd.DataFrame({k: torch.stack([r[k] for r in runs]).mean(0).numpy() for k in runs[0]})
-    table["n_reference"], table["n_compared"], table["n_train"] = a.count.numpy(), size.numpy(), training.count.numpy()
-    sizes = zip(a.count.tolist(), size.tolist(), training.count.tolist(), strict=True)
-    table["reason"] = [_reason(*row, trained=len(train) > 0) for row in sizes]
+    table = pd.DataFrame({k: torch.stack([r[k] for r in runs]).mean(0).tolist() for k in runs[0]})
+    sizes = a.count.tolist(), size.tolist(), training.count.tolist()
+    table["n_reference"], table["n_compared"], table["n_train"] = sizes
+    table["reason"] = [_reason(*row, trained=len(train) > 0) for row in zip(*sizes, strict=True)]
     return Fidelity(table.rename_axis("class"))
 
 # %% ../../nbs/evaluation/05_fidelity.ipynb #fd6efa28
 def _chunks(p, budget=2**25):  # classes at once so that a distance matrix stays below 256 MiB
-    return torch.arange(len(p.mask)).split(max(1, budget // max(1, p.mask.shape[1] ** 2)))
+    return torch.arange(len(p.mask), device=p.mask.device).split(max(1, budget // max(1, p.mask.shape[1] ** 2)))
 
 # %% ../../nbs/evaluation/05_fidelity.ipynb #6afe89a7
 def _score(reference, generated, held_out, training):
@@ -124,7 +125,7 @@ def referee(
 ) -> Callable[[Tensor], Tensor]:  # features [M, d] -> scores [M, C]; a class without training features is never chosen
     "The nearest class mean: a classifier so simple that its mistakes are the features' fault."
     target, count = F.one_hot(y, n_classes).double(), torch.bincount(y, minlength=n_classes)
-    absent = torch.zeros(n_classes, dtype=torch.float64).masked_fill_(count == 0, -torch.inf)
+    absent = z.new_zeros(n_classes, dtype=torch.float64).masked_fill_(count == 0, -torch.inf)
     mu = target.T @ z.double() / count.clamp(min=1)[:, None]
     return lambda x: absent - torch.cdist(x.double(), mu)
 
@@ -142,6 +143,7 @@ def tail_fidelity(
 ) -> pd.DataFrame:  # rows all, many, medium, few; NaN for an empty group
     "Balanced accuracy of a referee: real to real, real to generated, generated to real."
     rows = []
+    real, y_real, y_fake = (t.to(fake.device) for t in (real, y_real, y_fake))
     for split in range(n_splits):
         g = stream(seed, "tail_fidelity", split)
         a, b = pack(real, y_real, n_classes, generator=g).halves()

@@ -32,10 +32,12 @@ def opinions(
     n_clients: int,
 ) -> Tensor:  # [K, N, C] probabilities; uniform for a client without a model
     "What every client's model says of generated features."
-    uniform = torch.full((len(bank), bank.n_classes), 1 / bank.n_classes)
+    said = torch.full((n_clients, len(bank), bank.n_classes), 1 / bank.n_classes)
     with torch.inference_mode():
-        said = [uppers[k](bank.z).logits.softmax(1) if k in uppers else uniform for k in range(n_clients)]
-    return torch.stack(said)
+        for k, upper in uppers.items():
+            device = next((p.device for p in upper.parameters()), bank.z.device)
+            said[k] = upper(bank.z.to(device)).logits.softmax(1)
+    return said
 
 @dataclass(frozen=True, eq=False)
 class BankConsensus:

@@ -118,7 +118,7 @@ def evaluate(
     training = [m for m in modules if m.training]
     for m in training:
         m.training = False
-    total = _tally(torch.zeros(0, n_classes), y[:0].cpu(), n_classes, n_bins)
+    total = _tally(torch.zeros(0, n_classes, device="cpu"), y[:0].cpu(), n_classes, n_bins)
     try:
         for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True):
             if len(yb) == 0:
@@ -147,7 +147,7 @@ def _tally(logits, y, n_classes, n_bins):
     )
 
 def _bins(p, hit, n_bins):  # p, hit: [N, M] -> [M, B, 3]
-    at = (p * n_bins).long().clamp(max=n_bins - 1) + n_bins * torch.arange(p.shape[1])
+    at = (p * n_bins).long().clamp(max=n_bins - 1) + n_bins * torch.arange(p.shape[1], device=p.device)
     values = torch.stack((torch.ones_like(p), hit.to(p.dtype), p), -1).double()
     sums = values.new_zeros(p.shape[1] * n_bins, 3).index_add_(0, at.flatten(), values.flatten(0, 1))
     return sums.view(-1, n_bins, 3)
@@ -164,7 +164,7 @@ def class_groups(
     if high <= 1:
         order = counts.argsort(descending=True, stable=True)
         before = counts[order].double().cumsum(0) - counts[order]
-        share = torch.empty(len(counts), dtype=torch.float64).index_copy_(0, order, before / counts.sum())
+        share = torch.empty_like(before).index_copy_(0, order, before / counts.sum())
         many, few = share < low - 1e-12, share >= high - 1e-12  # a class belongs to the group in which it begins
     else:
         many, few = counts > high, counts < low

@@ -90,7 +90,7 @@ class PrototypeOwnClasses(OwnHead):
     def predict(outputs):
         allowed = outputs.owned & outputs.prototypes.any(1)
         if not allowed.any():  # no owner of its classes may have taken part: nothing is right then
-            return torch.full((len(outputs.high),), -1)
+            return torch.full((len(outputs.high),), -1, device=outputs.high.device)
         return nearest_prototype(outputs.high, outputs.prototypes, allowed)
 
 # %% ../../nbs/evaluation/07_readouts.ipynb #87acd9c5
@@ -116,9 +116,10 @@ def readouts(
     return accuracies
 
 def _outputs(model, x):
+    device = next(model.parameters()).device
     with torch.inference_mode():
-        parts = [model.eval()(to_float(batch)) for batch in x.split(2048)]
-    return torch.cat([p.logits for p in parts]), torch.cat([p.high for p in parts])
+        parts = [model.eval()(to_float(batch.to(device))) for batch in x.split(2048)]
+    return torch.cat([p.logits.cpu() for p in parts]), torch.cat([p.high.cpu() for p in parts])
 
 def _balanced(guess, y, n_classes):
     hits, total = class_hits(guess, y, n_classes)

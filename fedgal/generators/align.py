@@ -24,7 +24,7 @@ class AlignMap(torch.autograd.Function):
         gram = wide.mT @ wide / (x.shape[-2] - 1)
         gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
         low = cholesky(gram)
-        eye = torch.eye(d).to(gram)
+        eye = torch.eye(d, dtype=gram.dtype, device=gram.device)
         if kind == "cholesky":
             frame = solve_triangular(low.mT, eye.expand_as(low), upper=True)
             left = factor
@@ -70,7 +70,7 @@ class Aligner:
         self.basis = None  # [C, d, n - 1], or the space itself
         if kind == "none":
             return
-        target = covariance.double() + RIDGE_TARGET * torch.eye(mean.shape[-1]).to(mean.device)
+        target = covariance.double() + RIDGE_TARGET * torch.eye(mean.shape[-1], device=mean.device)
         if n > mean.shape[-1]:
             self.factor = covariance_factor(target)
         else:

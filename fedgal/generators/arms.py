@@ -29,7 +29,8 @@ def fit_arm(
     upstream = {s: stage.keys[s] for s in ("10_data", "20_train", "30_statistics")}
 
     compute = partial(inputs.fit, name, sizes, arm, **params)
-    return stage.part("generator", name, FittedGenerator, compute, what, upstream, (GeneratorInputs.__module__,))
+    also = (GeneratorInputs.__module__,)
+    return stage.part("generator", name, FittedGenerator, compute, what, upstream, also).to(inputs.device)
 
 def fit_arms(
     stage,

@@ -36,7 +36,7 @@ class FitTask:
     latents: tuple[tuple[Tensor, Tensor], ...] = ()  # (features, labels), one pair a client
     views: int = 1  # how often every image is among them, view after view
     seed: int = 0
-    device: str = "cpu"  # where large networks are trained
+    device: str = "cpu"  # where the generator is fitted and then lives; latents are moved there
     engine: str = "auto"  # of a federation that trains it
     checkpoint: Path | None = None  # folder in which such a federation keeps its rounds
 
@@ -51,7 +51,9 @@ class FitTask:
         w = torch.ones(T, C) if self.teacher_weights is None else self.teacher_weights.float()
         if w.shape != (T, C) or (w < 0).any():
             raise FedgalError(f"teacher_weights {tuple(w.shape)}: [{T}, {C}] numbers >= 0 are needed, a row a teacher")
-        object.__setattr__(self, "teacher_weights", w / w.sum(0).clamp(min=1e-12))
+        object.__setattr__(self, "teacher_weights", (w / w.sum(0).clamp(min=1e-12)).to(self.device))
+        latents = tuple((z.to(self.device), y.to(self.device)) for z, y in self.latents)
+        object.__setattr__(self, "latents", latents)
 
     def rng(self, purpose: str) -> torch.Generator:
         "The random stream of one purpose."
@@ -133,18 +135,24 @@ class Generator(Described, ABC):
 
     @abstractmethod
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        "Features [N, dim], float32, one for each label."
+        "Features [N, dim], float32, one for each label; labels and features live where the generator does."
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        "Everything that `sample` needs, as named tensors."
+        "Everything that `sample` needs, as named tensors, where they are; a file holds them without their device."
 
     @abstractmethod
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        "Take a state back."
+        "Take a state back, and live where its tensors are."
 
-    def to(self, device: str) -> Generator:
-        "Move large networks; small ones stay on the CPU."
+    @property
+    def device(self) -> torch.device:
+        "Where a fitted generator lives."
+        return next(iter(self.state().values())).device
+
+    def to(self, device: torch.device | str) -> Generator:
+        "Move a fitted generator."
+        self.load_state({name: t.to(device) for name, t in self.state().items()})
         return self
 
     def meta(self) -> dict:
@@ -186,7 +194,7 @@ def make_generator(
 
 def load_generator(
     path: Path,  # what `Generator.save` wrote
-    device: str = "cpu",  # where large networks sample
+    device: str = "cpu",  # where it samples
 ) -> Generator:
     "A fitted generator, as it was."
     meta = load_meta(path)
@@ -197,7 +205,7 @@ def load_generator(
 # %% ../../nbs/generators/01_base.ipynb #ae0fe255
 @dataclass(frozen=True, eq=False)
 class Bank:
-    "Generated features with labels, their space, and who made them."
+    "Generated features with labels, on the CPU, their space, and who made them."
 
     z: Tensor  # [N, dim] float32
     y: Tensor  # [N] int64
@@ -242,9 +250,9 @@ def make_bank(
         counts = counts.expand(gen.n_classes)
     if len(counts) != gen.n_classes or (counts < 0).any():
         raise FedgalError(f"per_class = {per_class}: one number >= 0, or {gen.n_classes} of them")
-    labels = torch.repeat_interleave(torch.arange(gen.n_classes), counts)
+    labels = torch.repeat_interleave(torch.arange(gen.n_classes, device="cpu"), counts.cpu())
     with torch.no_grad():
-        z = gen.sample(labels, generator)
+        z = gen.sample(labels.to(gen.device), generator).cpu()
     return Bank(z.float(), labels, gen.space, gen.name, gen.n_classes)
 
 # %% ../../nbs/generators/01_base.ipynb #f69ccee9

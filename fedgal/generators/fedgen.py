@@ -50,7 +50,7 @@ def teaching_of(task: FitTask, form: str) -> Teaching:
     if form == "authors":
         return Teaching(w, labels)
     if task.statistics is not None:
-        labels = labels * task.statistics.count.float()
+        labels = labels * task.statistics.count.float().to(labels.device)
     return Teaching(w / w.sum(0).clamp(min=1e-12), labels)
 
 # %% ../../nbs/generators/08_fedgen.ipynb #f0e2ca8b
@@ -71,6 +71,7 @@ class FedGen(Generator):
             raise FedgalError(f"{self.name} needs a class with a teacher, and all teacher_weights are 0")
         o = self.options
         start = init_generator(o, self.n_classes, self.space.dim, task.rng("weights"))
+        start = {name: t.to(task.device) for name, t in start.items()}
         self.tensors, losses = descend(start, stack_heads(list(task.teachers)), taught, o, task.rng("batches"), o.lr)
         return mean_rows(losses, o.steps)
 
@@ -82,7 +83,7 @@ class FedGen(Generator):
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_taught(labels, self.known, self.name)
         net = net_from(self.tensors).eval()
-        return net(torch.rand(len(labels), net.noise, generator=generator), labels)
+        return net(torch.rand(len(labels), net.noise, generator=generator).to(labels.device), labels)
 
     def state(self) -> dict[str, Tensor]:
         return sent(self.tensors)

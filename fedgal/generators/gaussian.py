@@ -118,14 +118,14 @@ class Gaussian(Generator):
         self.space.check(task.space)
         o = self.options
         mean, factor = sampling_moments(task.statistics, o.shrink, o.widen, self.rectified, o.kappa)
-        self.mean = mean.float()
-        self.factor = factor.float().contiguous()
-        self.known = task.statistics.present
+        self.mean = mean.float().to(task.device)
+        self.factor = factor.float().contiguous().to(task.device)
+        self.known = task.statistics.present.to(task.device)
         return []
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        noise = torch.randn(len(labels), self.space.dim, generator=generator)
+        noise = torch.randn(len(labels), self.space.dim, generator=generator).to(labels.device)
         x = self.mean[labels] + class_matmul(noise, self.factor, labels)
         if self.rectified:
             x = x.relu()

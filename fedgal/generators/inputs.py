@@ -30,7 +30,7 @@ class GeneratorInputs:
     latents: list[tuple[Tensor, Tensor]]  # features and labels of every client
     views: int = 1  # how often every image is among the latents
     seed: int = 0
-    device: str = "cpu"  # where large networks are trained
+    device: str = "cpu"  # where generators are fitted and sample
     engine: str = "auto"  # of generators that clients train
     checkpoint: Path | None = None  # folder, in which every generator has its own
 
@@ -74,16 +74,17 @@ def load_inputs(
     run = load_run(stage)
     sums = stage.input("30_statistics")
     level, views, seed = (stage.params[name] for name in ("level", "views", "seed"))
+    device = stage.runtime.device
     return GeneratorInputs(
         run,
         level,
         statistics=ClassStatistics.load(sums / f"statistics_{level}.safetensors"),
         teachers=TeacherMap.from_dict(load_json(sums / "teachers.json")[level]),
-        uppers={k: client_model(run, k).view(level).requires_grad_(False) for k in sorted(run.clients)},
+        uppers={k: client_model(run, k).view(level).requires_grad_(False).to(device) for k in sorted(run.clients)},
         latents=client_features(run, level, views=views, seed=seed),
         views=views,
         seed=seed,
-        device=stage.runtime.device,
+        device=device,
         engine=engine,
         checkpoint=stage.checkpoint,
     )

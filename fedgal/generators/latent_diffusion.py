@@ -57,7 +57,7 @@ class Diffusion(Generator):
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
         u = self.frame.place(residuals(self, labels, generator), labels)
-        z = self.frame.leave(dilate(u, labels, self.frame.prototypes, self.stretch, torch.ones(self.n_classes)))
+        z = self.frame.leave(dilate(u, labels, self.frame.prototypes, self.stretch, torch.ones_like(self.stretch)))
         return settled(z, self.space, self.options.clamp)
 
     def in_steps(self, steps: int, generator: torch.Generator) -> Diffusion:
@@ -79,15 +79,15 @@ class Diffusion(Generator):
         self.count, self.stretch = tensors["count"].clone(), tensors["stretch"].clone()
         model = Denoiser(self.space.dim, self.n_classes, self.options.width, self.options.blocks)
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        self.model = model.requires_grad_(False)
+        self.model = model.to(self.count.device).requires_grad_(False)
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #fitden00
 def fit_diffusion(gen: Diffusion, task: FitTask) -> list[dict]:
     "Coordinates from the statistics, residuals of the clients in them, the network, and its radii."
     o, s = gen.options, task.statistics
-    gen.frame = make_frame(s, o.frame, o.kappa, o.widen, o.lam)
-    gen.count = s.count.float()
-    teaches = s.count > (1 if o.frame == "class" else 0)  # the residual of a lone sample is zero
+    gen.frame = Frame(*(t.to(task.device) for t in make_frame(s, o.frame, o.kappa, o.widen, o.lam)))
+    gen.count = s.count.float().to(task.device)
+    teaches = gen.count > (1 if o.frame == "class" else 0)  # the residual of a lone sample is zero
     parts = [(gen.frame.encode(z[teaches[y]], y[teaches[y]]), y[teaches[y]]) for z, y in task.latents]
     many = sum(len(x) > 0 for x, _ in parts)
     if gen.trained_on == "pooled":
@@ -98,7 +98,7 @@ def fit_diffusion(gen: Diffusion, task: FitTask) -> list[dict]:
     elif o.frame == "all":
         gen.stretch = (1 + o.widen / gen.count.clamp(min=1)).sqrt()
     else:
-        gen.stretch = torch.ones(gen.n_classes)  # in frame "class" the wider radius is in the frame
+        gen.stretch = torch.ones_like(gen.count)  # in frame "class" the wider radius is in the frame
     return history
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #a4d1c939
@@ -181,7 +181,7 @@ def residuals(gen: Diffusion, labels: Tensor, generator: torch.Generator) -> Ten
 
 def stretch(gen: Diffusion, generator: torch.Generator, per_class: int = 256) -> Tensor:
     "Wanted over generated radius of every class [C]; 1 for a class that is not known."
-    y = torch.arange(gen.n_classes).repeat_interleave(per_class)
+    y = torch.arange(gen.n_classes, device=gen.frame.centre.device).repeat_interleave(per_class)
     u = gen.frame.place(residuals(gen, y, generator), y)
     radius = measured_radius(u, y, gen.n_classes, about=gen.frame.prototypes.nan_to_num())
     ratio = gen.frame.target / radius
@@ -243,11 +243,12 @@ def denoising_error(
     draws: int = 8,  # noise levels for each feature
 ) -> dict[str, Tensor]:  # "network" and "gaussian", [C] each; NaN for a class without features
     "Min-SNR weighted error per dimension of the network as it is sampled, and of the Gaussian of its frame."
+    z, y = z.to(gen.device), y.to(gen.device)
     usable = gen.known[y]
     x = gen.frame.encode(z[usable], y[usable]).repeat(draws, 1)
     y = y[usable].repeat(draws)
-    t = stratified_t(len(y), gen.schedule.T, generator)
-    noise = torch.randn(x.shape, generator=generator)
+    t = stratified_t(len(y), gen.schedule.T, generator).to(x.device)
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
     z_t = add_noise(x, noise, t, gen.schedule)
     weight = min_snr_weight(t, gen.schedule, "x0")
     n = torch.bincount(y, minlength=gen.n_classes)

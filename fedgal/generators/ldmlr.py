@@ -61,7 +61,7 @@ def feature_range(
     nonnegative: bool,  # the range starts at zero
 ) -> tuple[Tensor, Tensor]:  # lower end [d] and length [d]
     "What is mapped to [0, 1]."
-    low = torch.zeros(z.shape[1]) if nonnegative else z.amin(0)
+    low = torch.zeros_like(z[0]) if nonnegative else z.amin(0)
     return low, z.amax(0) - low
 
 # %% ../../nbs/generators/12_ldmlr.ipynb #6637f9ab
@@ -71,7 +71,7 @@ def sample_batch(
     dim: int,
     steps: int,
     generator: torch.Generator,  # on the CPU
-) -> Tensor:  # [N, dim] on the CPU, [-1, 1]
+) -> Tensor:  # [N, dim] in [-1, 1], where the network is
     "Latents of given classes."
     device = net.classes.device
     labels = y.to(device)
@@ -79,7 +79,7 @@ def sample_batch(
     def denoise(z, t):
         return net(z, t, labels)
 
-    return ancestral(denoise, (len(y), dim), cosine_schedule(), steps, generator, device=device).cpu()
+    return ancestral(denoise, (len(y), dim), cosine_schedule(), steps, generator, device=device)
 
 # %% ../../nbs/generators/12_ldmlr.ipynb #09019e9f
 class LDMLR(Generator):
@@ -96,7 +96,7 @@ class LDMLR(Generator):
         z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
         if not len(y): raise FedgalError("ldmlr learns from features, and no client has any")
         self.known = torch.bincount(y, minlength=self.n_classes) > 0
-        as_it_is = torch.zeros(z.shape[1]), torch.ones(z.shape[1])
+        as_it_is = torch.zeros_like(z[0]), torch.ones_like(z[0])
         self.low, self.length = feature_range(z, self.space.nonnegative) if self.options.scale else as_it_is
         self.net = self.build(task.rng("weights")).to(task.device)
         length = torch.where(self.length > 0, self.length, 1.0)  # a unit that never moves stays at -1
@@ -105,10 +105,6 @@ class LDMLR(Generator):
 
     def build(self, generator: torch.Generator) -> UNet1d:
         return initialised(lambda: UNet1d(self.n_classes, self.options.base, self.options.multipliers), generator)
-
-    def to(self, device: str) -> LDMLR:
-        self.net = self.net.to(device)
-        return self
 
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -119,12 +115,12 @@ class LDMLR(Generator):
         return F.normalize(x, dim=1) if self.space.normalised else x
 
     def state(self) -> dict[str, Tensor]:
-        net = {f"net.{k}": v.detach().cpu() for k, v in self.net.state_dict().items()}
+        net = {f"net.{k}": v.detach() for k, v in self.net.state_dict().items()}
         return {"known": self.known, "low": self.low, "length": self.length} | net
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.known, self.low, self.length = (tensors[k].clone() for k in ("known", "low", "length"))
-        self.net = self.build(torch.Generator())
+        self.net = self.build(torch.Generator()).to(self.low.device)
         self.net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
 
 # %% ../../nbs/generators/12_ldmlr.ipynb #8a03e75f

@@ -67,7 +67,11 @@ class Targets(NamedTuple):
     trust: Tensor  # [C] weight of a class's Fourier mean
 
 # %% ../../nbs/generators/05_mlp.ipynb #6eb48abb
-def prepare(s: ClassStatistics, options: MLPOptions) -> tuple[Start, Targets]:
+def prepare(
+    s: ClassStatistics,  # on the CPU
+    options: MLPOptions,
+    device: torch.device | str = "cpu",  # of what is returned
+) -> tuple[Start, Targets]:
     "Start and targets from class statistics."
     mean = s.mean().nan_to_num()
     cov = target_covariance(s, options.shrink, options.widen)
@@ -87,7 +91,11 @@ def prepare(s: ClassStatistics, options: MLPOptions) -> tuple[Start, Targets]:
         cov = gain[:, :, None] * cov * gain[:, None, :]
     colour, white = whitening((share * cov).sum(0))
     factor = colour @ covariance_factor(white @ cov @ white.T) * s.present[:, None, None]
-    return Start(mean.float(), factor.float().contiguous(), s.present), targets
+    start = Start(mean.float(), factor.float().contiguous(), s.present)
+    return Start(*_moved(start, device)), Targets(*_moved(targets, device))
+
+def _moved(tensors, device):
+    return [None if t is None else t.to(device) for t in tensors]
 
 # %% ../../nbs/generators/05_mlp.ipynb #cbbc64c4
 class Residual(nn.Module):
@@ -133,13 +141,13 @@ def loss_terms(
 ) -> dict[str, Tensor]:
     "Every term of the loss, unweighted."
     m, q = len(x) // len(classes), targets.view.shape[0]
-    local = torch.arange(len(classes)).repeat_interleave(m)
+    local = torch.arange(len(classes), device=x.device).repeat_interleave(m)
     stat = statistics_loss(x @ targets.view.T, local, targets.mean[classes], targets.covariance[classes])
     terms = {"mean": stat.mean, "covariance": stat.covariance}
     if targets.fourier is not None:
         gap = class_mean_gap(task.statistics.rff.phi(x), local, targets.fourier[classes])[0]
         terms["fourier"] = (targets.trust[classes] * gap).mean()
-    few = torch.arange(len(x)).view(-1, m)[:, :8].flatten()  # eight of each class are enough pairs
+    few = torch.arange(len(x), device=x.device).view(-1, m)[:, :8].flatten()  # eight of each class are enough pairs
     terms["diversity"] = diversity_loss(shaped[few, :q], noise[few, :q], local[few])
     if picked:
         logits, weights = torch.stack([task.teachers[t](x).logits for t in picked]), task.teacher_weights[picked]
@@ -162,10 +170,12 @@ class MLP(Generator):
     def fit(self, task: FitTask) -> list[dict]:
         task.require("statistics")
         self.space.check(task.space)
-        self.start, targets = prepare(task.statistics, self.options)
-        width = len(targets.view)
-        self.net = Residual(self.n_classes, width, self.options.embedding, self.options.hidden, task.rng("weights"))
+        self.start, targets = prepare(task.statistics, self.options, task.device)
+        self.net = self.build(len(targets.view), task.rng("weights")).to(task.device)
         return train(self, targets, task)
+
+    def build(self, width: int, generator: torch.Generator | None = None) -> Residual:
+        return Residual(self.n_classes, width, self.options.embedding, self.options.hidden, generator)
 
     def draw(self, noise: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         "Features [N, d] and shaped noise [N, d] for noise [N, d]."
@@ -179,14 +189,15 @@ class MLP(Generator):
     @torch.no_grad()
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        return self.draw(torch.randn(len(labels), self.space.dim, generator=generator), labels)[0]
+        noise = torch.randn(len(labels), self.space.dim, generator=generator).to(labels.device)
+        return self.draw(noise, labels)[0]
 
     def state(self) -> dict[str, Tensor]:
         return self.start._asdict() | {f"net.{k}": v.detach() for k, v in self.net.state_dict().items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.start = Start(*(tensors[k].clone() for k in Start._fields))
-        self.net = Residual(self.n_classes, tensors["net.w3"].shape[0], self.options.embedding, self.options.hidden)
+        self.net = self.build(len(tensors["net.w3"])).to(tensors["net.w3"].device)
         self.net.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
 
 # %% ../../nbs/generators/05_mlp.ipynb #b0a97840
@@ -217,10 +228,10 @@ def train(gen: MLP, targets: Targets, task: FitTask) -> list[dict]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, o.steps)
     weight, history, losses = term_weights(o), [], []
     for step in range(1, o.steps + 1):
-        chosen = classes[torch.randperm(len(classes), generator=rng)[:16]]
+        chosen = classes[torch.randperm(len(classes), generator=rng)[:16].to(classes.device)]
         y = chosen.repeat_interleave(o.batch_size // len(chosen))
         picked = torch.randperm(len(task.teachers), generator=rng)[: o.teachers_per_step].tolist() if has_judges else []
-        noise = torch.randn(len(y), gen.space.dim, generator=rng)
+        noise = torch.randn(len(y), gen.space.dim, generator=rng).to(y.device)
         x, shaped = gen.draw(noise, y)
         terms = loss_terms(x, shaped, noise, chosen, targets, task, picked, o.form)
         total = sum(weight[k] * v for k, v in terms.items()) + o.share * gen.net.embedding.square().sum(1).mean()

@@ -27,12 +27,13 @@ def same_class_neighbours(
     views: int = 1,  # rows are view after view; views of one image are not its neighbours
 ) -> Tensor:  # [N, k] indices, nearest first; -1 where a class has no more
     "The k nearest other features of the same class."
-    out = torch.full((len(y), k), -1)
+    out = torch.full((len(y), k), -1, device=y.device)
     columns = min(k, len(y) - 1)
     if columns < 1:
         return out
-    z, image = z.double(), torch.arange(len(y)) % (len(y) // views)
-    for rows in torch.arange(len(y)).split(1024):  # bounded memory
+    each = torch.arange(len(y), device=y.device)
+    z, image = z.double(), each % (len(y) // views)
+    for rows in each.split(1024):  # bounded memory
         distance = torch.cdist(z[rows], z).masked_fill_(y[rows, None] != y, torch.inf)
         distance.masked_fill_(image[rows, None] == image, torch.inf)
         near, index = distance.topk(columns, largest=False)
@@ -59,7 +60,8 @@ def smote_disclosures(gen: Smote) -> list[str]:
     "What a bank of `smote` gives away."
     alone = gen.near[:, 0] < 0
     n = int(alone.sum())
-    classes = torch.repeat_interleave(torch.arange(gen.n_classes), gen.count)[alone].unique().tolist()
+    y = torch.repeat_interleave(torch.arange(gen.n_classes, device=gen.device), gen.count)
+    classes = y[alone].unique().tolist()
     texts = ["every generated feature lies on the segment between two real features of one client"]
     if classes:
         listed = ", ".join(map(str, classes))
@@ -95,7 +97,8 @@ class Smote(Generator):
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        u = torch.rand(len(labels), 3, generator=generator, dtype=torch.float64)  # feature, neighbour, how far
+        u = torch.rand(len(labels), 3, generator=generator, dtype=torch.float64).to(labels.device)
+        # columns: which feature, which neighbour, how far
         i = (self.count.cumsum(0) - self.count)[labels] + (u[:, 0] * self.count[labels]).long()
         n_near = (self.near[i] >= 0).sum(1)
         j = torch.where(n_near > 0, self.near[i, (u[:, 1] * n_near).long()], i)
@@ -201,7 +204,7 @@ class Transplant(Generator):
     def fit(self, task: FitTask) -> list[dict]:
         task.require("latents")
         self.space.check(task.space)
-        z, y = (torch.cat(v) for v in zip(*task.latents, strict=True))
+        z, y = (torch.cat(v).cpu() for v in zip(*task.latents, strict=True))  # where class statistics are
         s = task.statistics or ClassStatistics.from_features(z, y, self.n_classes, self.space)
         self.known = s.present
         self.mean = s.mean().nan_to_num().float()
@@ -213,11 +216,13 @@ class Transplant(Generator):
         self.size = torch.bincount(y, minlength=self.n_classes)
         self.residual = residual.float()
         self.factor = transplant_factor(residual, y, s, self.give, self.options).float()
+        self.to(task.device)
         return []
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        u = torch.rand(len(labels), 2, generator=generator, dtype=torch.float64)  # class that gives, its residual
+        u = torch.rand(len(labels), 2, generator=generator, dtype=torch.float64).to(labels.device)
+        # columns: the class that gives, its residual
         reach = self.give.cumsum(1)[labels]
         donor = torch.searchsorted(reach, u[:, :1] * reach[:, -1:], right=True)[:, 0]
         i = (self.size.cumsum(0) - self.size)[donor] + (u[:, 1] * self.size[donor]).long()

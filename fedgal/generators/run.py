@@ -5,12 +5,12 @@
 # %% ../../nbs/generators/13_run.ipynb #1f429770
 from __future__ import annotations
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..core.errors import FedgalError, one_of
-from ..core.random import runtime, stream
+from ..core.random import stream
 from ..core.store import load_json, save_json
 from ..core.tensors import n_bytes
 from ..federated.ledger import Ledger
@@ -84,7 +84,7 @@ def bank_sizes(
     bank_share: float = 0.0,  # above 0: this share of a class's samples instead
 ) -> Tensor:  # [C] int64
     "Features to generate for each class."
-    return sizes_by_share(counts, bank_share) if bank_share else torch.full((len(counts),), bank_per_class)
+    return sizes_by_share(counts, bank_share) if bank_share else torch.full_like(counts, bank_per_class)
 
 # %% ../../nbs/generators/13_run.ipynb #ff6b6f0d
 ARMS = ("gaussian", "generator")  # arms that a bank is drawn for; each has a random stream of its own
@@ -108,13 +108,17 @@ class FittedGenerator:
         facts = {"history": history, "messages": [list(m) for m in self.messages]}
         save_json(folder / "fitted.json", facts | {"present": self.present.tolist()})
 
+    def to(self, device: str) -> FittedGenerator:
+        "The same with the generator on a device; the bank stays on the CPU."
+        return replace(self, generator=self.generator.to(device))
+
     @classmethod
-    def load(cls, folder: Path, device: str | None = None) -> FittedGenerator:
-        "Read what `save` wrote; large networks go to the device, by default this machine's."
+    def load(cls, folder: Path) -> FittedGenerator:
+        "Read what `save` wrote, onto the CPU."
         folder = Path(folder)
         facts = load_json(folder / "fitted.json")
         return cls(
-            load_generator(folder / "generator.safetensors", device or runtime().device),
+            load_generator(folder / "generator.safetensors"),
             Bank.load(folder / "bank.safetensors"),
             [dict(row) for row in facts["history"]],
             [Message(*m) for m in facts["messages"]],
@@ -137,9 +141,10 @@ def fit_and_sample(
     options = GENERATORS.options(name, generator_options, **params)
     generator = GENERATORS[name](task.space, task.n_classes, options)
     history = generator.fit(task)
-    present = torch.ones(task.n_classes, dtype=torch.bool) if task.statistics is None else task.statistics.present
+    everything = torch.ones(task.n_classes, dtype=torch.bool, device=sizes.device)
+    present = everything if task.statistics is None else task.statistics.present
     if generator.known is not None:
-        present = present & generator.known
+        present = present & generator.known.to(present.device)
     bank = make_bank(generator, present * sizes, stream(seed, f"bank {arm}"))
     return FittedGenerator(generator, bank, history, generator.messages(task), present)
 

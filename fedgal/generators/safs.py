@@ -29,7 +29,7 @@ def sizes_by_rank(
 ) -> Tensor:  # [C] int64, 0 for a class without samples
     "Bank size of every class, by the rank of its count among the distinct counts."
     levels, rank = count[count > 0].unique(return_inverse=True)
-    size = torch.zeros(len(count), dtype=torch.int64)
+    size = torch.zeros(len(count), dtype=torch.int64, device=count.device)
     size[count > 0] = (largest - rank.double() / max(1, len(levels) - 1) * (largest - smallest)).round().long()
     return size
 
@@ -131,8 +131,8 @@ def deal(
     generator: torch.Generator,
 ) -> Tensor:  # [N] row numbers
     "For each label a row of its bank, in random order and none again before all were dealt."
-    owner = torch.repeat_interleave(torch.arange(len(size)), size)
-    key = torch.rand(len(owner), generator=generator, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(size), device=size.device), size)
+    key = torch.rand(len(owner), generator=generator, dtype=torch.float64).to(size.device)
     shuffled = torch.argsort(key + owner)  # a permutation within each class
     rank = rank_in_class(labels, len(size))
     return shuffled[(size.cumsum(0) - size)[labels] + rank % size[labels]]
@@ -157,8 +157,8 @@ class SAFS(Generator):
                 f"weight_mmd = {o.weight_mmd} needs random Fourier sums, and these statistics have none; "
                 "compute statistics with an RFF, or set weight_mmd = 0"
             )
-        self.size = sizes_by_rank(s.count, o.largest, o.smallest)
-        self.bank = torch.randn(int(self.size.sum()), self.space.dim, generator=task.rng("bank"))
+        self.size = sizes_by_rank(s.count, o.largest, o.smallest).to(task.device)
+        self.bank = torch.randn(int(self.size.sum()), self.space.dim, generator=task.rng("bank")).to(task.device)
         weight = {
             "mmd": None if s.fourier is None else o.weight_mmd,
             "arr": o.weight_arr if self.space.nonnegative else None,
@@ -183,19 +183,19 @@ def synthesise_banks(
 ) -> Tensor:  # mmd and arr before and after every step, mean over classes [steps + 1, 2]
     "Optimise the banks of all classes, those of one size together."
     s, o = task.statistics, gen.options
-    mean = s.mean()
-    cov = target_covariance(s, o.shrink, o.widen)
-    fourier = None if s.fourier is None else s.fourier_mean()
+    mean = s.mean().to(task.device)
+    cov = target_covariance(s, o.shrink, o.widen).to(task.device)
+    fourier = None if s.fourier is None else s.fourier_mean().to(task.device)
     row_bytes = 4 * (6 * gen.space.dim + (0 if fourier is None else 2 * s.rff.n_features))
     start = gen.size.cumsum(0) - gen.size
     total = 0.0
     for classes in equal_sizes(gen.size, row_bytes):
         m = int(gen.size[classes[0]])
-        rows = start[classes][:, None] + torch.arange(m)
+        rows = start[classes][:, None] + torch.arange(m, device=start.device)
         aligner = Aligner(mean[classes], cov[classes], m, o.aligner)
         wanted = None if fourier is None else fourier[classes]
         gen.bank[rows], terms = synthesise(gen.bank[rows], aligner, o, wanted, s.rff, gen.space.nonnegative)
-        total = total + terms / s.present.sum()
+        total = total + terms.cpu() / s.present.sum()
     return total
 
 def history_rows(terms: Tensor, weight: dict[str, float | None]) -> list[dict]:

@@ -20,7 +20,7 @@ def encode(
     x: Tensor,  # [N, ...] uint8 images or float inputs
     level: str,  # "low", "high" or "projected"
     batch_size: int = 128,  # larger ones leave the processor's cache
-) -> Tensor:  # [N, d] float32
+) -> Tensor:  # [N, d] float32, on the CPU
     "Features of all samples at a level, with the model in evaluation mode."
     one_of("level", level, LEVELS)
     device = next(model.parameters()).device
@@ -29,19 +29,20 @@ def encode(
     with torch.inference_mode():
         parts = [getattr(model(to_float(b.to(device))), level).cpu() for b in x.split(batch_size)]
     model.train(training)
-    return torch.cat(parts).clone() if parts else torch.zeros(0, model.dims[level])
+    return torch.cat(parts).clone() if parts else torch.zeros(0, model.dims[level], device="cpu")
 
 def encode_from(
     model: SplitModel,
     z: Tensor,  # [N, d] features of a level
     level: str,  # "low" or "high"
-) -> Tensor:  # [N, d_high]
+) -> Tensor:  # [N, d_high], where `z` lives
     "High features of features that enter at a level, with the model in evaluation mode."
     if level == "high":
         return z
+    device = next(model.parameters()).device
     training = model.training
     model.eval()
     with torch.inference_mode():
-        high = torch.cat([model.from_low(b).high for b in z.split(2048)]).clone()
+        high = torch.cat([model.from_low(b.to(device)).high.to(z.device) for b in z.split(2048)]).clone()
     model.train(training)
     return high

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 from ..core.errors import FedgalError
-from ..core.settings import settings
+from ..core.settings import default_jobs, settings
 from ..core.store import save_json
 from .execute import ensure
 from .keys import keys
@@ -105,7 +105,7 @@ def run(
         record = new_record(exp) | {"pages": published_pages(home)}
         try:
             save_json(home / "run.json", record)
-            run_members(exp, record, jobs or settings().jobs or os.cpu_count() or 1)
+            run_members(exp, record, jobs or settings().jobs or default_jobs())
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             record |= {"status": status, "error": record.get("error") or str(error)}

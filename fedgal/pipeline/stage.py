@@ -204,6 +204,7 @@ class Stage(StageInputs):
         shutil.rmtree(self.checkpoint, ignore_errors=True)
         what = facts(self.name, self.params, {u: self.keys[u] for u in inputs(self.name)})
         manifest = {name: what[name] for name in ("params", "inputs", "versions", "machine")}
+        manifest["machine"] |= self.runtime.hardware()
         before = _stored(self.folder)
         target = self.folder if before is None else self.work.with_suffix(".again")
         commit(self.work, target, **manifest, parts=self.parts, **extra)

@@ -89,8 +89,8 @@ class JointInputs:
     "What every arm of a joint training is given."
 
     model: SplitModel  # to start from
-    x: Tensor  # [N, ...] training samples of all clients: as stored if they are augmented, else float
-    y: Tensor  # int64 [N]
+    x: Tensor  # [N, ...] training samples of all clients, where the model is: as stored if augmented, else float
+    y: Tensor  # int64 [N], on the CPU: classes are counted and drawn there
     recipe: dict  # arguments of `build_model` for this kind of model
     augment: Callable | None = None  # (x, generator) -> x
     pool: tuple[Tensor, Tensor] | None = None  # samples as stored and classes, for the arm `oracle`
@@ -118,4 +118,4 @@ def joint_inputs(
     augment = augmentation_for(run.data) if training["augment"] else None
     pool = oracle_pool(run, pool_per_class, seed) if pool_per_class else None
     model = start_model(run, recipe, start, seed).to(device)
-    return JointInputs(model, x if augment else to_float(x), y, recipe, augment, pool)
+    return JointInputs(model, (x if augment else to_float(x)).to(device), y, recipe, augment, pool)

@@ -39,7 +39,7 @@ def image_grid(
     max_classes: int = 10,  # evenly spaced from head to tail
 ) -> tuple[Figure, str]:
     "Sample images in columns, one per class from the most frequent to the rarest."
-    x, y = np.asarray(x), np.asarray(y)
+    x, y = (np.asarray(v.cpu() if hasattr(v, "cpu") else v) for v in (x, y))
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise FedgalError(f"images of shape [N, 1 or 3, H, W] are needed, not {list(x.shape)}")
     n = to_array(np.bincount(y) if counts is None else counts)

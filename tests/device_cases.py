@@ -1,0 +1,246 @@
+"""Small computations of every part of the library, each a function of a device; their results must not depend on it."""
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedgal.algorithms.joint.options import JointOptions
+from fedgal.algorithms.joint.trainer import fit_joint
+from fedgal.core.random import stream
+from fedgal.data.transforms import augment, distort
+from fedgal.evaluation.consensus import class_geometry, consensus_report
+from fedgal.evaluation.fidelity import fidelity, tail_fidelity
+from fedgal.evaluation.generated import opinions
+from fedgal.evaluation.metrics import evaluate
+from fedgal.evaluation.readouts import readouts
+from fedgal.generators.base import GENERATORS, Bank, FitTask, load_generator
+from fedgal.generators.run import fit_and_sample
+from fedgal.models.encode import encode, encode_from
+from fedgal.models.losses import base, contrastive, geometry, matching
+from fedgal.models.losses.local import LOCAL_LOSSES, local_loss
+from fedgal.models.networks import MODELS, build_model
+from fedgal.models.split import Features
+from fedgal.stats.class_statistics import ClassStatistics
+from fedgal.stats.space import RFF, Space
+from fedgal.stats.teachers import TeacherMap
+
+C, DIM, K = 4, 12, 3  # classes, size of a feature, clients
+SPACE = Space("global", "high", False, True, DIM)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=stream(seed, "case"))
+
+
+def labels(n, seed=0):
+    "Labels with a long tail, each class there."
+    return torch.cat([torch.arange(C), torch.randint(0, C, (2, n - C), generator=stream(seed, "labels")).amin(0)])
+
+
+def features(n, seed=0):
+    y = labels(n, seed)
+    return (draw(C, DIM, seed=9)[y] + draw(n, DIM, seed=seed)).clamp(min=0), y
+
+
+class Upper(nn.Module):
+    "The part of a client's model above the features."
+
+    def __init__(self, seed, device):
+        super().__init__()
+        self.head = nn.Linear(DIM, C)
+        with torch.no_grad():
+            self.head.weight.copy_(draw(C, DIM, seed=seed))
+            self.head.bias.zero_()
+        self.requires_grad_(False).to(device)
+
+    def forward(self, z):
+        return Features(z, z, z, self.head(z))
+
+
+def model_on(device, name="cnn8"):
+    return build_model(name, (1, 8, 8), C, generator=stream(0, "model")).to(device)
+
+
+def pictures(n):
+    return torch.randint(0, 256, (n, 1, 8, 8), generator=stream(0, "pixels"), dtype=torch.uint8), labels(n)
+
+
+# losses: values and gradients
+
+def _loss(function, device):
+    z = draw(32, DIM).to(device).requires_grad_()
+    value = function(z, labels(32).to(device), lambda *shape, seed=1: draw(*shape, seed=seed).to(device))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+    total = sum(v.sum() for v in parts)
+    return [*(v.detach() for v in parts), torch.autograd.grad(total, z)[0]]
+
+
+def _head(z, new):
+    return z @ new(DIM, C)
+
+
+def _statistics(z, y, new):
+    factor = new(C, DIM, DIM)
+    rff = RFF(DIM, 8)
+    return matching.statistics_loss(z, y, new(C, DIM), factor @ factor.mT, new(C, 8).abs(), rff.phi)
+
+
+def _teachers(function):
+    return lambda z, y, new: function((z @ new(K, DIM, C)), y, new(K, C).abs())
+
+
+def _gald(z, y, new):
+    anchors = geometry.Anchors(new(C, DIM), new(C).abs(), new(1).abs()[0])
+    return geometry.gald_loss(z, y, new(32).sigmoid(), anchors)
+
+
+def _counts(z):
+    return torch.arange(1, C + 1, device=z.device)
+
+
+LOSSES = {
+    "balanced_softmax": lambda z, y, new: base.balanced_softmax(_head(z, new), y, _counts(z)),
+    "prototype_distance": lambda z, y, new: contrastive.prototype_distance(z, y, new(C, DIM), _counts(z) > 1),
+    "supervised_contrastive": lambda z, y, new: contrastive.supervised_contrastive(z, y, new(C, DIM), _counts(z) > 1),
+    "soft_label_loss": lambda z, y, new: contrastive.soft_label_loss(_head(z, new), y, new(C, C), _counts(z) > 1),
+    "gald_loss": _gald,
+    "statistics_loss": _statistics,
+    "teacher_cross_entropy": _teachers(matching.teacher_cross_entropy),
+    "consistency_loss": _teachers(matching.consistency_loss),
+    "diversity_loss": lambda z, y, new: matching.diversity_loss(z, new(32, 5), y),
+}
+
+
+class _Client:
+    y = labels(40)
+
+
+def _local(name):
+    loss = local_loss(name, C, 4).at(3)
+    counts = loss.context(_Client)
+    return lambda z, y, new: loss(Features(z, z, z, _head(z, new)), y, None, counts)
+
+
+LOSSES |= {f"local {name}": _local(name) for name in LOCAL_LOSSES}
+
+
+# generators: history, samples, and samples of one that was saved
+
+def task_on(device):
+    clients = tuple(features(60, seed) for seed in range(K))
+    z, y = (torch.cat(parts) for parts in zip(*clients, strict=True))
+    statistics = ClassStatistics.from_features(z, y, C, SPACE, RFF(DIM, 16))
+    teachers = tuple(Upper(k, device) for k in range(K))
+    return FitTask(SPACE, C, statistics, teachers, latents=clients, device=device)
+
+
+SMALL = {
+    "safs": {"steps": 3, "largest": 40, "smallest": 20},
+    "fedgen": {"steps": 4},
+    "fedgen_pfllib": {"steps": 4, "noise": 8, "hidden": 16},
+    "mlp": {"steps": 4},
+    "ldmlr": {"steps": 2, "sample_steps": 2, "base": 8, "multipliers": [1], "batch_size": 16, "lr": 1e-8},
+} | {
+    name: {"steps": 4, "rounds": 2, "width": 8, "blocks": 1, "batch_size": 16, "sample_steps": 3}
+    for name in ("diffusion", "diffusion_pooled", "gald", "gald_pooled")
+}
+
+
+def _generator(name, device):
+    sizes = torch.full((C,), 20)
+    fitted = fit_and_sample(name, task_on(device), sizes, seed=1, generator_options=SMALL.get(name))
+    generator, bank = fitted.generator, fitted.bank
+    history = [[v for v in row.values() if isinstance(v, float)] for row in fitted.history]
+    with tempfile.TemporaryDirectory() as folder:
+        generator.save(Path(folder) / "g.safetensors")
+        twin = load_generator(Path(folder) / "g.safetensors", device)
+    asked = labels(50).to(device)
+    samples = [g.sample(asked, stream(2, "sample")) for g in (generator, twin)]
+    assert {str(s.device) for s in samples} == {str(asked.device)} and bank.z.device.type == "cpu"
+    tables = generator.diagnostics({"here": features(60, 0)}, 0)
+    few = generator.in_steps(2, stream(3, "few"))
+    more = [] if few is None else [few.sample(asked, stream(2, "sample"))]
+    return [history, bank.z, *samples, *more, [list(row.values()) for t in tables.values() for row in t.values()]]
+
+
+# models, features, metrics
+
+def _model(name, device):
+    model = build_model(name, (1, 16, 16), C, generator=stream(0, "model")).to(device)
+    x = draw(6, 1, 16, 16).to(device)
+    out = model(x)
+    loss = base.cross_entropy(out.logits, labels(6).to(device)).sum()
+    return [*out, *torch.autograd.grad(loss, list(model.low.parameters()))]
+
+
+def _features(device):
+    model, (x, y) = model_on(device), pictures(40)
+    low = encode(model, x, "low")
+    counts = evaluate(model, x, y, C)
+    owned = torch.ones(2, C, dtype=torch.bool)
+    accuracies = readouts([model, model], x, y, owned, draw(C, model.dims["high"]).abs())
+    return [low, encode_from(model, low, "low"), counts.recall, counts.ece, list(accuracies.values())]
+
+
+def _views(device):
+    x = pictures(10)[0].to(device)
+    return [augment(x, stream(0, "views")), distort(x, stream(0, "views")), distort(x.float(), stream(0, "views"))]
+
+
+def _fidelity(device):
+    real, fake, train = (features(n, n) for n in (120, 80, 60))
+    fake = [t.to(device) for t in fake]
+    scores = fidelity(*real, *fake, C, *train).table.drop(columns="reason")
+    tail = tail_fidelity(*real, *fake, C, torch.tensor([50, 20, 5, 2]))
+    return [torch.tensor(scores.to_numpy(float)), torch.tensor(tail.to_numpy(float))]
+
+
+def _consensus(device):
+    z, y = features(60, 1)
+    said = opinions({k: Upper(k, device) for k in range(K - 1)}, Bank(z, y, SPACE, "case", C), K)
+    ids = {c: [c % K] for c in range(C)}
+    judges = {c: [(c + 1) % K] for c in range(C)}
+    scores = torch.rand(K, C, generator=stream(0, "scores"), dtype=torch.float64)
+    teachers = TeacherMap(ids, {c: [] for c in range(C)}, judges, scores, scores, scores)
+    table = consensus_report(said.to(device), y.to(device), teachers)[0]
+    shape = class_geometry(z.to(device), y.to(device), *features(50, 2), C)
+    return [torch.tensor(t.to_numpy(float)) for t in (table, shape)]
+
+
+# joint training
+
+def _joint(bank, device):
+    sizes = {"epochs": 2, "batch_size": 16, "refresh": 1, "width": 8, "blocks": 1, "sampling_steps": 2}
+    options = JointOptions(bank=bank, bank_per_class=10, watch=2, lr_encoder=1e-4, warmup_share=0, ramp=1, **sizes)
+    x, y = pictures(32)
+    result = fit_joint(model_on(device), x.to(device), y, options, 0, augment=distort, pool=pictures(24))
+    history = [[v for v in row.values() if isinstance(v, float)] for row in result.history]
+    return [history, *result.model.state_dict().values(), *result.denoiser.state_dict().values(), *result.bank]
+
+
+CASES = {f"loss {name}": partial(_loss, f) for name, f in LOSSES.items()}
+CASES |= {f"model {name}": partial(_model, name) for name in MODELS}
+CASES |= {"encode, evaluate, readouts": _features, "views": _views, "fidelity": _fidelity, "consensus": _consensus}
+CASES |= {f"generator {name}": partial(_generator, name) for name in GENERATORS}
+CASES |= {f"joint, bank {bank}": partial(_joint, bank) for bank in ("denoiser", "gaussian", "real")}
+
+TOLERANCE = {"generator ldmlr": 1e-3}  # errors at low noise weigh a thousandfold; else 1e-5
+
+
+def flat(value) -> list[torch.Tensor]:
+    "All numbers of a result, on the CPU in float64."
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in flat(v)]
+    return [torch.as_tensor(value).detach().cpu().double()]
+
+
+def difference(a, b) -> float:
+    "Largest difference of two results, relative where numbers are above 1; infinite where their shapes differ."
+    a, b = flat(a), flat(b)
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    x, y = (torch.cat([t.flatten() for t in side]) for side in (a, b))
+    apart = ((x - y).abs() / x.abs().clamp(min=1)).masked_fill((x == y) | x.isnan() & y.isnan(), 0)
+    return float(apart.nan_to_num(torch.inf).max())
