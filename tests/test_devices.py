@@ -15,9 +15,9 @@ from fedgal.core.errors import FedgalError
 from fedgal.federated.algorithm import ALGORITHMS
 from fedgal.pipeline.plan import plan
 
-NOT_COVERED = ("federated", "algorithms", "stats", "finetune")  # rooms, without `algorithms/joint`
+NOT_COVERED = ("stats", "finetune")
 CPU_ONLY = ("data",)  # data sets are read and divided on the CPU, with numpy; views of images are not
-NOT_YET = ("generator diffusion", "generator gald")  # trained by clients: their loop draws and averages on the CPU
+NOT_YET = ()
 SLOW = (
     *("joint, bank gaussian", "joint, bank real", "model resnet18", "model resnet32"),
     *("generator fedgen_pfllib", "generator gald_pooled", "generator ldmlr"),

@@ -43,8 +43,8 @@ def draw_per_class(
     generator: torch.Generator,
 ) -> Tensor:  # [repeats, n] bool
     "Which samples each draw uses: from every class a uniform subset without replacement."
-    draws = torch.rand(repeats, len(y), generator=generator, dtype=torch.float64)
-    keys = y + draws.to(y.device)  # sorts by class, then at random
+    draws = torch.rand(repeats, len(y), generator=generator, dtype=torch.float64).to(y.device)
+    keys = y + draws  # sorts by class, then at random
     order = keys.argsort(dim=1)
     rank = rank_in_class(y.sort().values, n_classes)  # [n]
     return torch.zeros_like(keys, dtype=torch.bool).scatter_(1, order, (rank < per_class).expand(repeats, -1))

@@ -92,9 +92,9 @@ def generate_batches(
     "Features for all steps of a round, from one pass of the generator in evaluation mode."
     net = net_from({n: t.to(device) for n, t in tensors.items()}).eval()
     asked = torch.multinomial(tensors["labels"].cpu(), len(own) * size, True, generator=rng)
-    y = torch.cat([asked, *own])
-    noise = torch.rand(len(y), net.noise, generator=rng)
-    z = net(noise.to(device), y.to(device)).split([size] * len(own) + [len(o) for o in own])
+    y = torch.cat([asked.to(device), *(labels.to(device) for labels in own)])
+    noise = torch.rand(len(y), net.noise, generator=rng).to(device)
+    z = net(noise, y).split([size] * len(own) + [len(o) for o in own])
     steps = zip(z[: len(own)], asked.to(device).split(size), z[len(own) :], strict=True)
     return [dict(zip(("z", "y", "own"), parts, strict=True)) for parts in steps]
 

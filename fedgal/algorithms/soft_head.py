@@ -58,7 +58,7 @@ def train_soft_head(
     y = owned.nonzero()[:, 1]
     rng = stream(seed, "soft head", round)
     for _ in range(epochs):
-        for i in torch.randperm(len(y), generator=rng).split(batch):
+        for i in torch.randperm(len(y), generator=rng).to(y.device).split(batch):
             adam.zero_grad()
             F.cross_entropy(head(z[i]), y[i]).backward()
             adam.step()

@@ -78,6 +78,8 @@ def prepare() -> Runtime:
 @contextmanager
 def own_rng(seed: int, purpose: str, round: int = 0, client: int = 0):
     "Let modules without a `generator` argument (dropout) draw from a stream; the global generator is restored."
-    with torch.random.fork_rng():
-        torch.manual_seed(stream(seed, purpose, round, client).initial_seed())
+    state = stream(seed, purpose, round, client).initial_seed()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.default_generator.manual_seed(state)
+        torch.cuda.manual_seed_all(state)
         yield

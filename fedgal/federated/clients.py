@@ -48,7 +48,7 @@ class MultiStepClient:
     x: Tensor  # [N, ...] uint8 images or float features, its own or those of all clients
     y: Tensor  # [N, ...] targets
     config: LocalOptions = LocalOptions()
-    sample_weights: Tensor | None = None  # [n] draw with replacement, proportional to these
+    sample_weights: Tensor | None = None  # [n] on the CPU: draw with replacement, proportional to these
     augment: Callable | None = None  # (x, generator) -> x, on a whole batch as stored
     share: tuple[str, ...] = ()  # extra disclosures, of "labels", "hyperparams"; for the audit of what they give away
     index: Tensor | None = None  # [n] its rows of x and y, which all clients may share; None: all of them

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/federated/02_local.ipynb #2c43e7f8
 from __future__ import annotations
-import functools, itertools, operator
+import contextlib, functools, itertools, operator
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from ..models.init import undecayed_names
 from ..models.losses.protocol import Batch, as_local_loss, blend, task_loss
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'LocalOptions', 'draw_batches', 'draw_mixup', 'one_batch', 'total', 'means_of', 'first_not_finite',
-           'train_locally']
+__all__ = ['SCHEDULES', 'LocalOptions', 'draw_batches', 'draw_mixup', 'one_batch', 'arithmetic', 'total', 'means_of',
+           'first_not_finite', 'train_locally']
 
 # %% ../../nbs/federated/02_local.ipynb #3204b7e4
 def _one_cycle(p):
@@ -76,12 +76,15 @@ class LocalOptions(Options):
         return self.lr * self.lr_decay**round * SCHEDULES[self.schedule](round, self.rounds)
 
 # %% ../../nbs/federated/02_local.ipynb #ad172f5c
+def _order(n, generator):
+    return torch.randperm(n, generator=generator)
+
 def draw_batches(
     n: int,  # examples
     options: LocalOptions,
     generator: torch.Generator,
-    weights: Tensor | None = None,  # [n] sampling weights
-) -> list[Tensor]:  # index batches
+    weights: Tensor | None = None,  # [n] sampling weights, on the CPU
+) -> list[Tensor]:  # index batches, on the CPU
     "Batches of one local training run."
     size = options.batch_size
     lone = n > size > 1 and n % size == 1  # a last batch of one example, which BatchNorm cannot use
@@ -90,7 +93,7 @@ def draw_batches(
     if weights is not None:
         return list(torch.multinomial(weights, steps * size, True, generator=generator).view(steps, size))
     sizes = [size] * (per_epoch - 1) + [n - size * (per_epoch - 1)]
-    passes = (torch.randperm(n, generator=generator).split(sizes) for _ in range(-(-steps // per_epoch)))
+    passes = (_order(n, generator).split(sizes) for _ in range(-(-steps // per_epoch)))
     return [batch for one in passes for batch in one][:steps]
 
 # %% ../../nbs/federated/02_local.ipynb #bc8134e4
@@ -124,6 +127,10 @@ def one_batch(
         return Batch(x, y)
     order, lam = (t.to(device) for t in draw_mixup(len(x), client.config.mixup, rng))
     return Batch(blend(x, x[order], lam), y, other=y[order], lam=lam)
+
+def arithmetic(precision: str, device: torch.device):
+    "The context of forward pass and loss."
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 def total(terms: Tensors) -> Tensor:  # [B]
     "The sum of the terms of a loss."
@@ -176,11 +183,10 @@ def _terms_of_steps(client, model, loss, batches, seed, round):
     context = loss.context(client)
     device = next(model.parameters()).device
     drawn = loss.draws(client, batches, seed, round) or itertools.repeat({})
-    bf16 = client.config.precision == "bf16"
     mask = functools.partial(draw_mask, rng=drops)
     with own_rng(seed, "dropout", round, client.id), masks_from(model, mask):
         for index, extra in zip(batches, drawn, strict=False):
             batch = one_batch(client, index, views, device)._replace(context=context, drawn=extra)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with arithmetic(client.config.precision, device):
                 terms = loss.of(model, batch)
             yield terms

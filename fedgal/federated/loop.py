@@ -111,8 +111,17 @@ def _check_start(algorithm, own):
             f"{algorithm.name} averages weights, so its clients cannot start from their own; able: {able}"
         )
 
-def start_state(
-    algorithm: Algorithm,
+def _on_device(clients, device):
+    "The clients with their examples on a device, each tensor moved once however many share it."
+    moved = {}
+    for t in (t for c in clients for t in (c.x, c.y)):
+        if id(t) not in moved:
+            moved[id(t)] = t.to(device)
+    if all(moved[id(c.x)] is c.x for c in clients):
+        return clients
+    return [replace(c, x=moved[id(c.x)], y=moved[id(c.y)]) for c in clients]
+
+def start_state(    algorithm: Algorithm,
     model: nn.Module,
     clients: list,
     seed: int,
@@ -159,6 +168,7 @@ def fit(
     model = copy.deepcopy(model)
     algorithm = options.make_algorithm()
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
+    clients = _on_device(clients, next(model.parameters()).device)
     for c in clients:
         algorithm.check_mixup(c.config.mixup, loss)
     state = start_state(algorithm, model, clients, seed, own)

@@ -25,8 +25,7 @@ def features_of(
     device = next(model.parameters()).device
     with torch.inference_mode():
         out = [model(to_float(b.to(device))) for b in x.split(1024)]
-    # messages are put together on the CPU
-    return {level: torch.cat([getattr(o, level) for o in out]).cpu().clone() for level in ("low", "high")}
+    return {level: torch.cat([getattr(o, level) for o in out]).clone() for level in ("low", "high")}
 
 # %% ../../nbs/federated/02a_reports.ipynb #5a93505c
 def weights_after(payload: ServerPayload, update: ClientUpdate) -> ServerPayload:
@@ -51,4 +50,4 @@ def over_all_classes(
     values = update.statistics[name]
     classes = update.statistics["classes"].long()
     spread = values.new_zeros(n_classes, *values.shape[1:]).index_copy(0, classes, values)
-    return spread, torch.zeros(n_classes, dtype=torch.bool).index_fill(0, classes, True)
+    return spread, torch.zeros(n_classes, dtype=torch.bool, device=values.device).index_fill(0, classes, True)

@@ -121,7 +121,7 @@ def pass_through(
     "Rows through the global model, or each through the model of its client."
     if not run.personal:
         return step(run.model, rows)
-    out = torch.zeros(len(rows), run.model.dims[level])
+    out = torch.zeros(len(rows), run.model.dims[level], device=rows.device)
     for k in client.unique().tolist():
         out[client == k] = step(client_model(run, k), rows[client == k])
     return out

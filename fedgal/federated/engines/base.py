@@ -27,8 +27,8 @@ class Engine:
         self.options = self.Options() if options is None else options
 
     @staticmethod
-    def obstacle(model: nn.Module, clients: list) -> str:  # "" if there is none
-        "Why this engine cannot run these clients."
+    def obstacle(model: nn.Module, clients: list, loss: Callable = task_loss) -> str:  # "" if there is none
+        "Why this engine cannot run these clients with this loss."
         return ""
 
     def run(
@@ -73,7 +73,7 @@ AUTO_CLIENTS = 4  # batched from this many clients a round on ...
 AUTO_STEP = 2**20  # ... if one client's step keeps at most this many bytes
 
 def _fixed_rule(model, clients, loss):
-    if why := ENGINES["batched"].obstacle(model, clients):
+    if why := ENGINES["batched"].obstacle(model, clients, loss):
         return "serial", why
     if len(clients) < AUTO_CLIENTS:
         return "serial", f"{len(clients)} clients a round, fewer than {AUTO_CLIENTS}"
@@ -93,7 +93,7 @@ def resolve_engine(
         return _fixed_rule(model, clients, loss)
     if name not in ENGINES:
         unknown_name("engine", name, ("auto", *ENGINES))
-    if why := ENGINES[name].obstacle(model, clients):
+    if why := ENGINES[name].obstacle(model, clients, loss):
         advice = "use engine 'serial', or 'auto', which takes another one by itself"
         raise FedgalError(f"engine {name!r} cannot run this {type(model).__name__}: {why}; {advice}")
     return name, "asked for"

@@ -42,13 +42,13 @@ def probed(
     "Run a step on two examples; nothing is changed."
     loss = as_local_loss(loss)
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved, drops = {}, []  # address -> bytes
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved, drops = {}, []  # address of the storage -> bytes
     batch = _probe_batch(model, client, loss)
 
     def note(t):
-        if t.untyped_storage().data_ptr() not in parameters:
-            saved[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+        if t.untyped_storage()._cdata not in parameters:
+            saved[t.untyped_storage()._cdata] = t.numel() * t.element_size()
         return t
 
     def mask(shape, p):

@@ -8,6 +8,7 @@ __all__ = ['ATTEMPTS', 'serve', 'WorkersOptions', 'Worker', 'Crew', 'work_throug
 # %% ../../../nbs/federated/engines/04_workers.ipynb #c3a10004
 import copy, multiprocessing, os, pickle, signal
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import wait
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from ...core.tensors import Tensors
 from .base import Engine
 from .shared import SharedTensors, received, share
 from ..work import run_client
+from ...models.losses.protocol import task_loss
 
 # %% ../../../nbs/federated/engines/04_workers.ipynb #c3a10013
 def serve(connection) -> None:
@@ -188,14 +190,14 @@ class Workers(Engine):
         self.crew = Crew(self.options.processes)
 
     @staticmethod
-    def obstacle(model: nn.Module, clients: list) -> str:
+    def obstacle(model: nn.Module, clients: list, loss: Callable = task_loss) -> str:
         "Why the clients cannot be sent."
         if not hasattr(os, "memfd_create"):
             return "it shares memory as only Linux does"
         if next(model.parameters()).device.type != "cpu":
             return "its processes compute on the CPU"
         try:
-            words = pickle.dumps((type(model), [c.augment for c in clients]))
+            words = pickle.dumps((type(model), loss, [c.augment for c in clients]))
         except Exception as error:
             return f"what a client needs cannot be sent ({error})"
         return "something is defined in a notebook cell; put it into a module" if b"__main__" in words else ""

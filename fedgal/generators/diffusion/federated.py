@@ -60,7 +60,8 @@ class DenoiserAveraging(Algorithm):
     def report(
         self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
-        return {"share": class_sum(client.sample_weights.double(), client.targets, self.options.n_classes)}, {}
+        weights = client.sample_weights.double().to(client.y.device)
+        return {"share": class_sum(weights, client.targets, self.options.n_classes)}, {}
 
     def merge(self, payload: ServerPayload, updates: list[ClientUpdate], weights=None, bn="average") -> ServerPayload:
         "Clients count by the weights of their samples; classes that nobody owns keep their vector."
@@ -108,10 +109,10 @@ class Denoising(LocalLoss):
         rng = stream(seed, "denoiser noise", round, client.id)
         device = client.x.device
         for b in batches:
-            t = stratified_t(len(b), self.schedule.T, rng)
-            noise = torch.randn(len(b), client.x.shape[1], generator=rng)
-            told = torch.rand(len(b), generator=rng) >= self.options.drop
-            yield {"t": t.to(device), "noise": noise.to(device), "told": told.to(device)}
+            t = stratified_t(len(b), self.schedule.T, rng).to(device)
+            noise = torch.randn(len(b), client.x.shape[1], generator=rng).to(device)
+            told = torch.rand(len(b), generator=rng).to(device) >= self.options.drop
+            yield {"t": t, "noise": noise, "told": told}
 
     def of(self, model: nn.Module, batch: Batch) -> Tensors:
         t, noise, told = (batch.drawn[n] for n in ("t", "noise", "told"))
@@ -147,7 +148,7 @@ def residual_clients(
         schedule="cosine" if options.cosine else "constant",
         rounds=rounds,
     )
-    weights = [count[y].pow(options.power - 1) for _, _, y in owners]
+    weights = [count[y].pow(options.power - 1).cpu() for _, _, y in owners]
     return [MultiStepClient(k, x, y, local, w) for (k, x, y), w in zip(owners, weights, strict=True)]
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #fc6223db
