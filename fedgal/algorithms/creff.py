@@ -182,7 +182,7 @@ class CReFF(Algorithm):
         _check_head(params.get("head"))
 
     def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
-        return self.reports + lone_samples(client.y)
+        return self.reports + lone_samples(client.targets)
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
         if not isinstance(model.head, nn.Linear): raise FedgalError(_not_linear(model.head))
@@ -192,10 +192,10 @@ class CReFF(Algorithm):
     def report(
         self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
-        z = features_of(model, payload, client.x)["high"]
+        z = features_of(model, payload, client.inputs)["high"]
         weight, bias = payload.extras["weight"], payload.extras["bias"]
         rng = stream(seed, "creff draws", payload.round, client.id)
-        g = class_gradients(z, client.y, weight, bias, self.options.repeats, self.options.draws, rng)
+        g = class_gradients(z, client.targets, weight, bias, self.options.repeats, self.options.draws, rng)
         return {"classes": torch.nonzero(g.owned)[:, 0].to(torch.int16), "gradients": g.mean[g.owned]}, {}
 
     def serve(

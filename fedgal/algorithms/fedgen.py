@@ -145,7 +145,7 @@ def train_with_generator(
     batches = client.batches(seed, payload.round)
     a, b = local.weights(payload.round)
     if a + b:
-        labels = [client.y[i] if b else client.y[:0] for i in batches]
+        labels = [client.targets[i] if b else client.targets[:0] for i in batches]
         size = local.batch_size or client.config.batch_size
         rng = stream(seed, "fedgen client", payload.round, client.id)
         device = next(model.parameters()).device
@@ -154,7 +154,7 @@ def train_with_generator(
     update = train_locally(client, model, payload, seed, loss)
     if update.failure:
         return update
-    labels = client.y[torch.cat(batches)] if local.seen else client.y
+    labels = client.targets[torch.cat(batches)] if local.seen else client.targets
     return replace(update, statistics={"label_counts": torch.bincount(labels, minlength=len(tensors["labels"]))})
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #a6ec3b90

@@ -73,7 +73,7 @@ class FedProto(Local):
 
     def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
         raw = " and raw at level high" if "raw" in (update.statistics or {}) else ""
-        return self.reports + raw + lone_samples(client.y)
+        return self.reports + raw + lone_samples(client.targets)
 
     def messages(
         self, model: SplitModel, features: dict[str, Tensor], y: Tensor, n_classes: int
@@ -84,8 +84,8 @@ class FedProto(Local):
     def report(
         self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
-        features = features_of(model, weights_after(payload, update), client.x)
-        messages = self.messages(model, features, client.y, n_classes(model))
+        features = features_of(model, weights_after(payload, update), client.inputs)
+        messages = self.messages(model, features, client.targets, n_classes(model))
         owned = next(iter(messages.values()))[1] > 0
         classes = torch.nonzero(owned)[:, 0].to(torch.int16)
         return {"classes": classes, **{name: means[owned] for name, (means, _) in messages.items()}}, {}

@@ -29,10 +29,10 @@ _SHARED = ("labels", "hyperparams")  # what a client may choose to disclose
 
 def _check_client(client):
     "Raise for examples, disclosures or sampling weights that a client cannot have."
-    n = len(client.x)
+    n = client.n_examples
     w = client.sample_weights
-    if not n == len(client.y) > 0:
-        sizes = f"{n} inputs and {len(client.y)} targets"
+    if not (len(client.x) == len(client.y) and n > 0):
+        sizes = f"{len(client.x)} inputs and {len(client.y)} targets, of which {n} are its own"
         raise FedgalError(f"client {client.id}: {sizes}; equal numbers above 0 are needed (leave empty clients out)")
     if unknown := set(client.share) - set(_SHARED):
         raise FedgalError(f"client {client.id} cannot share {sorted(unknown)}; allowed: {', '.join(_SHARED)}")
@@ -45,23 +45,38 @@ class MultiStepClient:
     "A client that makes several SGD steps on its own examples."
 
     id: int
-    x: Tensor  # [n, ...] uint8 images or float features
-    y: Tensor  # [n, ...] targets
+    x: Tensor  # [N, ...] uint8 images or float features, its own or those of all clients
+    y: Tensor  # [N, ...] targets
     config: LocalOptions = LocalOptions()
     sample_weights: Tensor | None = None  # [n] draw with replacement, proportional to these
     augment: Callable | None = None  # (x, generator) -> x, on a whole batch as stored
     share: tuple[str, ...] = ()  # extra disclosures, of "labels", "hyperparams"; for the audit of what they give away
+    index: Tensor | None = None  # [n] its rows of x and y, which all clients may share; None: all of them
 
     def __post_init__(self):
         _check_client(self)
 
     @property
     def n_examples(self) -> int:
-        return len(self.x)
+        return len(self.x if self.index is None else self.index)
+
+    @property
+    def inputs(self) -> Tensor:  # [n, ...]
+        "Its own inputs."
+        return self.x if self.index is None else self.x[self.index]
+
+    @property
+    def targets(self) -> Tensor:  # [n, ...]
+        "Its own targets."
+        return self.y if self.index is None else self.y[self.index]
+
+    def rows(self, batch: Tensor) -> Tensor:
+        "The rows of x and y behind numbers of its own examples."
+        return batch if self.index is None else self.index[batch]
 
     def batches(self, seed: int, round: int) -> list[Tensor]:
         "Index batches of this client's work in a round."
-        return draw_batches(len(self.x), self.config, stream(seed, "batches", round, self.id), self.sample_weights)
+        return draw_batches(self.n_examples, self.config, stream(seed, "batches", round, self.id), self.sample_weights)
 
     def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss=task_loss, correction=None) -> ClientUpdate:
         "Train `model` (scratch, overwritten) from the payload and return the update."
@@ -71,14 +86,14 @@ class MultiStepClient:
         "Wrap the result of local work, with the disclosures that were chosen."
         names = ("lr", "momentum", "steps", "epochs", "batch_size")
         chosen = {
-            "labels": self.y.sort().values if "labels" in self.share else None,
+            "labels": self.targets.sort().values if "labels" in self.share else None,
             "hyperparams": {n: getattr(self.config, n) for n in names} if "hyperparams" in self.share else None,
         }
-        return ClientUpdate(self.id, "delta", delta, len(self.x), buffers, train_loss, **chosen)
+        return ClientUpdate(self.id, "delta", delta, self.n_examples, buffers, train_loss, **chosen)
 
     def failed(self, reason: str) -> ClientUpdate:
         "The update of a client that had to stop."
-        return ClientUpdate(self.id, "delta", {}, len(self.x), failure=reason)
+        return ClientUpdate(self.id, "delta", {}, self.n_examples, failure=reason)
 
 # %% ../../nbs/federated/03_clients.ipynb #471b3f62
 @dataclass(frozen=True, eq=False)
@@ -91,7 +106,7 @@ class SingleStepClient(MultiStepClient):
         device = next(iter(weights.values())).device
         with own_rng(seed, "dropout", payload.round, self.id):
             value = per_example(
-                loss, model(to_float(self.x.to(device))), self.y.to(device), context=context_of(loss, self)
+                loss, model(to_float(self.inputs.to(device))), self.targets.to(device), context=context_of(loss, self)
             ).mean()
             if not torch.isfinite(value):
                 return self.failed("loss not finite at step 0")

@@ -136,9 +136,16 @@ def _of_object(value, of):
 def _digest(tensors):
     return content_hash(*(t.detach().cpu() for t in tensors))[:16]
 
+def _data(clients):
+    "Hash of all examples and how they are drawn; tensors that clients share are read once."
+    names = ("x", "y", "index", "sample_weights")
+    tensors = [t for c in clients for n in names if (t := getattr(c, n, None)) is not None]
+    number = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    return fingerprint([[_digest([t])] if number[id(t)] == i else number[id(t)] for i, t in enumerate(tensors)])
+
 def _settings(client, of):
     "What a client is beside its data."
-    data = ("id", "x", "y", "sample_weights")
+    data = ("id", "x", "y", "index", "sample_weights")
     names = [f.name for f in fields(client)] if is_dataclass(client) else sorted(vars(client))
     return {"class": of(type(client)), **{n: of(getattr(client, n)) for n in names if n not in data}}
 
@@ -157,7 +164,6 @@ def identity(
     of = _Description().of
     start = {**payload.parameters, **payload.buffers}
     frozen = [] if model is None else [t for n, t in sorted(model.state_dict().items()) if n not in start]
-    sampling = [w for c in clients if (w := getattr(c, "sample_weights", None)) is not None]
     return {
         "federation": of(federation),
         "seed": seed,
@@ -169,5 +175,5 @@ def identity(
         "clients": [c.id for c in clients],
         "local": [fingerprint(_settings(c, of)) for c in clients],
         "weights": None if weights is None else sorted(weights.items()),
-        "client data": _digest([t for c in clients for t in (c.x, c.y)] + sampling),
+        "client data": _data(clients),
     }

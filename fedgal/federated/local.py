@@ -110,8 +110,9 @@ def _optimiser(model, weights, options, round):
 
 def _batch(client, index, rng, device):
     "Inputs and targets of a step and, with mixup, the second targets and the share of the first."
-    x = client.x[index]
-    y = client.y[index].to(device)
+    rows = client.rows(index).to(client.x.device)
+    x = client.x[rows]
+    y = client.y[rows].to(device)
     if client.augment:
         x = client.augment(x, rng)
     x = to_float(x.to(device))
@@ -143,7 +144,7 @@ def train_locally(
     rng = stream(seed, "augment", payload.round, client.id)
     context = context_of(loss, client)
     weights = trainable_parameters(load_payload(model, payload).train())
-    if len(client.x) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+    if client.n_examples == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         return client.failed("one example: BatchNorm needs two")
     optimiser = _optimiser(model, weights, options, payload.round)
     device = next(iter(weights.values())).device

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..core.random import Runtime, stream
 from ..data.dataset import Dataset
 from ..data.split import Split
-from ..data.transforms import augmentation_for, to_float
+from ..data.transforms import augmentation_for
 from .clients import MultiStepClient
 from .local import LocalOptions
 from .state import FederationOptions
@@ -31,7 +31,7 @@ class Training:
     seed: int
 
     def __str__(self):
-        samples = sum(len(c.y) for c in self.clients)
+        samples = sum(c.n_examples for c in self.clients)
         weights = sum(v.numel() for v in self.network.parameters())
         return f"{len(self.clients)} clients with {samples} training samples; {weights:,} weights"
 
@@ -48,9 +48,9 @@ def set_up(
     loss = local_loss(params["local_loss"], data.n_classes, params["rounds"])
     if hasattr(loss, "prepare"):
         loss.prepare(network)
-    x = data.x_train if params["augment"] else to_float(data.x_train)
     shake = augmentation_for(data) if params["augment"] else None
     local = LocalOptions.make(**params, precision=machine.precision)
+    x, y = data.x_train.to(machine.device), data.y_train.to(machine.device)
     rows = {k: i for k, i in enumerate(split.train) if len(i)}
-    clients = [MultiStepClient(k, x[i], data.y_train[i], local, augment=shake) for k, i in rows.items()]
+    clients = [MultiStepClient(k, x, y, local, augment=shake, index=i) for k, i in rows.items()]
     return Training(network, clients, FederationOptions.make(**params), loss, params["seed"])

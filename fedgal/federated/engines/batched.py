@@ -47,6 +47,14 @@ def blend_stacked(
     return blend(x, x[at], lam), y[at], lam
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #c0373c92
+def _one_tensor(clients):
+    "Inputs and targets of all clients, and what to add to the rows of each; no copy where they share theirs."
+    x, y = clients[0].x, clients[0].y
+    if all(c.x is x and c.y is y for c in clients):
+        return x, y, torch.zeros(len(clients), dtype=torch.long)
+    first = torch.tensor([0] + [len(c.x) for c in clients[:-1]]).cumsum(0)
+    return torch.cat([c.x for c in clients]), torch.cat([c.y for c in clients]), first
+
 class Batches:
     "The stacked batches of some clients, step by step; `work` is sorted by decreasing number of batches."
 
@@ -54,10 +62,7 @@ class Batches:
         self.work = work
         self.device = device
         self.mixup = work[0][0].config.mixup
-        # row of each client's first example in x
-        self.first = torch.tensor([0] + [len(c.x) for c, _ in work[:-1]]).cumsum(0)
-        self.x = torch.cat([c.x for c, _ in work])
-        self.y = torch.cat([c.y for c, _ in work])
+        self.x, self.y, self.first = _one_tensor([c for c, _ in work])
         self.rng = [stream(seed, "augment", round, c.id) for c, _ in work]
 
     def __len__(self):
@@ -66,12 +71,12 @@ class Batches:
     def at(self, step: int) -> tuple[Tensor, Tensor, Tensor, tuple | list]:
         "Inputs [k, B, ...], targets and mask [k, B] of the clients still at work; with mixup second targets, shares."
         active = [(c, b[step], rng) for (c, b), rng in zip(self.work, self.rng, strict=True) if len(b) > step]
-        index, mask = pad_batches([b for _, b, _ in active])
-        index = index + self.first[: len(active), None]
+        index, mask = pad_batches([c.rows(b) for c, b, _ in active])
+        index = (index + self.first[: len(active), None]).to(self.x.device)
         x = self.x[index]
         for of_client, (c, b, rng) in zip(x, active, strict=True):
             if c.augment:
-                of_client[: len(b)] = c.augment(c.x[b], rng)
+                of_client[: len(b)] = c.augment(c.x[c.rows(b)], rng)
                 of_client[len(b) :] = of_client[:1]
         x = to_float(x.to(self.device))
         y = self.y[index].to(self.device)

@@ -16,7 +16,7 @@ from ...models.losses.protocol import context_of, per_example, task_loss
 
 # %% ../../../nbs/federated/engines/01a_memory.ipynb #278977cb
 def _probe_input(model, client):
-    return to_float(client.x[:2].to(next(model.parameters()).device))
+    return to_float(client.inputs[:2].to(next(model.parameters()).device))
 
 def reached(
     model: nn.Module,  # loaded and in train mode
@@ -27,7 +27,7 @@ def reached(
     weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
     x = _probe_input(model, client)
     with torch.enable_grad():
-        value = per_example(loss, model(x), client.y[:2].to(x.device), context=context_of(loss, client)).mean()
+        value = per_example(loss, model(x), client.targets[:2].to(x.device), context=context_of(loss, client)).mean()
     grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
     return [n for n, g in zip(weights, grads, strict=True) if g is not None]
 

@@ -23,9 +23,9 @@ class SharedTensors:
             starts.append(starts[-1] + -(-size // _ALIGNED) * _ALIGNED)
         self._file = os.memfd_create("fedgal")
         os.ftruncate(self._file, max(starts[-1], 1))
-        self.place = (f"/proc/{os.getpid()}/fd/{self._file}", max(starts[-1], 1))
-        self.rows = [(t.dtype, tuple(t.shape), a, n) for t, a, n in zip(tensors, starts, sizes, strict=False)]
-        for source, target in zip(tensors, shared_tensors(self.place, self.rows), strict=True):
+        place = (f"/proc/{os.getpid()}/fd/{self._file}", max(starts[-1], 1))
+        self.rows = [(place, t.dtype, tuple(t.shape), a, n) for t, a, n in zip(tensors, starts, sizes, strict=False)]
+        for source, target in zip(tensors, shared_tensors(self.rows), strict=True):
             target.copy_(source)
 
     def close(self) -> None:
@@ -33,24 +33,25 @@ class SharedTensors:
         os.close(self._file)
 
 def shared_tensors(
-    place: tuple[str, int],  # path and bytes
-    rows: list,  # dtype, shape, first byte and bytes of every tensor
+    rows: list,  # place (path, bytes), dtype, shape, first byte and bytes of every tensor
 ) -> list[Tensor]:
-    "The tensors of a `SharedTensors`, mapped into this process."
-    whole = torch.from_file(place[0], shared=True, size=place[1], dtype=torch.uint8)
-    return [whole[a : a + n].view(dtype).view(shape) for dtype, shape, a, n in rows]
+    "Tensors of `SharedTensors`, mapped into this process."
+    places = {row[0] for row in rows}
+    whole = {p: torch.from_file(p[0], shared=True, size=p[1], dtype=torch.uint8) for p in places}
+    return [whole[place][a : a + n].view(dtype).view(shape) for place, dtype, shape, a, n in rows]
 
 # %% ../../../nbs/federated/engines/03_shared.ipynb #c3a10010
 class _Pickler(pickle.Pickler):
-    def __init__(self, file, tensors):
+    def __init__(self, file):
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.tensors = tensors
+        self.tensors = {}  # id -> tensor, each once
+        self.numbers = {}  # id -> its place among them
 
     def persistent_id(self, value):
         if type(value) is not Tensor or value.device.type != "cpu":
             return None
-        self.tensors.append(value.detach())
-        return len(self.tensors) - 1
+        self.tensors[id(value)] = value
+        return self.numbers.setdefault(id(value), len(self.numbers))
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file, tensors):
@@ -60,14 +61,20 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, number):
         return self.tensors[number]
 
-def share(value) -> tuple[SharedTensors, bytes]:  # the tensors in it, and what to send to `received`
+def share(
+    value,
+    rows: dict[int, tuple] | None = None,  # id -> row of tensors that are in shared memory already
+) -> tuple[SharedTensors, bytes]:  # the other tensors in it, and what to send to `received`
     "A value with its tensors in shared memory."
-    file, tensors = io.BytesIO(), []
-    _Pickler(file, tensors).dump(value)
-    block = SharedTensors(tensors)
-    return block, pickle.dumps((block.place, block.rows, file.getvalue()))
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(value)
+    new = {i: t.detach() for i, t in pickler.tensors.items() if i not in (rows or {})}
+    block = SharedTensors(list(new.values()))
+    places = {**(rows or {}), **dict(zip(new, block.rows, strict=True))}
+    return block, pickle.dumps(([places[i] for i in pickler.tensors], file.getvalue()))
 
 def received(message: bytes):
     "The value that `share` has put there."
-    place, rows, body = pickle.loads(message)
-    return _Unpickler(io.BytesIO(body), shared_tensors(place, rows)).load()
+    rows, body = pickle.loads(message)
+    return _Unpickler(io.BytesIO(body), shared_tensors(rows)).load()

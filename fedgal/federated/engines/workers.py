@@ -16,7 +16,7 @@ from ...core.options import Options, option
 from ...core.processes import end_with_parent, without_main
 from ...core.tensors import Tensors
 from .base import Engine
-from .shared import received, share
+from .shared import SharedTensors, received, share
 from ..work import run_client
 
 # %% ../../../nbs/federated/engines/04_workers.ipynb #c3a10013
@@ -25,7 +25,7 @@ def serve(connection) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends
     torch.set_num_threads(1)
-    held, clients = {}, {}
+    held = {}
     answer = None  # its tensors stay until the parent has taken them, which the next message shows
     while True:
         try:
@@ -37,12 +37,10 @@ def serve(connection) -> None:
             answer = None
         if kind == "model":
             held["model"] = copy.deepcopy(received(value))  # its weights are overwritten, and others map them
-        elif kind == "clients":
-            clients |= received(value)
         elif kind == "task":
             held["task"] = received(value)
         else:
-            answer, message = share(_attempt(held["task"], held["model"], clients[value[0]], value[1]))
+            answer, message = share(_attempt(held["task"], held["model"], *received(value)))
             connection.send_bytes(message)
 
 def _attempt(task, model, client, own):
@@ -69,6 +67,7 @@ class Worker:
             self.process.start()
         theirs.close()
         self.client = None
+        self.block = None  # shared memory of what was sent with it
         for kind, value in messages:
             self.send(kind, value)
 
@@ -79,8 +78,14 @@ class Worker:
         except BrokenPipeError:
             pass
 
+    def give(self, client, own: dict[int, Tensors], rows: dict[int, tuple]) -> None:
+        "A client to work on, with what it has kept."
+        self.block, message = share((client, own.get(client.id, {})), rows)
+        self.send("client", message)
+
     def answer(self):
         "What it made of a client; None if it has ended."
+        self.block.close()
         try:
             return received(self.connection.recv_bytes())
         except (EOFError, OSError):
@@ -99,28 +104,25 @@ class Crew:
     def __init__(self, processes: int):
         self.processes = processes or len(os.sched_getaffinity(0))
         self.model = None
-        self.clients = {}  # id -> client
         self.setup = []  # (kind, message) that a new worker needs
-        self.blocks = []  # their tensors
+        self.blocks = []  # shared memory of model and examples
+        self.examples = {}  # id -> tensor of examples, so that the id stays its own
+        self.rows = {}  # id -> row in shared memory
         self.workers = []
 
-    def tell(self, kind: str, value) -> None:
-        "Something that all hold, those too that come later."
-        block, message = share(value)
-        self.blocks.append(block)
-        self.setup.append((kind, message))
-        for worker in self.workers:
-            worker.send(kind, message)
-
     def hold(self, model, clients: list) -> None:
-        "Let all hold this model and these clients; what they hold already is not sent again."
+        "Put model and examples into shared memory, where they are not there yet."
         if model is not self.model:
             self.close()
             self.model = model
-            self.tell("model", model)
-        if new := {c.id: c for c in clients if self.clients.get(c.id) is not c}:
-            self.clients |= new
-            self.tell("clients", new)
+            block, message = share(model)
+            self.blocks.append(block)
+            self.setup.append(("model", message))
+        new = {id(t): t for c in clients for t in (c.x, c.y) if id(t) not in self.rows}
+        if new:
+            self.blocks.append(SharedTensors(list(new.values())))
+            self.examples |= new
+            self.rows |= dict(zip(new, self.blocks[-1].rows, strict=True))
 
     def hire(self, messages: list, n: int) -> None:
         "As many workers as there is work for, and the last message for those that are there."
@@ -135,7 +137,9 @@ class Crew:
             worker.end()
         for block in self.blocks:
             block.close()
-        self.model, self.clients, self.setup, self.blocks, self.workers = None, {}, [], [], []
+        self.model = None
+        self.setup, self.blocks, self.workers = [], [], []
+        self.examples, self.rows = {}, {}
 
 # %% ../../../nbs/federated/engines/04_workers.ipynb #7a5c0021
 ATTEMPTS = 3  # processes that a client may bring down before its work counts as failed
@@ -153,8 +157,7 @@ def work_through(crew: Crew, messages: list, clients: list, own: dict[int, Tenso
     while len(results) < len(clients):
         for worker in [w for w in crew.workers if w.client is None][: len(waiting)]:
             worker.client = waiting.pop(0)
-            client = clients[worker.client]
-            worker.send("client", (client.id, own.get(client.id, {})))
+            worker.give(clients[worker.client], own, crew.rows)
         busy = {w.connection: w for w in crew.workers if w.client is not None}
         for connection in wait(list(busy)):
             worker = busy[connection]

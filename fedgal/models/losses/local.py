@@ -57,7 +57,7 @@ class OwnPrior(NamedLoss):
 
     def context(self, client) -> Tensor:  # [C]
         "The client's class counts."
-        return torch.bincount(client.y, minlength=self.n_classes).float()
+        return torch.bincount(client.targets, minlength=self.n_classes).float()
 
     def __call__(self, out, y: Tensor, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         counts = counts.to(out.logits.device)
