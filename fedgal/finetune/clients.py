@@ -78,10 +78,12 @@ def shared_rows(
     options: FinetuneOptions,
 ) -> tuple[Tensor, Tensor]:  # inputs [N, ...] and labels [N]
     "The real rows of one client after another, then those of the banks: one tensor for all clients."
-    parts = [*features.inputs, *(b.z for b in banks)]
+    real = [x for x in features.inputs if len(x)] or ([] if banks else features.inputs[:1])
+    parts = [*real, *(b.z for b in banks)]
     if options.encoder_lr:
-        real = [mixed_rows(x, None, model, options.level, options.consistency > 0) for x in features.inputs]
-        parts = real + [mixed_rows(None, b.z, model, options.level) for b in banks]
+        drifts = options.consistency > 0
+        parts = [mixed_rows(x, None, model, options.level, drifts) for x in real]
+        parts += [mixed_rows(None, b.z, model, options.level) for b in banks]
     return torch.cat(parts), torch.cat([*features.labels, *(b.y for b in banks)])
 
 def arm_clients(
