@@ -116,9 +116,10 @@ def readouts(
     return accuracies
 
 def _outputs(model, x):
+    device = next(model.parameters()).device
     with torch.inference_mode():
-        parts = [model.eval()(to_float(batch)) for batch in x.split(2048)]
-    return torch.cat([p.logits for p in parts]), torch.cat([p.high for p in parts])
+        parts = [model.eval()(to_float(batch.to(device))) for batch in x.split(2048)]
+    return torch.cat([p.logits.cpu() for p in parts]), torch.cat([p.high.cpu() for p in parts])
 
 def _balanced(guess, y, n_classes):
     hits, total = class_hits(guess, y, n_classes)

@@ -88,7 +88,8 @@ def load_run(stage) -> TrainedRun:  # a stage with `10_data` and `20_train` amon
     clients = {int(k): t for k, t in by_first(load_tensors(folder / "clients.safetensors")).items()}
     clients = dict(sorted(clients.items()))
     personal = ALGORITHMS[t["algorithm"]].personal
-    return TrainedRun(data, split, model.eval().requires_grad_(True), clients, stage.keys["20_train"], personal)
+    model = model.to(stage.runtime.device).eval().requires_grad_(True)
+    return TrainedRun(data, split, model, clients, stage.keys["20_train"], personal)
 
 # %% ../../nbs/federated/09_trained.ipynb #43f0b517
 def owners_in_turn(

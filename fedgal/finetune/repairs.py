@@ -168,7 +168,7 @@ def _shapes(tensors):
 
 def _saved_head(saved, head):
     if saved.keys() == {"weight", "bias"}:
-        return linear_head(saved["weight"], saved["bias"], torch.ones(len(saved["bias"]), dtype=torch.bool))
+        return linear_head(saved["weight"], saved["bias"], torch.ones_like(saved["bias"], dtype=torch.bool))
     if "shift" in saved:
         return ShiftedHead(head, saved["shift"].clone())
     neither = f"neither this model's ({', '.join(head.state_dict())}) nor a repair of it"

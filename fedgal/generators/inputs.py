@@ -25,7 +25,7 @@ class GeneratorInputs:
     level: str  # "low" or "high"
     statistics: ClassStatistics  # of the level, over all clients
     teachers: TeacherMap
-    uppers: dict[int, nn.Module]  # client -> the part of its model above the level, frozen
+    uppers: dict[int, nn.Module]  # client -> the part of its model above the level, frozen, on the CPU
     latents: list[tuple[Tensor, Tensor]]  # features and labels of every client
     views: int = 1  # how often every image is among the latents
     seed: int = 0
@@ -73,7 +73,7 @@ def load_inputs(
         level,
         statistics=ClassStatistics.load(sums / f"statistics_{level}.safetensors"),
         teachers=TeacherMap.from_dict(load_json(sums / "teachers.json")[level]),
-        uppers={k: client_model(run, k).view(level).requires_grad_(False) for k in sorted(run.clients)},
+        uppers={k: client_model(run, k).cpu().view(level).requires_grad_(False) for k in sorted(run.clients)},
         latents=client_features(run, level, views=views, seed=seed),
         views=views,
         seed=seed,

@@ -79,9 +79,10 @@ def dilate(
     generated_radius: Tensor | None = None,  # [C] root mean square about the prototype; None: measured on z
 ) -> Tensor:  # [N, d]
     "Latents moved along the ray from their prototype until their class has the target radius."
+    prototypes = prototypes.to(z)
     if generated_radius is None:
         generated_radius = measured_radius(z, y, len(prototypes), about=prototypes)
     ratio = target_radius.to(z) / generated_radius.to(z)
     movable = ratio.isfinite() & prototypes.isfinite().all(1)
-    mu = prototypes.to(z)[y]
+    mu = prototypes[y]
     return torch.where(movable[y][:, None], mu + ratio[y][:, None] * (z - mu), z)
