@@ -174,7 +174,6 @@ class CReFF(Algorithm):
     summary = "the server retrains the classifier on features that match the clients' gradients"
     sends = "global model and retrained classifier"
     reports = "class gradients of the classifier"
-    cpu_only = True
     history_columns = ("match_",)
 
     @classmethod

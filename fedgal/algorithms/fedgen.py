@@ -5,8 +5,7 @@
 # %% ../../nbs/algorithms/04_fedgen.ipynb #5fe93230
 from __future__ import annotations
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,17 +15,16 @@ from ..core.random import stream
 from ..core.tensors import Tensors
 from ..federated.algorithm import Algorithm
 from ..federated.clients import MultiStepClient
-from ..federated.local import train_locally
 from ..federated.messages import ClientUpdate, ServerPayload
 from ..federated.reports import n_classes
 from ..generators.fedgen_net import FedGenOptions, FedGenPFLOptions, descend, init_generator, net_from, sent
 from ..generators.teaching import batched_view, teaching
-from ..models.losses.protocol import LocalLoss, context_of, per_example, task_loss
+from ..models.losses.protocol import Batch, LocalLoss, as_local_loss, mixed_loss
 
 # %% auto #0
-__all__ = ['VARIANTS', 'heads_from', 'train_generator_round', 'FedGenLocal', 'Generated', 'generate_batches', 'WithGenerated',
-           'train_with_generator', 'FedGenClient', 'FedGenTrainingOptions', 'FedGenPFLTrainingOptions',
-           'FedGenTraining', 'FedGenPFLTraining']
+__all__ = ['VARIANTS', 'heads_from', 'train_generator_round', 'FedGenLocal', 'generate_batches', 'WithGenerated',
+           'with_generator', 'label_counts', 'FedGenTrainingOptions', 'FedGenPFLTrainingOptions', 'FedGenTraining',
+           'FedGenPFLTraining']
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #615fc923
 def heads_from(
@@ -83,13 +81,6 @@ VARIANTS = {
 }
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #930d0f83
-class Generated(NamedTuple):
-    "Generated features for one local step."
-
-    z: Tensor  # [B_G, d]
-    y: Tensor  # [B_G] the classes that they were asked for
-    own: Tensor  # [B, d] for the labels of the real batch; empty if not needed
-
 @torch.no_grad()
 def generate_batches(
     tensors: Tensors,  # from `sent`
@@ -97,77 +88,73 @@ def generate_batches(
     size: int,  # B_G
     rng: torch.Generator,
     device: torch.device | str = "cpu",
-) -> list[Generated]:
+) -> list[Tensors]:  # z [B_G, d], y [B_G] they were asked for, own [B, d] for the labels of the real batch
     "Features for all steps of a round, from one pass of the generator in evaluation mode."
     net = net_from({n: t.to(device) for n, t in tensors.items()}).eval()
     asked = torch.multinomial(tensors["labels"].cpu(), len(own) * size, True, generator=rng)
     y = torch.cat([asked, *own])
     noise = torch.rand(len(y), net.noise, generator=rng)
     z = net(noise.to(device), y.to(device)).split([size] * len(own) + [len(o) for o in own])
-    return [Generated(*parts) for parts in zip(z[: len(own)], asked.to(device).split(size), z[len(own) :], strict=True)]
+    steps = zip(z[: len(own)], asked.to(device).split(size), z[len(own) :], strict=True)
+    return [dict(zip(("z", "y", "own"), parts, strict=True)) for parts in steps]
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #c8078624
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WithGenerated(LocalLoss):
-    "A local loss with FedGen's two terms."
+    "A local loss of real samples with FedGen's two terms of generated ones."
 
-    base: Callable  # a local loss, of the real samples
-    view: nn.Module  # the upper part of the model in training
-    batches: Iterator[Generated]  # used up, one a call
+    base: LocalLoss  # of the real samples
+    generator: Tensors  # from `sent`
     a: float  # weight of the cross-entropy
     b: float  # weight of the divergence
+    level: str = "high"  # where generated features enter
+    batch_size: int = 0  # B_G; 0: as many as real ones
+
+    @property
+    def mixes(self) -> bool:
+        return self.base.mixes and not self.b
 
     def context(self, client: MultiStepClient) -> Tensor | None:
-        return context_of(self.base, client)
+        return self.base.context(client)
 
-    def __call__(self, out, y: Tensor, mask: Tensor | None = None, context: Tensor | None = None) -> Tensor:  # [B]
-        generated = next(self.batches)
-        logits = self.view(torch.cat([generated.z, generated.own])).logits
-        m = len(generated.z)
-        value = per_example(self.base, out, y, mask, context) + self.a * F.cross_entropy(logits[:m], generated.y)
-        if not self.b:
-            return value
-        target = logits[m:].detach().softmax(1)
-        return value + self.b * F.kl_div(getattr(out, "logits", out).log_softmax(1), target, reduction="none").sum(1)
+    def draws(self, client: MultiStepClient, batches: list[Tensor], seed: int, round: int) -> Iterator[Tensors]:
+        size = self.batch_size or client.config.batch_size
+        y = client.targets
+        labels = [y[i] if self.b else y[:0] for i in batches]
+        device = self.generator["labels"].device
+        rng = stream(seed, "fedgen client", round, client.id)
+        share = torch.tensor(size / client.config.batch_size, device=device)
+        return (g | {"share": share} for g in generate_batches(self.generator, labels, size, rng, device))
+
+    def of(self, model: nn.Module, batch: Batch) -> Tensors:
+        z, asked, own, share = (batch.drawn[n] for n in ("z", "y", "own", "share"))
+        out = model(batch.x)
+        logits = model.view(self.level)(torch.cat([z, own])).logits
+        m = len(z)
+        value = mixed_loss(self.base, out, *batch[1:-1]) + share * self.a * F.cross_entropy(logits[:m], asked)
+        if self.b:
+            target = logits[m:].detach().softmax(1)
+            value = value + self.b * F.kl_div(out.logits.log_softmax(1), target, reduction="none").sum(1)
+        return {"loss": value}
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #abb0249c
-def train_with_generator(
-    client: MultiStepClient,
-    model: nn.Module,  # scratch
-    payload: ServerPayload,
-    tensors: Tensors,  # from `sent`
-    seed: int,
+def with_generator(
+    loss: Callable,  # (output, targets) -> [B]
+    payload: ServerPayload,  # with a generator among its extras, from `sent`
     local: FedGenLocal = FedGenLocal(),
     level: str = "high",  # where generated features enter
-    loss: Callable = task_loss,  # (output, targets) -> [B]
-) -> ClientUpdate:  # with `label_counts` [C] among its statistics
-    "`train_locally` with FedGen's terms; the round is the payload's."
-    batches = client.batches(seed, payload.round)
+) -> Callable:
+    "The local loss of a round; the one that was given before generated features take part."
     a, b = local.weights(payload.round)
-    if a + b:
-        labels = [client.targets[i] if b else client.targets[:0] for i in batches]
-        size = local.batch_size or client.config.batch_size
-        rng = stream(seed, "fedgen client", payload.round, client.id)
-        device = next(model.parameters()).device
-        generated = generate_batches(tensors, labels, size, rng, device)
-        loss = WithGenerated(loss, model.view(level), iter(generated), a * size / client.config.batch_size, b)
-    update = train_locally(client, model, payload, seed, loss)
-    if update.failure:
-        return update
-    labels = client.targets[torch.cat(batches)] if local.seen else client.targets
-    return replace(update, statistics={"label_counts": torch.bincount(labels, minlength=len(tensors["labels"]))})
+    if not a + b:
+        return loss
+    return WithGenerated(as_local_loss(loss), payload.extras, a, b, level, local.batch_size)
 
-# %% ../../nbs/algorithms/04_fedgen.ipynb #a6ec3b90
-@dataclass(frozen=True, eq=False)
-class FedGenClient(MultiStepClient):
-    "A client that finds a generator among the payload's `extras`."
-
-    local: FedGenLocal = FedGenLocal()
-    level: str = "high"
-
-    def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss=task_loss, correction=None) -> ClientUpdate:
-        "Train `model` (scratch, overwritten) from the payload and return the update, with label counts."
-        return train_with_generator(self, model, payload, payload.extras, seed, self.local, self.level, loss)
+def label_counts(client: MultiStepClient, seed: int, round: int, n_classes: int, seen: bool = True) -> Tensor:  # [C]
+    "Of the batches that a client uses in a round, or of all its own examples."
+    y = client.targets
+    labels = y[torch.cat(client.batches(seed, round)).to(y.device)] if seen else y
+    return torch.bincount(labels, minlength=n_classes)
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #0682e310
 class FedGenTrainingOptions(Options):
@@ -183,10 +170,7 @@ class FedGenPFLTrainingOptions(FedGenTrainingOptions):
     weight: float = option(1.0, "of the cross-entropy on generated features, constant", ge=0)
     steps: int = option(1000, "generator steps a round", ge=1)
 
-def _refuse_mixup(name, mixup):
-    if mixup:
-        pairs = f"{name} pairs every step with generated features of its labels"
-        raise FedgalError(f"mixup gives every example two labels, and {pairs}; leave one of them out")
+
 
 # %% ../../nbs/algorithms/04_fedgen.ipynb #0682e31a
 class FedGenTraining(Algorithm):
@@ -198,12 +182,11 @@ class FedGenTraining(Algorithm):
     summary = "the server trains a generator on the clients' heads, clients learn from its features"
     sends = "global model, generator and which classes there are"
     reports = "label counts"
-    cpu_only = True
     history_columns = ("generator_",)
 
-    @classmethod
-    def check_run(cls, params: dict) -> None:
-        _refuse_mixup(cls.name, params.get("mixup"))
+    @property
+    def mixes(self) -> bool:
+        return not self.local_options().beta  # the divergence is between features of one label
 
     def generator_config(self) -> FedGenOptions:
         return VARIANTS[self.name][0].replace(steps=self.options.steps)
@@ -211,11 +194,14 @@ class FedGenTraining(Algorithm):
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight, beta=self.options.weight)
 
-    def prepare(self, client: MultiStepClient) -> MultiStepClient:
-        _refuse_mixup(self.name, client.config.mixup)
-        plain = super().prepare(client)
-        shared = {f.name: getattr(plain, f.name) for f in fields(MultiStepClient)}
-        return FedGenClient(**shared, local=self.local_options(), level=self.options.level)
+    def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
+        return with_generator(super().loss(payload, loss), payload, self.local_options(), self.options.level)
+
+    def report(
+        self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
+    ) -> tuple[Tensors | None, Tensors]:
+        counts = label_counts(client, seed, payload.round, n_classes(model), self.local_options().seen)
+        return {"label_counts": counts}, {}
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
         width = model.dims[self.options.level]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from .soft_head import soft_head, soft_head_state, soft_labels, train_soft_head
 from .weights import Local
-from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..core.tensors import Tensors
 from ..federated.algorithm import lone_samples
@@ -45,10 +44,7 @@ def _average(previous, updates, n_classes):
 def _distance_term(weight, received):
     return lambda out, y, mask: weight * prototype_distance(out.high, y, received["high"], received["known"])
 
-def _refuse_mixup(name, mixup):
-    if mixup:
-        compared = f"{name} compares samples with the prototype of their label"
-        raise FedgalError(f"mixup gives every example two labels, and {compared}; leave one of them out")
+
 
 # %% ../../nbs/algorithms/03_prototypes.ipynb #86db29fe
 class FedProto(Local):
@@ -60,16 +56,11 @@ class FedProto(Local):
     reference = "Tan et al., AAAI 2022"
     sends = "class prototypes"
     reports = "class prototypes"
-    cpu_only = True
-
-    @classmethod
-    def check_run(cls, params: dict) -> None:
-        super().check_run(params)
-        _refuse_mixup(cls.name, params.get("mixup"))
 
     def loss(self, payload: ServerPayload, loss: Callable) -> Callable:
         base = super().loss(payload, loss)
-        return plus(base, _distance_term(self.options.weight, payload.extras)) if payload.extras else base
+        term = _distance_term(self.options.weight, payload.extras) if payload.extras else None
+        return plus(base, term, batchwise=False) if term else base
 
     def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
         raw = " and raw at level high" if "raw" in (update.statistics or {}) else ""
@@ -132,6 +123,7 @@ class FedMPS(FedProto):
     reference = "Yang et al., IEEE TNNLS 2025"
     summary = "prototypes at two levels and soft labels, no weights"
     reports = "class prototypes at two levels"
+    mixes = False
     normalised_prototypes = True
 
     @property

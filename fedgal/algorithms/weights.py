@@ -35,6 +35,10 @@ class FedProx(Algorithm):
         return client
 
 # %% ../../nbs/algorithms/01_weights.ipynb #1f1e9c13
+def _check_sgd(optimiser):
+    if optimiser != "sgd":
+        raise FedgalError(f"algorithm scaffold reads the mean gradient off the way of sgd; {optimiser} goes another")
+
 class Scaffold(Algorithm):
     "Control variates against client drift."
 
@@ -43,6 +47,14 @@ class Scaffold(Algorithm):
     summary = "control variates take the drift out of local gradients"
     sends = "global model and control variate"
     reports = "change of its control variate"
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        _check_sgd(params.get("optimiser", "sgd"))
+
+    def prepare(self, client: MultiStepClient) -> MultiStepClient:
+        _check_sgd(client.config.optimiser)
+        return super().prepare(client)
 
     def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
         zeros = {f"c/{n}": torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
@@ -61,7 +73,8 @@ class Scaffold(Algorithm):
         seed,
     ) -> tuple[Tensors | None, Tensors]:
         options = client.config
-        steps = range(1, 1 + len(client.batches(seed, payload.round)))
+        first = 1 + options.nesterov  # Nesterov's step looks one further
+        steps = range(first, first + len(client.batches(seed, payload.round)))
         way = sum((1 - options.momentum**j) / (1 - options.momentum) for j in steps)
         length = options.rate(payload.round) * way
         change = {f"c/{n}": -payload.extras[f"c/{n}"] - d / length for n, d in update.tensors.items()}

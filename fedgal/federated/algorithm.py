@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
+from ..core.errors import FedgalError
 from ..core.options import Options
 from ..core.registry import Registry
 from ..core.tensors import Tensors
 from .aggregate import aggregate
 from .clients import MultiStepClient
 from .messages import ClientUpdate, ServerPayload
+from ..models.losses.protocol import check_mixup, task_loss
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'AlgorithmFacts', 'Algorithm', 'get_algorithm', 'lone_samples']
@@ -27,7 +29,7 @@ class AlgorithmFacts:
     summary = "weighted mean of the clients' changes"
     reference = "McMahan et al., AISTATS 2017"
     personal = False  # True: every client keeps its own weights, none are sent or averaged
-    cpu_only = False  # True: parts of it compute on the CPU, and it is refused elsewhere
+    mixes = True  # False: what it adds to the loss compares examples by their labels, so there is no mixup
     normalised_prototypes = False  # True: the prototypes that it sends are means of features of length 1
     history_columns: tuple[str, ...] = ()  # prefixes of the numbers that `serve` adds to the history
     sends = "global model"  # what goes down, in words
@@ -39,6 +41,14 @@ class AlgorithmFacts:
     @classmethod
     def check_run(cls, params: dict) -> None:
         "Raise a `FedgalError` for flat parameters of a run that this algorithm cannot be combined with."
+
+    def check_mixup(self, mixup: float, loss: Callable = task_loss) -> None:
+        "Raise for mixup where the loss of local work needs one label for each example."
+        if mixup and not self.mixes:
+            compared = f"algorithm {self.name} compares or pairs examples by their label"
+            raise FedgalError(f"mixup gives every example two labels, and {compared}; leave one of them out")
+        if mixup:
+            check_mixup(loss)
 
     def report_discloses(self, client: MultiStepClient, update: ClientUpdate) -> str:
         "What a client's report says of its data, in words, for the ledger."
@@ -103,6 +113,7 @@ ALGORITHMS = Registry(
         "fedgen": "fedgal.algorithms.fedgen:FedGenTraining",
         "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining",
         "creff": "fedgal.algorithms.creff:CReFF",
+        "denoiser": "fedgal.generators.diffusion.federated:DenoiserAveraging",
     },
 )
 

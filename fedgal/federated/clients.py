@@ -14,7 +14,7 @@ from ..core.errors import FedgalError
 from ..core.random import own_rng, stream
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
-from .local import LocalOptions, draw_batches, train_locally
+from .local import LocalOptions, draw_batches, total, train_locally
 from fedgal.federated.messages import (
     ClientUpdate,
     ServerPayload,
@@ -22,7 +22,7 @@ from fedgal.federated.messages import (
     persistent_buffers,
     trainable_parameters,
 )
-from ..models.losses.protocol import context_of, per_example, task_loss
+from ..models.losses.protocol import Batch, as_local_loss, task_loss
 
 # %% ../../nbs/federated/03_clients.ipynb #19aaf28c
 _SHARED = ("labels", "hyperparams")  # what a client may choose to disclose
@@ -82,14 +82,14 @@ class MultiStepClient:
         "Train `model` (scratch, overwritten) from the payload and return the update."
         return train_locally(self, model, payload, seed, loss, correction)
 
-    def update(self, delta: Tensors, buffers: Tensors, train_loss: float) -> ClientUpdate:
+    def update(self, delta: Tensors, buffers: Tensors, train_loss: float, terms: dict | None = None) -> ClientUpdate:
         "Wrap the result of local work, with the disclosures that were chosen."
         names = ("lr", "momentum", "steps", "epochs", "batch_size")
         chosen = {
             "labels": self.targets.sort().values if "labels" in self.share else None,
             "hyperparams": {n: getattr(self.config, n) for n in names} if "hyperparams" in self.share else None,
         }
-        return ClientUpdate(self.id, "delta", delta, self.n_examples, buffers, train_loss, **chosen)
+        return ClientUpdate(self.id, "delta", delta, self.n_examples, buffers, train_loss, terms or {}, **chosen)
 
     def failed(self, reason: str) -> ClientUpdate:
         "The update of a client that had to stop."
@@ -102,12 +102,12 @@ class SingleStepClient(MultiStepClient):
 
     def run(self, model: nn.Module, payload: ServerPayload, seed: int, loss=task_loss, correction=None) -> ClientUpdate:
         "The gradient at the payload; `model` is scratch."
+        loss = as_local_loss(loss)
         weights = trainable_parameters(load_payload(model, payload).train())
         device = next(iter(weights.values())).device
         with own_rng(seed, "dropout", payload.round, self.id):
-            value = per_example(
-                loss, model(to_float(self.inputs.to(device))), self.targets.to(device), context=context_of(loss, self)
-            ).mean()
+            batch = Batch(to_float(self.inputs.to(device)), self.targets.to(device), context=loss.context(self))
+            value = total(loss.of(model, batch)).mean()
             if not torch.isfinite(value):
                 return self.failed("loss not finite at step 0")
             grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/federated/02_local.ipynb #2c43e7f8
 from __future__ import annotations
+import functools, itertools, operator
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from ..core.random import own_rng, stream
 from ..core.schedules import half_cosine
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
+from .dropout import draw_mask, masks_from
 from fedgal.federated.messages import (
     ClientUpdate,
     ServerPayload,
@@ -20,11 +22,13 @@ from fedgal.federated.messages import (
     persistent_buffers,
     trainable_parameters,
 )
+from .steps import OPTIMISERS, Steps
 from ..models.init import undecayed_names
-from ..models.losses.protocol import blend, context_of, mixed_loss, task_loss
+from ..models.losses.protocol import Batch, as_local_loss, blend, task_loss
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'LocalOptions', 'draw_batches', 'draw_mixup', 'train_locally']
+__all__ = ['SCHEDULES', 'LocalOptions', 'draw_batches', 'draw_mixup', 'one_batch', 'total', 'means_of', 'first_not_finite',
+           'train_locally']
 
 # %% ../../nbs/federated/02_local.ipynb #3204b7e4
 def _one_cycle(p):
@@ -41,15 +45,17 @@ SCHEDULES = {
 
 # %% ../../nbs/federated/02_local.ipynb #78dedc98
 class LocalOptions(Options):
-    "Local training with SGD."
+    "Local training."
 
     epochs: int = option(1, "passes over a client's samples in a round", ge=1, shared="local_epochs")
     steps: int = option(0, "steps in a round instead of passes; 0: passes", ge=0, shared="local_steps")
     batch_size: int = option(32, "samples in a step", ge=1, shared="batch_size")
-    lr: float = option(0.05, "learning rate of local SGD", ge=0, shared="lr")
+    optimiser: str = option("sgd", "optimiser of local work", one_of=tuple(OPTIMISERS), shared="optimiser")
+    lr: float = option(0.05, "learning rate of local work", ge=0, shared="lr")
     lr_decay: float = option(1.0, "factor on the learning rate per round", ge=0, shared="lr_decay")
-    momentum: float = option(0.0, "momentum of local SGD", ge=0, shared="momentum")
-    weight_decay: float = option(0.0, "L2 penalty of local SGD", ge=0, shared="weight_decay")
+    momentum: float = option(0.0, "momentum of SGD", ge=0, shared="momentum")
+    nesterov: bool = option(False, "Nesterov's momentum", shared="nesterov")
+    weight_decay: float = option(0.0, "L2 penalty of SGD, decoupled decay of AdamW", ge=0, shared="weight_decay")
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0, shared="prox_mu")
     schedule: str = option("constant", "learning rate over the rounds", one_of=tuple(SCHEDULES), shared="lr_schedule")
     rounds: int = option(1, "rounds over which the schedule runs", ge=1, shared="rounds")
@@ -57,6 +63,10 @@ class LocalOptions(Options):
     precision: str = option(
         "fp32", "bf16: forward pass and loss under bfloat16 autocast", one_of=("fp32", "bf16"), shared="precision"
     )
+
+    def check(self):
+        if self.nesterov and not (self.optimiser == "sgd" and self.momentum):
+            raise FedgalError("nesterov is a form of the momentum of sgd; set momentum above 0, or nesterov to False")
 
     def rate(self, round: int) -> float:
         "The learning rate in a round."
@@ -97,18 +107,12 @@ def draw_mixup(
     return order, torch.tensor(betaincinv(alpha, alpha, u), dtype=torch.float32)
 
 # %% ../../nbs/federated/02_local.ipynb #69cf1b71
-def _optimiser(model, weights, options, round):
-    "SGD in which parameters that lose their meaning at zero do not decay."
-    undecayed = undecayed_names(model)
-    groups = list(weights.values())
-    if undecayed:
-        groups = [
-            {"params": [w for n, w in weights.items() if n not in undecayed]},
-            {"params": [w for n, w in weights.items() if n in undecayed], "weight_decay": 0.0},
-        ]
-    return torch.optim.SGD(groups, options.rate(round), options.momentum, weight_decay=options.weight_decay)
-
-def _batch(client, index, rng, device):
+def one_batch(
+    client,
+    index: Tensor,  # numbers of its examples
+    rng: torch.Generator,  # of views and mixup
+    device: torch.device,
+) -> Batch:
     "Inputs and targets of a step and, with mixup, the second targets and the share of the first."
     rows = client.rows(index).to(client.x.device)
     x = client.x[rows]
@@ -117,18 +121,24 @@ def _batch(client, index, rng, device):
         x = client.augment(x, rng)
     x = to_float(x.to(device))
     if not client.config.mixup:
-        return x, y, None, None
+        return Batch(x, y)
     order, lam = (t.to(device) for t in draw_mixup(len(x), client.config.mixup, rng))
-    return blend(x, x[order], lam), y, y[order], lam
+    return Batch(blend(x, x[order], lam), y, other=y[order], lam=lam)
 
-def _change_gradients(weights, start, prox_mu, correction):
-    "Add the proximal term and what an algorithm corrects to the gradients of a step."
-    for n, w in weights.items():
-        if prox_mu and w.grad is not None:
-            w.grad.add_(w.detach() - start[n], alpha=prox_mu)
-    for n in correction or ():
-        if weights[n].grad is not None:
-            weights[n].grad.add_(correction[n])
+def total(terms: Tensors) -> Tensor:  # [B]
+    "The sum of the terms of a loss."
+    return functools.reduce(operator.add, terms.values())
+
+def means_of(losses: Tensor, sizes: list[int], names: list[str]) -> tuple[float, dict[str, float]]:
+    "The mean loss of a client, and of each term where there are several; `losses` is [steps, terms]."
+    rows = losses.double().tolist()
+    means = [sum(row[j] * n for row, n in zip(rows, sizes, strict=True)) / sum(sizes) for j in range(len(names))]
+    return sum(means), dict(zip(names, means, strict=True)) if len(names) > 1 else {}
+
+def first_not_finite(losses: Tensor) -> int | None:
+    "The first step whose loss is not finite; `losses` is [steps, terms]."
+    bad = (~losses.isfinite().all(1)).nonzero()
+    return int(bad[0]) if len(bad) else None
 
 # %% ../../nbs/federated/02_local.ipynb #69cf1b77
 def train_locally(
@@ -139,28 +149,38 @@ def train_locally(
     loss: Callable = task_loss,  # (output, targets) -> [B]
     correction: Tensors | None = None,  # added to every gradient, by parameter name (SCAFFOLD)
 ) -> ClientUpdate:
-    "Local SGD of one client from a payload; the reference for every engine."
-    options = client.config
-    rng = stream(seed, "augment", payload.round, client.id)
-    context = context_of(loss, client)
+    "Local work of one client from a payload; the reference for every engine."
+    options, loss = client.config, as_local_loss(loss)
     weights = trainable_parameters(load_payload(model, payload).train())
     if client.n_examples == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         return client.failed("one example: BatchNorm needs two")
-    optimiser = _optimiser(model, weights, options, payload.round)
-    device = next(iter(weights.values())).device
-    total, examples = 0.0, 0
-    with own_rng(seed, "dropout", payload.round, client.id):
-        for step, index in enumerate(client.batches(seed, payload.round)):
-            x, y, other, lam = _batch(client, index, rng, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                value = mixed_loss(loss, model(x), y, other, lam, context=context).float().mean()
-            if not torch.isfinite(value):
-                return client.failed(f"loss not finite at step {step}")
-            optimiser.zero_grad()
-            value.backward()
-            _change_gradients(weights, payload.parameters, options.prox_mu, correction)
-            optimiser.step()
-            total += value.item() * len(index)
-            examples += len(index)
+    step = Steps(options, options.rate(payload.round), undecayed_names(model), payload.parameters, correction)
+    batches = client.batches(seed, payload.round)
+    losses = []
+    for terms in _terms_of_steps(client, model, loss, batches, seed, payload.round):
+        values = [t.float().mean() for t in terms.values()]
+        value = values[0] if len(values) == 1 else total(terms).float().mean()
+        grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+        step(weights, {n: g for n, g in zip(weights, grads, strict=True) if g is not None})
+        losses.append(torch.stack(values).detach())
+    losses = torch.stack(losses).cpu()
+    if (broken := first_not_finite(losses)) is not None:
+        return client.failed(f"loss not finite at step {broken}")
+    mean, parts = means_of(losses, [len(b) for b in batches], list(terms))
     delta = {n: w.detach() - payload.parameters[n] for n, w in weights.items()}
-    return client.update(delta, copy_tensors(persistent_buffers(model)), total / examples)
+    return client.update(delta, copy_tensors(persistent_buffers(model)), mean, parts)
+
+def _terms_of_steps(client, model, loss, batches, seed, round):
+    "The terms of the loss, step by step; weights may be changed between two steps."
+    views, drops = (stream(seed, purpose, round, client.id) for purpose in ("augment", "dropout"))
+    context = loss.context(client)
+    device = next(model.parameters()).device
+    drawn = loss.draws(client, batches, seed, round) or itertools.repeat({})
+    bf16 = client.config.precision == "bf16"
+    mask = functools.partial(draw_mask, rng=drops)
+    with own_rng(seed, "dropout", round, client.id), masks_from(model, mask):
+        for index, extra in zip(batches, drawn, strict=False):
+            batch = one_batch(client, index, views, device)._replace(context=context, drawn=extra)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                terms = loss.of(model, batch)
+            yield terms

@@ -45,9 +45,16 @@ def _clients_after(algorithm, state, accepted, options, keeps):
         return dict(state.own)
     return {**state.own, **{u.client: keeps[u.client] for u in accepted if keeps[u.client]}}
 
-def _mean_loss(updates):
-    losses = [(u.n_examples, u.train_loss) for u in updates if u.train_loss is not None]
-    return sum(n * v for n, v in losses) / sum(n for n, _ in losses) if losses else None
+def _mean(values):
+    "Of pairs (number of examples, value); None without any."
+    return sum(n * v for n, v in values) / sum(n for n, _ in values) if values else None
+
+def _losses(updates):
+    "The mean loss of the accepted updates and, where it has several terms, of each."
+    row = {"train_loss": _mean([(u.n_examples, u.train_loss) for u in updates if u.train_loss is not None])}
+    names = updates[0].terms if updates else ()
+    terms = {name: _mean([(u.n_examples, u.terms[name]) for u in updates]) for name in names}
+    return row | ({"terms": terms} if terms else {})
 
 # %% ../../nbs/federated/08_loop.ipynb #20b6733c
 def run_round(
@@ -74,7 +81,7 @@ def run_round(
     new, server, numbers = _served(algorithm, model, state, accepted, options, seed, weights)
     row = {
         "round": payload.round + 1,
-        "train_loss": _mean_loss(accepted),
+        **_losses(accepted),
         "accepted": len(accepted),
         "rejected": [list(x) for x in rejected],
         "failed": len(accepted) < options.min_clients,
@@ -86,12 +93,8 @@ def run_round(
     return State(new, (*state.history, row), tuple(ledger.to_json()), own, server), accepted
 
 # %% ../../nbs/federated/08_loop.ipynb #399c377b
-def _check_start(algorithm, model, own):
-    "Raise for a device or for start weights that an algorithm cannot use."
-    device = next(model.parameters()).device
-    if algorithm.cpu_only and device.type != "cpu":
-        advice = "set device = cpu in settings.ini, or FEDGAL_DEVICE=cpu"
-        raise FedgalError(f"{algorithm.name} computes on the CPU only, not on {device}; {advice}")
+def _check_start(algorithm, own):
+    "Raise for start weights that an algorithm cannot use."
     if own and not algorithm.personal:
         able = ", ".join(n for n in ALGORITHMS if ALGORITHMS[n].personal)
         raise FedgalError(
@@ -106,10 +109,11 @@ def start_state(
     own: dict[int, Tensors] | None = None,  # see `fit`
 ) -> State:
     "The state before the first round; raises FedgalError for start tensors that cannot be used."
-    _check_start(algorithm, model, own)
-    extras, server, keeps = algorithm.start(model, clients, seed)
-    payload = replace(payload_from(model), extras=extras)
+    _check_start(algorithm, own)
     device = next(model.parameters()).device
+    extras, server, keeps = algorithm.start(model, clients, seed)
+    extras, server = ({n: t.to(device) for n, t in part.items()} for part in (extras, server))
+    payload = replace(payload_from(model), extras=extras)
     schema = {**payload.parameters, **payload.buffers}
     starts = {}
     for k in [c.id for c in clients if c.id in (own or {})]:
@@ -145,11 +149,13 @@ def fit(
     model = copy.deepcopy(model)
     algorithm = options.make_algorithm()
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
+    for c in clients:
+        algorithm.check_mixup(c.config.mixup, loss)
     state = start_state(algorithm, model, clients, seed, own)
     last = None
     who = {}
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
-    name, reason = resolve_engine(engine, model, first)
+    name, reason = resolve_engine(engine, model, first, algorithm.loss(state.payload, loss))
     if checkpoint:
         who = identity(state.payload, clients, options, seed, name, loss, weights, own, model)
         state, last = load_state(checkpoint, who, next(model.parameters()).device) or (state, None)

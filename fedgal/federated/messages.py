@@ -95,6 +95,7 @@ class ClientUpdate:
     n_examples: int
     buffers: Tensors = field(default_factory=dict)
     train_loss: float | None = None  # mean loss per example during local work
+    terms: dict[str, float] = field(default_factory=dict)  # mean of each of its terms, where there are several
     labels: Tensor | None = None  # sorted labels of the local examples
     hyperparams: dict | None = None
     statistics: Tensors | None = None

@@ -38,6 +38,8 @@ class FitTask:
     views: int = 1  # how often every image is among them, view after view
     seed: int = 0
     device: str = "cpu"  # where large networks are trained
+    engine: str = "auto"  # of a federation that trains it
+    checkpoint: Path | None = None  # folder in which such a federation keeps its rounds
 
     def __post_init__(self):
         s, T, C = self.statistics, len(self.teachers), self.n_classes

@@ -5,6 +5,7 @@
 # %% ../../nbs/generators/14_inputs.ipynb #9a14c004
 from __future__ import annotations
 from dataclasses import dataclass
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from ..core.store import load_json
@@ -30,6 +31,8 @@ class GeneratorInputs:
     views: int = 1  # how often every image is among the latents
     seed: int = 0
     device: str = "cpu"  # where large networks are trained
+    engine: str = "auto"  # of generators that clients train
+    checkpoint: Path | None = None  # folder, in which every generator has its own
 
     @property
     def pooled(self) -> tuple[Tensor, Tensor]:
@@ -57,12 +60,15 @@ class GeneratorInputs:
             views=self.views,
             seed=self.seed,
             device=self.device,
+            engine=self.engine,
+            checkpoint=self.checkpoint and self.checkpoint / arm,
         )
         return fit_and_sample(name, task, sizes, arm=arm, **params)
 
 # %% ../../nbs/generators/14_inputs.ipynb #9a14c007
 def load_inputs(
     stage,  # with `10_data`, `20_train`, `30_statistics` as inputs and the parameters level, views and seed
+    engine: str = "auto",  # of generators that clients train
 ) -> GeneratorInputs:
     "Statistics and teachers from the store, features and upper parts from the trained models."
     run = load_run(stage)
@@ -78,4 +84,6 @@ def load_inputs(
         views=views,
         seed=seed,
         device=stage.runtime.device,
+        engine=engine,
+        checkpoint=stage.checkpoint,
     )

@@ -6,26 +6,28 @@
 from __future__ import annotations
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from ..core.random import stream
 from ..core.tensors import n_bytes
+from ..federated.ledger import Ledger
 from .base import FitTask, Generator, Message, require_known
 from .diffusion.denoiser import Denoiser, train_denoiser
-from .diffusion.federated import train_federated
+from .diffusion.federated import train_denoisers
 from .diffusion.frame import Frame, make_frame
 from .diffusion.options import SAMPLERS, DiffusionOptions, GaldOptions, geometry_of
 from .diffusion.schedule import Schedule, add_noise, factors, min_snr_weight, recover, stratified_t
-from ..models.losses.geometry import gald_loss
+from ..models.losses.geometry import Geometry, gald_loss
 from ..stats.blocks import class_sum
 from ..stats.radius import dilate, measured_radius
 from ..stats.space import Space
 
 # %% auto #0
-__all__ = ['DENOISING', 'settled', 'Diffusion', 'fit_diffusion', 'fit_denoiser', 'placed_geometry', 'exchanges',
-           'federated_messages', 'guided', 'residuals', 'stretch', 'in_steps', 'Gald', 'DiffusionPooled', 'GaldPooled',
-           'gaussian_denoiser', 'denoising_error', 'error_table']
+__all__ = ['DENOISING', 'settled', 'Diffusion', 'fit_diffusion', 'fit_denoiser', 'PlacedGeometry', 'placed_geometry',
+           'messages_of', 'federated_messages', 'guided', 'residuals', 'stretch', 'in_steps', 'Gald', 'DiffusionPooled',
+           'GaldPooled', 'gaussian_denoiser', 'denoising_error', 'error_table']
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #9d497abb
 def settled(z: Tensor, space: Space, clamp: bool) -> Tensor:
@@ -91,7 +93,7 @@ def fit_diffusion(gen: Diffusion, task: FitTask) -> list[dict]:
     many = sum(len(x) > 0 for x, _ in parts)
     if gen.trained_on == "pooled":
         parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
-    history = fit_denoiser(gen, parts, many, task.seed, task.views)
+    history = fit_denoiser(gen, parts, many, task)
     if o.dilate:
         gen.stretch = stretch(gen, task.rng("radius"))
     elif o.frame == "all":
@@ -105,42 +107,49 @@ def fit_denoiser(
     gen: Diffusion,
     parts: list,  # (residuals, labels); several are trained on federatedly
     many: int,  # clients behind them: a pooled batch is that many times as large, so that both see as much
-    seed: int,
-    views: int = 1,  # of every sample among the residuals
+    task: FitTask,
 ) -> list[dict]:
     "Train the denoiser of a generator, with the geometry of what it will place."
     o, schedule = gen.options, gen.schedule
-    extra = placed_geometry(gen)
+    geometry = placed_geometry(gen)
     if len(parts) == 1:
         pooled = o.replace(batch_size=o.batch_size * many)
-        trained = train_denoiser(*parts[0], gen.n_classes, pooled, seed, schedule, extra)
+        trained = train_denoiser(*parts[0], gen.n_classes, pooled, task.seed, schedule, geometry)
     else:
         rounds = min(o.rounds, o.steps)
-        trained = train_federated(parts, gen.n_classes, o, rounds, seed, schedule, extra, o.class_rows, views)
-        gen.exchanged = exchanges(rounds, [k for k, (x, _) in enumerate(parts) if len(x)], trained.bytes)
+        how = {"class_rows": o.class_rows, "views": task.views, "engine": task.engine, "checkpoint": task.checkpoint}
+        trained = train_denoisers(parts, gen.n_classes, o, rounds, task.seed, schedule, geometry, **how)
+        gen.exchanged = messages_of(trained.ledger)
     gen.model = trained.model
     return trained.history
 
-def placed_geometry(gen: Diffusion) -> Callable | None:
-    "The geometry losses of estimates where they will be placed; None where they are switched off."
-    losses, frame = geometry_of(gen.options), gen.frame
+@dataclass(frozen=True, eq=False)
+class PlacedGeometry:
+    "The geometry losses of estimates where they will be placed."
 
-    def geometry(x0, y, t, counts=None):
-        alpha_bar = gen.schedule.alpha_bar[t]
-        return gald_loss(frame.place(x0, y), y, alpha_bar, frame.anchors, losses, counts, frame.variance)
+    losses: Geometry
+    frame: Frame
+    schedule: Schedule
 
-    return geometry if losses else None
+    def __call__(self, x0: Tensor, y: Tensor, t: Tensor, counts: Tensor | None = None) -> dict[str, Tensor]:
+        f = self.frame
+        alpha_bar = self.schedule.alpha_bar.to(t.device)[t]
+        return gald_loss(f.place(x0, y), y, alpha_bar, f.anchors, self.losses, counts, f.variance)
+
+def placed_geometry(gen: Diffusion) -> PlacedGeometry | None:
+    "The geometry losses of a generator; None where they are switched off."
+    losses = geometry_of(gen.options)
+    return PlacedGeometry(losses, gen.frame, gen.schedule) if losses else None
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #7e236fb8
-def exchanges(rounds: int, clients: list[int], size: int) -> list[Message]:
-    "The denoiser on its way to the clients and back, `size` bytes each time."
-    down, up = "weights of the denoiser", "weights after local steps on its own features"
-    messages = []
-    for r in range(rounds):
-        for k in clients:
-            messages.append(Message("server", f"client {k}", r, "denoiser", size, down))
-            messages.append(Message(f"client {k}", "server", r, "denoiser", size, up))
-    return messages
+def messages_of(ledger: Ledger) -> list[Message]:
+    "The messages of a federation, those of one kind alike in size."
+    rows = ledger.rows.values()
+    return [
+        Message(r.sender, r.receiver, r.first_round + i, "denoiser", r.bytes // r.messages, r.discloses)
+        for r in rows
+        for i in range(r.messages)
+    ]
 
 def federated_messages(gen: Diffusion, task: FitTask) -> list[Message]:
     "What fitting by the clients took."

@@ -51,6 +51,8 @@ def fit_task(
     views: int = 1,  # how often every image is among the latents
     seed: int = 0,
     device: str = "cpu",
+    engine: str = "auto",
+    checkpoint: Path | None = None,  # folder
 ) -> FitTask:
     "What a generator is fitted to: of all that a run has, what the generator says it needs."
     cls = GENERATORS[generator] if isinstance(generator, str) else generator
@@ -65,7 +67,8 @@ def fit_task(
             fields |= {"latents": tuple(latents), "views": views}
         else:
             fields["teachers"], fields["teacher_weights"] = teaching_parts(need, teachers, uppers, counts)
-    return FitTask(space, n_classes, seed=seed, device=device, **fields)
+    how = {"device": device, "engine": engine, "checkpoint": checkpoint}
+    return FitTask(space, n_classes, seed=seed, **how, **fields)
 
 # %% ../../nbs/generators/13_run.ipynb #28394b67
 def sizes_by_share(

@@ -106,6 +106,8 @@ class Train(StageParameters):
     )
     lr_decay: float = option(1.0, "factor on the learning rate per round", gt=0, le=1)
     momentum: float = option(0.9, "momentum of local SGD", ge=0, lt=1)
+    nesterov: bool = option(False, "Nesterov's form of the momentum")
+    optimiser: str = option("sgd", "optimiser of local work; adamw takes no momentum", one_of=("sgd", "adamw"))
     weight_decay: float = option(0.0, "L2 penalty of local SGD", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0)
     augment: bool = option(
@@ -125,7 +127,7 @@ class Train(StageParameters):
         from fedgal.federated.state import FederationOptions, check_participants
 
         LocalOptions.make(**params)
-        FederationOptions.make(**params)
+        FederationOptions.make(**params).make_algorithm().check_mixup(params["mixup"])
         check_participants(params["n_clients"], params["participation"], params["min_clients"])
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0016

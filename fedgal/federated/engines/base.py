@@ -75,12 +75,12 @@ _RESTS_ON = ("engine:serial", "engine:batched")  # what auto may take; keys find
 AUTO_CLIENTS = 4  # batched from this many clients a round on ...
 AUTO_STEP = 2**20  # ... if one client's step keeps at most this many bytes
 
-def _fixed_rule(model, clients):
+def _fixed_rule(model, clients, loss):
     if why := ENGINES["batched"].obstacle(model, clients):
         return "serial", why
     if len(clients) < AUTO_CLIENTS:
         return "serial", f"{len(clients)} clients a round, fewer than {AUTO_CLIENTS}"
-    size = step_bytes(model, clients[0])
+    size = step_bytes(model, clients[0], loss)
     if size > AUTO_STEP:
         return "serial", f"a step of {size / 2**20:.1f} MiB, more than {AUTO_STEP // 2**20}"
     return "batched", f"{len(clients)} clients a round, a step of {size / 2**20:.2f} MiB"
@@ -89,10 +89,11 @@ def resolve_engine(
     name: str,  # "auto", or an entry of `ENGINES`
     model: nn.Module,
     clients: list,  # the clients of one round
+    loss: Callable = task_loss,  # (output, targets) -> [B]
 ) -> tuple[str, str]:  # engine, reason
     "Settle the engine of a run; raises `FedgalError` for an unknown name, and for an engine that cannot run it."
     if name == "auto":
-        return _fixed_rule(model, clients)
+        return _fixed_rule(model, clients, loss)
     if name not in ENGINES:
         unknown_name("engine", name, ("auto", *ENGINES))
     if why := ENGINES[name].obstacle(model, clients):

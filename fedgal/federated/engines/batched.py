@@ -16,12 +16,14 @@ from ...core.random import stream
 from ...core.tensors import Tensors, n_bytes
 from ...data.transforms import to_float
 from ..clients import MultiStepClient
+from ..dropout import draw_mask, masks_from
 from .base import Engine
-from .memory import BUDGET, chunk_size, example_bytes, reached
-from ..local import draw_mixup
+from .memory import BUDGET, chunk_size, probed
+from ..local import draw_mixup, first_not_finite, means_of, total
 from ..messages import ClientUpdate, ServerPayload, load_payload
+from ..steps import Steps
 from ...models.init import undecayed_names
-from ...models.losses.protocol import blend, context_of, mixed_loss, task_loss
+from ...models.losses.protocol import Batch, LocalLoss, as_local_loss, blend, task_loss
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #45d212ad
 def pad_batches(
@@ -55,18 +57,43 @@ def _one_tensor(clients):
     first = torch.tensor([0] + [len(c.x) for c in clients[:-1]]).cumsum(0)
     return torch.cat([c.x for c in clients]), torch.cat([c.y for c in clients]), first
 
+def _padded(tensors):
+    "Stack [n_k, ...] to [K, N, ...] with zeros behind the shorter ones; single numbers to [K]."
+    longest = max(t.shape[:1] for t in tensors)
+    return torch.stack([t if t.shape[:1] == longest else _longer(t, *longest) for t in tensors])
+
+def _longer(t, n):
+    return torch.cat([t, t.new_zeros(n - len(t), *t.shape[1:])])
+
 class Batches:
     "The stacked batches of some clients, step by step; `work` is sorted by decreasing number of batches."
 
-    def __init__(self, work: list[tuple[MultiStepClient, list]], seed: int, round: int, device):
+    def __init__(self, work: list[tuple[MultiStepClient, list]], seed: int, round: int, device, loss, drops=()):
         self.work = work
         self.device = device
         self.mixup = work[0][0].config.mixup
+        self.drops = drops  # (shape behind the batch, p) of every mask that dropout asks for in a step
         self.x, self.y, self.first = _one_tensor([c for c, _ in work])
-        self.rng = [stream(seed, "augment", round, c.id) for c, _ in work]
+        self.rng, self.dropout = (
+            [stream(seed, what, round, c.id) for c, _ in work] for what in ("augment", "dropout")
+        )
+        self.drawn = [as_local_loss(loss).draws(c, b, seed, round) for c, b in work]
 
     def __len__(self):
         return len(self.work[0][1])
+
+    def parts(self, step: int) -> tuple[dict[str, Tensor], Tensors, list[Tensor]]:
+        "The fields of a `Batch` of the clients still at work, what their losses draw, and masks of dropout."
+        x, y, mask, mixed = self.at(step)
+        batch = {"x": x, "y": y, "mask": mask} | dict(zip(("other", "lam"), mixed, strict=False))
+        drawn = [next(d) for d in self.drawn[: len(x)] if d is not None]
+        drawn = {n: _padded([d[n] for d in drawn]).to(self.device) for n in (drawn[0] if drawn else ())}
+        sizes = [len(b[step]) for _, b in self.work[: len(x)]]
+        masks = [
+            [draw_mask((n, *shape), p, rng) for shape, p in self.drops]
+            for n, rng in zip(sizes, self.dropout, strict=False)
+        ]
+        return batch, drawn, [_padded(list(m)).to(self.device) for m in zip(*masks, strict=True)]
 
     def at(self, step: int) -> tuple[Tensor, Tensor, Tensor, tuple | list]:
         "Inputs [k, B, ...], targets and mask [k, B] of the clients still at work; with mixup second targets, shares."
@@ -94,107 +121,106 @@ def _stack(tensors):
     return torch.stack(tensors)
 
 class Weights:
-    "Stacked parameters of some clients, and SGD on them."
+    "Stacked parameters of some clients, and the steps that change them."
 
     def __init__(
         self, trained: list[str], clients: list, payload: ServerPayload, undecayed, own=None, corrections=None
     ):
         starts = [{**payload.parameters, **(own or {}).get(c.id, {})} for c in clients]
-        self.options = clients[0].config
-        self.undecayed = undecayed
-        self.rate = self.options.rate(payload.round)
+        options = clients[0].config
         self.start = {n: _stack([start[n] for start in starts]) for n in trained}
         self.w = {n: p.clone() for n, p in self.start.items()}
-        self.velocity = {n: torch.zeros_like(p) for n, p in self.w.items()} if self.options.momentum else {}
-        self.correction = {}
+        correction = None
         if corrections:
-            self.correction = {n: torch.stack([corrections[c.id][n] for c in clients]) for n in trained}
+            correction = {n: torch.stack([corrections[c.id][n] for c in clients]) for n in trained}
+        self.step = Steps(options, options.rate(payload.round), undecayed, self.start, correction)
 
     def first(self, k: int) -> Tensors:
         "Parameters [k, ...] of the clients that are still at work."
         return {n: w[:k] for n, w in self.w.items()}
 
     def descend(self, grads: Tensors) -> None:
-        "One step of SGD for the first clients; `grads` has one row for each."
-        c = self.options
+        "One step for the first clients; `grads` has one row for each."
         k = len(next(iter(grads.values())))
-        for n, g in grads.items():
-            w = self.w[n][:k]
-            if c.prox_mu:
-                g = g + c.prox_mu * (w - self.start[n][:k])
-            if self.correction:
-                g = g + self.correction[n][:k]
-            if c.weight_decay and n not in self.undecayed:
-                g = g.add(w, alpha=c.weight_decay)
-            if c.momentum:
-                g = self.velocity[n][:k].mul_(c.momentum).add_(g)
-            w.sub_(g, alpha=self.rate)
+        self.step(self.first(k), grads, k)
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #43fff092
-def _gradients(model, payload, trained, loss, has_context):
-    "Gradients and mean losses of stacked weights on stacked batches."
+class _WithLoss(nn.Module):
+    "A model and its loss, so that weights are replaced wherever the loss uses the model."
+
+    def __init__(self, model: nn.Module, loss: LocalLoss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch):
+        return self.loss.of(self.model, batch)
+
+def _gradients(model, payload, trained, loss, bf16):
+    "Gradients of stacked weights on stacked batches, and the mean of every term."
     fixed = {**{n: p for n, p in payload.parameters.items() if n not in trained}, **payload.buffers}
+    whole = _WithLoss(model, loss)
+    device = next(model.parameters()).device.type
 
-    def objective(w, x, y, mask, context, other=None, lam=None):
-        out = functional_call(model, {**fixed, **w}, (x,))
-        values = mixed_loss(loss, out, y, other, lam, mask, context if has_context else None)
-        return torch.where(mask, values, 0).sum() / mask.sum()
+    def objective(w, parts, drawn, masks):
+        masks = iter(masks)
+        tensors = {f"model.{n}": t for n, t in {**fixed, **w}.items()}
+        batch = Batch(**parts, drawn=drawn)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16), masks_from(model, lambda *_: next(masks)):
+            terms = functional_call(whole, tensors, (batch,))
+        weight = batch.mask / batch.mask.sum()
+        means = {n: (weight * torch.where(batch.mask, t.float(), 0)).sum() for n, t in terms.items()}
+        return total(means), means
 
-    return vmap(grad_and_value(objective))
-
-def _contexts(clients, loss):
-    "What the loss needs to know of each client, stacked; an empty tensor if it needs nothing."
-    contexts = [context_of(loss, c) for c in clients]
-    return (torch.zeros(len(clients), 0), False) if contexts[0] is None else (torch.stack(contexts), True)
+    return vmap(grad_and_value(objective, has_aux=True))
 
 def _train(batches, weights, gradients, context):
-    "All steps of a chunk: the mean loss of each client, and its first step that was not finite (-1: none)."
-    k = len(batches.work)
-    total = torch.zeros(k, dtype=torch.float64)
-    examples = torch.zeros(k)
-    broken = torch.full((k,), -1)
+    "All steps of a chunk: for each step the mean of every term, [k, terms] for the k clients at work."
+    losses = []
     for step in range(len(batches)):
-        x, y, mask, mixed = batches.at(step)
-        active = len(x)
-        grads, values = gradients(weights.first(active), x, y, mask, context[:active], *mixed)
+        parts, drawn, masks = batches.parts(step)
+        k = len(parts["x"])
+        if context is not None:
+            parts["context"] = context[:k]
+        grads, (_, means) = gradients(weights.first(k), parts, drawn, masks)
         weights.descend(grads)
-        values = values.cpu()
-        count = mask.sum(1).cpu()
-        total[:active] += values * count
-        examples[:active] += count
-        bad = ~values.isfinite() & (broken[:active] < 0)
-        broken[:active][bad] = step
-    return total / examples, broken
+        losses.append(torch.stack(list(means.values()), 1))
+    return [step.cpu() for step in losses], list(means)
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #43fff093
-def _run_chunk(model, trained, work, payload, seed, loss, own, corrections):
+def _run_chunk(model, probe, work, payload, seed, loss, own, corrections):
     "Train all clients of a chunk to the end; one update each."
     clients = [c for c, _ in work]
-    batches = Batches(work, seed, payload.round, next(model.parameters()).device)
-    weights = Weights(trained, clients, payload, undecayed_names(model), own, corrections)
-    context, has_context = _contexts(clients, loss)
-    gradients = _gradients(model, payload, trained, loss, has_context)
-    losses, broken = _train(batches, weights, gradients, context)
+    device = next(model.parameters()).device
+    batches = Batches(work, seed, payload.round, device, loss, probe.drops)
+    weights = Weights(probe.trained, clients, payload, undecayed_names(model), own, corrections)
+    contexts = [loss.context(c) for c in clients]
+    context = None if contexts[0] is None else torch.stack(contexts).to(device)
+    gradients = _gradients(model, payload, probe.trained, loss, clients[0].config.precision == "bf16")
+    losses, names = _train(batches, weights, gradients, context)
     delta = {n: w.sub_(weights.start[n]) for n, w in weights.w.items()}
     rest = {n: torch.zeros_like(p) for n, p in payload.parameters.items() if n not in delta}
-    for i, client in enumerate(clients):
-        if broken[i] >= 0:
-            yield client.failed(f"loss not finite at step {broken[i]}")
+    for i, (client, of_client) in enumerate(work):
+        rows = torch.stack([step[i] for step in losses[: len(of_client)]])
+        if (broken := first_not_finite(rows)) is not None:
+            yield client.failed(f"loss not finite at step {broken}")
             continue
         change = {n: delta[n][i] if n in delta else rest[n] for n in payload.parameters}
-        yield client.update(change, payload.buffers, losses[i].item())
+        yield client.update(change, payload.buffers, *means_of(rows, [len(b) for b in of_client], names))
+
+_APART = ("epochs", "steps", "batch_size")  # what clients of a chunk may differ in
 
 def _alike(client):
     "Clients can share a chunk if their optimiser and the shape of an example agree."
-    names = ("lr", "lr_decay", "schedule", "rounds", "momentum", "weight_decay", "prox_mu", "mixup")
     shapes = (client.x.shape[1:], client.x.dtype, client.y.shape[1:], client.y.dtype)
-    return str((*(getattr(client.config, n) for n in names), *shapes))
+    return str(({n: v for n, v in client.config if n not in _APART}, *shapes))
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #b5b24d92
 class BatchedOptions(Options):
     "Options of the batched engine."
 
     budget: int = option(BUDGET, "bytes that one chunk of clients may take", ge=1)
+
+_OTHER_NOISE = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
 def obstacle(
     model: nn.Module,
@@ -204,12 +230,10 @@ def obstacle(
     for name, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             return f"BatchNorm in {name} updates buffers"
-        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0:
-            return f"dropout in {name} draws random numbers"
+        if isinstance(m, _OTHER_NOISE):
+            return f"{type(m).__name__} in {name} draws random numbers"
     if other := [c for c in clients if type(c) is not MultiStepClient]:
         return f"{type(other[0]).__name__} has its own way to train"
-    if any(c.config.precision != "fp32" for c in clients):
-        return "bfloat16 autocast pays for large models only"
     return ""
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #b5b24d93
@@ -240,14 +264,14 @@ class Batched(Engine):
     ) -> list[ClientUpdate]:
         if why := obstacle(model, clients):
             raise FedgalError(f"engine 'batched' cannot run {type(model).__name__}: {why}; use engine 'serial'")
-        trained = reached(load_payload(model, payload).train(), clients[0], loss)
-        example = example_bytes(model, clients[0])
-        size = n_bytes({n: payload.parameters[n] for n in trained})
+        loss = as_local_loss(loss)
+        probe = probed(load_payload(model, payload).train(), clients[0], loss)
+        size = n_bytes({n: payload.parameters[n] for n in probe.trained})
         work = [(c, c.batches(seed, payload.round)) for c in clients]
         work.sort(key=lambda cb: (_alike(cb[0]), -len(cb[1]), cb[0].id))
         done = {}
         with torch.no_grad():
-            for chunk in _chunks(work, size, example, self.options.budget):
-                for update in _run_chunk(model, trained, chunk, payload, seed, loss, own, corrections):
+            for chunk in _chunks(work, size, probe.example, self.options.budget):
+                for update in _run_chunk(model, probe, chunk, payload, seed, loss, own, corrections):
                     done[update.client] = update
         return [done[c.id] for c in clients]

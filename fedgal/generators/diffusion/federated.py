@@ -4,184 +4,191 @@
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #f780e21e
 from __future__ import annotations
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 import torch
-from torch import Tensor
-from torch.func import functional_call, vmap
+from torch import Tensor, nn
 from ...core.errors import FedgalError
+from ...core.options import Options, option
 from ...core.random import stream
-from ...core.schedules import ema_decay, half_cosine
-from ...core.tensors import gradient_norms, n_bytes
-from .denoiser import Denoiser, DenoiserOptions, draw_rows, is_reported
+from ...core.schedules import ema_decay
+from ...core.tensors import Tensors
+from ...federated.aggregate import aggregate
+from ...federated.algorithm import Algorithm
+from ...federated.clients import MultiStepClient
+from ...federated.ledger import Ledger
+from ...federated.local import LocalOptions
+from ...federated.loop import fit
+from ...federated.messages import ClientUpdate, ServerPayload
+from ...federated.state import FederationOptions
+from .denoiser import Denoiser, DenoiserOptions, is_reported
 from .schedule import Schedule, check_target, denoising_loss, stratified_t
 from ...models.init import initialised
+from ...models.losses.protocol import Batch, LocalLoss
 from ...stats.blocks import class_sum
 
 # %% auto #0
-__all__ = ['SEVERAL', 'Averaged', 'average_rows', 'Holder', 'holders_of', 'Batch', 'draw', 'stack_batches', 'client_loss',
-           'local_steps', 'summary', 'train_federated']
+__all__ = ['SEVERAL', 'AveragingOptions', 'DenoiserAveraging', 'Denoising', 'residual_clients', 'Averaged', 'train_denoisers',
+           'loss_history']
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #56fbb82f
-class Averaged(NamedTuple):
-    "What `train_federated` returns."
+class AveragingOptions(Options):
+    "Options of the averaging of denoisers."
 
-    model: Denoiser  # running mean of the global weights
-    history: list[dict]  # about twenty rows
-    bytes: int  # of one model, as sent each way, each round, for each client
+    class_rows: bool = option(True, "condition vectors are averaged class by class")
+    n_classes: int = option(1, "classes that have a condition vector", ge=1)
+    decay: float = option(0.999, "decay of the running mean of the weights, a round", ge=0, lt=1)
 
-def average_rows(
-    stacked: dict[str, Tensor],  # [K, ...] weights of the clients
-    last: dict[str, Tensor],  # [...] weights that they started from
-    share: Tensor,  # [K, C] how much of each class's weight a client has
-    class_rows: bool = True,
-) -> dict[str, Tensor]:
-    "Weighted mean over clients; condition vectors class by class, unchanged where nobody owns the class."
-    w = share.sum(1) / share.sum()
-    out = {n: torch.einsum("k,k...->...", w.to(v), v.detach()) for n, v in stacked.items()}
-    if class_rows:
-        n = share.sum(0)
-        C = len(n)
-        vectors = stacked["label.weight"].detach()[:, :C].to(w.dtype)
-        mean = torch.einsum("kc,kce->ce", (share / n.clamp(min=1e-30)).to(w.dtype), vectors)
-        out["label.weight"][:C] = torch.where(n[:, None] > 0, mean.to(out["label.weight"]), last["label.weight"][:C])
-    return out
+class DenoiserAveraging(Algorithm):
+    "FedAvg of a denoiser with condition vectors class by class, and a running mean that is delivered."
+
+    Options = AveragingOptions
+    name = "denoiser"
+    summary = "condition vectors are averaged over the owners of their class"
+    sends = "denoiser"
+    reports = "weight of each of its classes"
+
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        raise FedgalError("algorithm denoiser averages the network of a generator and no classifier; choose another")
+
+    def start(self, model: nn.Module, clients: list, seed: int) -> tuple[Tensors, Tensors, dict[int, Tensors]]:
+        return {}, {n: p.detach().clone() for n, p in model.named_parameters()}, {}
+
+    def report(
+        self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
+    ) -> tuple[Tensors | None, Tensors]:
+        return {"share": class_sum(client.sample_weights.double(), client.targets, self.options.n_classes)}, {}
+
+    def merge(self, payload: ServerPayload, updates: list[ClientUpdate], weights=None, bn="average") -> ServerPayload:
+        "Clients count by the weights of their samples; classes that nobody owns keep their vector."
+        share = torch.stack([u.statistics["share"] for u in updates])  # [K, C]
+        merged = aggregate(payload, updates, {u.client: float(s.sum()) for u, s in zip(updates, share, strict=True)})
+        if not self.options.class_rows:
+            return merged
+        C = share.shape[1]
+        moved = torch.stack([u.tensors["label.weight"][:C].double() for u in updates])  # [K, C, width]
+        mean = (share[..., None] * moved).sum(0) / share.sum(0).clamp(min=1e-30)[:, None]  # 0 where nobody owns it
+        vectors = merged.parameters["label.weight"].clone()
+        vectors[:C] = (payload.parameters["label.weight"][:C].double() + mean).to(vectors.dtype)
+        return replace(merged, parameters=merged.parameters | {"label.weight": vectors})
+
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
+        keep = ema_decay(self.options.decay, payload.round)
+        merged = self.merge(payload, updates).parameters
+        return {}, {n: torch.lerp(p, server[n], keep) for n, p in merged.items()}, {}
+
+    def finish(self, model: nn.Module, payload: ServerPayload, server: Tensors) -> ServerPayload:
+        return replace(payload, parameters=server)
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #d5d9a2e2
 SEVERAL = 5  # samples of a class that a client needs before its batch says anything of mean and radius
 
-class Holder(NamedTuple):
-    "A client with residuals."
+@dataclass(frozen=True, eq=False)
+class Denoising(LocalLoss):
+    "The denoising error of residuals, and losses of the geometry of what they become."
 
-    client: int
-    x: Tensor  # [n, d] residuals
-    y: Tensor  # [n] labels
-    weights: Tensor  # [n] float64, how often each sample is drawn
+    n_classes: int
+    options: DenoiserOptions
+    schedule: Schedule
+    geometry: Callable | None = None  # (x0 [B, d], y [B], t [B], counts [B]) -> {name: scalar}
+    views: int = 1  # of every sample among the residuals
+    batchwise = True
 
-def holders_of(parts: list[tuple[Tensor, Tensor]], n_classes: int, power: float) -> list[Holder]:
-    "The clients that have residuals, with weights from the counts of all clients together."
-    clients = [(k, x, y) for k, (x, y) in enumerate(parts) if len(x)]
-    if not clients:
-        raise FedgalError("no client has a latent of a class with two samples: nothing to learn a shape from")
-    count = sum(torch.bincount(y, minlength=n_classes) for _, _, y in clients).double()
-    return [Holder(k, x, y, count[y].pow(power - 1)) for k, x, y in clients]
+    def context(self, client: MultiStepClient) -> Tensor:  # [C] bool
+        "Of which classes the client has several samples; ten views of one image are one sample."
+        return torch.bincount(client.targets, minlength=self.n_classes) >= SEVERAL * self.views
+
+    def draws(self, client: MultiStepClient, batches: list[Tensor], seed: int, round: int) -> Iterator[Tensors]:
+        "Noise levels [B], noise [B, d], and which samples are told their class [B]."
+        rng = stream(seed, "denoiser noise", round, client.id)
+        device = client.x.device
+        for b in batches:
+            t = stratified_t(len(b), self.schedule.T, rng)
+            noise = torch.randn(len(b), client.x.shape[1], generator=rng)
+            told = torch.rand(len(b), generator=rng) >= self.options.drop
+            yield {"t": t.to(device), "noise": noise.to(device), "told": told.to(device)}
+
+    def of(self, model: nn.Module, batch: Batch) -> Tensors:
+        t, noise, told = (batch.drawn[n] for n in ("t", "noise", "told"))
+        labels = torch.where(told, batch.y, self.n_classes)  # the null class
+        o = self.options
+        each, x0 = denoising_loss(model, batch.x, labels, t, noise, self.schedule, o.target, o.gamma)
+        if self.geometry is None:
+            return {"denoising": each}
+        counts = told & batch.context[batch.y]
+        if batch.mask is not None:
+            counts = counts & batch.mask
+        scalars = self.geometry(x0, batch.y, t, counts)
+        return {"denoising": each} | {name: value.expand_as(each) for name, value in scalars.items()}
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #64820986
-class Batch(NamedTuple):
-    "What a client, or all clients stacked, learn from in one step."
-
-    x: Tensor  # [B, d] residuals
-    y: Tensor  # [B]
-    t: Tensor  # [B] noise levels
-    noise: Tensor  # [B, d]
-    has_class: Tensor  # [B] bool, samples that are told their class
-    several: Tensor  # [B] bool, samples of classes that the client has several samples of
-
-def draw(
-    holder: Holder,
+def residual_clients(
+    parts: list[tuple[Tensor, Tensor]],  # per client: residuals [n_k, d] and labels [n_k]
+    n_classes: int,
     options: DenoiserOptions,
-    schedule: Schedule,
-    rng: torch.Generator,
-    views: int = 1,
-) -> Batch:
-    "One client's batch."
-    B, dim = options.batch_size, holder.x.shape[1]
-    i = draw_rows(holder.weights, B, rng)
-    several = torch.bincount(holder.y)[holder.y[i]] >= SEVERAL * views  # ten views of one image are one sample
-    t = stratified_t(B, schedule.T, rng)
-    noise = torch.randn(B, dim, generator=rng)
-    has_class = torch.rand(B, generator=rng) >= options.drop
-    return Batch(holder.x[i], holder.y[i], t, noise, has_class, several)
-
-def stack_batches(
-    holders: list[Holder],
-    rngs: list[torch.Generator],  # one for each client
-    options: DenoiserOptions,
-    schedule: Schedule,
-    views: int = 1,
-) -> Batch:  # [K, B, ...]
-    "The batches of all clients."
-    batches = [draw(holder, options, schedule, rng, views) for holder, rng in zip(holders, rngs, strict=True)]
-    return Batch(*map(torch.stack, zip(*batches, strict=True)))
-
-# %% ../../../nbs/generators/diffusion/05_federated.ipynb #168f5fc5
-def client_loss(model: Denoiser, schedule: Schedule, options: DenoiserOptions, extra: Callable | None = None):
-    "The terms of one client's loss as a function of its weights and batch."
-
-    def loss(weights, x, y, t, noise, has_class, several):
-        def network(z, t, y):
-            return functional_call(model, weights, (z, t, y))
-
-        labels = torch.where(has_class, y, model.null)
-        each, x0 = denoising_loss(network, x, labels, t, noise, schedule, options.target, options.gamma)
-        geometry = extra(x0, y, t, has_class & several) if extra else {}
-        return {"denoising": each.mean()} | geometry
-
-    return loss
-
-# %% ../../../nbs/generators/diffusion/05_federated.ipynb #e8551aa9
-def local_steps(
-    loss: Callable,  # of one client's weights and batch
-    stacked: dict[str, Tensor],  # [K, ...] weights of the clients, changed in place
-    optimiser: torch.optim.Optimizer,
-    batches: Iterable[Batch],  # [K, B, ...], one a step
-    with_norms: bool,
-) -> tuple[list[dict], dict[str, Tensor]]:  # mean terms of every step; gradient norms of the first
-    "All clients at once: one backward pass gives everyone its own gradient."
-    losses, norms = [], {}
-    for batch in batches:
-        terms = vmap(loss)(stacked, *batch)
-        if with_norms and not losses:
-            norms = gradient_norms({k: v.sum() for k, v in terms.items()}, stacked.values())
-        optimiser.zero_grad()
-        sum(v.sum() for v in terms.values()).backward()
-        optimiser.step()
-        losses.append({k: v.detach().mean() for k, v in terms.items()})
-    return losses, norms
-
-def summary(round: int, losses: list[dict]) -> dict:
-    "A row of the history."
-    row = {k: float(torch.stack([step[k] for step in losses]).mean()) for k in losses[0]}
-    if not all(map(math.isfinite, row.values())):
-        raise FedgalError(f"the denoiser's loss is not finite in round {round}: use a smaller lr")
-    return {"round": round, "loss": sum(row.values())} | (row if len(row) > 1 else {})
+    rounds: int,
+) -> list[MultiStepClient]:
+    "The clients that have residuals; each draws by the counts of all of them together."
+    owners = [(k, x, y) for k, (x, y) in enumerate(parts) if len(x)]
+    if not owners:
+        raise FedgalError("no client has a latent of a class with two samples: nothing to learn a shape from")
+    count = sum(torch.bincount(y, minlength=n_classes) for _, _, y in owners).double()
+    local = LocalOptions(
+        steps=-(-options.steps // rounds),  # whole rounds
+        batch_size=options.batch_size,
+        optimiser="adamw",
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        schedule="cosine" if options.cosine else "constant",
+        rounds=rounds,
+    )
+    weights = [count[y].pow(options.power - 1) for _, _, y in owners]
+    return [MultiStepClient(k, x, y, local, w) for (k, x, y), w in zip(owners, weights, strict=True)]
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #fc6223db
-def train_federated(
+class Averaged(NamedTuple):
+    "What `train_denoisers` returns."
+
+    model: Denoiser  # running mean of the global weights
+    history: list[dict]  # about twenty rows
+    ledger: Ledger
+
+def train_denoisers(
     parts: list[tuple[Tensor, Tensor]],  # per client: residuals [n_k, d] and labels [n_k]
     n_classes: int,
     options: DenoiserOptions,  # `steps` is the number of local steps in all rounds together
     rounds: int,
     seed: int = 0,
     schedule: Schedule = Schedule(),
-    extra: Callable | None = None,  # (x0 [B, d], y [B], t [B], counts [B]) -> {name: scalar}; maps over clients
+    geometry: Callable | None = None,  # see `Denoising`
     class_rows: bool = True,
     views: int = 1,  # of every sample among the residuals
+    engine: str = "auto",
+    checkpoint: Path | None = None,  # folder
 ) -> Averaged:
-    "Train a denoiser on clients that keep their residuals; raises FedgalError if nobody has any."
-    o = options
-    check_target(o.target, schedule)
-    holders = holders_of(parts, n_classes, o.power)
-    share = torch.stack([class_sum(h.weights, h.y, n_classes) for h in holders])
-    dim = holders[0].x.shape[1]
-    model = initialised(lambda: Denoiser(dim, n_classes, o.width, o.blocks), stream(seed, "denoiser weights"))
-    world = {n: p.detach() for n, p in model.named_parameters()}
-    mean = {n: p.clone() for n, p in world.items()}
-    local, history = -(-o.steps // rounds), []  # whole rounds
-    loss = client_loss(model, schedule, o, extra)
-    for r in range(rounds):
-        stacked = {n: p.expand(len(holders), *p.shape).clone().requires_grad_() for n, p in world.items()}
-        lr = o.lr * (half_cosine(r, rounds) if o.cosine else 1.0)
-        optimiser = torch.optim.AdamW(stacked.values(), lr=lr, weight_decay=o.weight_decay)
-        rngs = [stream(seed, "denoiser batches", r, h.client) for h in holders]
-        batches = (stack_batches(holders, rngs, o, schedule, views) for _ in range(local))
-        log = is_reported(r, rounds)
-        losses, norms = local_steps(loss, stacked, optimiser, batches, with_norms=log and extra is not None)
-        world = average_rows(stacked, world, share, class_rows)
-        keep = ema_decay(o.ema**local, r)
-        mean = {n: torch.lerp(p, mean[n], keep) for n, p in world.items()}
-        if log:
-            history.append(summary(r + 1, losses) | {f"gradient of {k}": float(v) for k, v in norms.items()})
-    model.load_state_dict(mean)
-    return Averaged(model.requires_grad_(False), history, n_bytes(world))
+    "Train a denoiser on clients that keep their residuals; raises FedgalError if nobody has any, or all of them fail."
+    check_target(options.target, schedule)
+    clients = residual_clients(parts, n_classes, options, rounds)
+    x = clients[0].x
+    form = lambda: Denoiser(x.shape[1], n_classes, options.width, options.blocks)
+    model = initialised(form, stream(seed, "denoiser weights")).to(x.device)
+    averaging = {"class_rows": class_rows, "n_classes": n_classes, "decay": options.ema ** clients[0].config.steps}
+    federation = FederationOptions(rounds=rounds, algorithm="denoiser", options=averaging)
+    loss = Denoising(n_classes, options, schedule, geometry, views)
+    result = fit(model, clients, federation, seed, engine, loss, checkpoint=checkpoint)
+    if all(row["failed"] for row in result.history):
+        why = "; ".join(f"client {k}: {reason}" for k, reason in result.history[-1]["rejected"])
+        raise FedgalError(f"no client could train the denoiser ({why}): use a smaller lr, or look at the features")
+    result.load(model)
+    return Averaged(model.requires_grad_(False), loss_history(result.history), result.ledger)
+
+def loss_history(history: list[dict]) -> list[dict]:
+    "About twenty rows of the loss and its terms."
+    n = len(history)
+    rows = [row for i, row in enumerate(history) if is_reported(i, n) and row["train_loss"] is not None]
+    return [{"round": row["round"], "loss": row["train_loss"], **row.get("terms", {})} for row in rows]

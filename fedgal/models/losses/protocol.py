@@ -4,21 +4,39 @@
 
 # %% ../../../nbs/models/losses/01_protocol.ipynb #fc0ce5b4
 from __future__ import annotations
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 from torch import Tensor, nn
 from ...core.errors import FedgalError
+from ...core.tensors import Tensors
 from .base import cross_entropy
 
 # %% auto #0
-__all__ = ['LocalLoss', 'task_loss', 'FunctionLoss', 'as_local_loss', 'context_of', 'per_example', 'WithTerm', 'plus', 'blend',
-           'mixed_loss']
+__all__ = ['Batch', 'LocalLoss', 'task_loss', 'FunctionLoss', 'as_local_loss', 'context_of', 'per_example', 'WithTerm', 'plus',
+           'blend', 'check_mixup', 'mixed_loss']
 
 # %% ../../../nbs/models/losses/01_protocol.ipynb #68c0099e
+class Batch(NamedTuple):
+    "What one step of one client sees."
+
+    x: Tensor  # [B, ...] float inputs, blended with others under mixup
+    y: Tensor  # [B, ...] targets
+    mask: Tensor | None = None  # [B] bool; False: padding; None: there is none
+    context: Tensor | None = None  # what `context(client)` gave
+    other: Tensor | None = None  # [B] second labels under mixup
+    lam: Tensor | None = None  # [] share of the first
+    drawn: Tensors = {}  # what `draws` gave for this step
+
 class LocalLoss:
     "What local work minimises. As it stands here it needs nothing but output and targets."
 
     batchwise = False  # True: examples of a batch see each other
+
+    @property
+    def mixes(self) -> bool:
+        "Whether examples may have two labels."
+        return not self.batchwise
 
     def at(self, round: int) -> LocalLoss:
         "The loss of a round."
@@ -30,6 +48,13 @@ class LocalLoss:
 
     def prepare(self, model: nn.Module) -> None:
         "Set what it relies on in a model; raises `FedgalError` for a model that it does not fit."
+
+    def draws(self, client, batches: list[Tensor], seed: int, round: int) -> Iterator[Tensors] | None:
+        "What it draws for each step of a client's round; None: nothing."
+
+    def of(self, model: nn.Module, batch: Batch) -> Tensors:  # name -> [B]
+        "The terms whose sum is minimised."
+        return {"loss": mixed_loss(self, model(batch.x), *batch[1:-1])}
 
     def __call__(
         self,
@@ -91,10 +116,10 @@ class WithTerm(LocalLoss):
 
     base: LocalLoss
     term: Callable  # (output, targets, mask) -> [B]
-    batchwise = True
+    batchwise: bool = True
 
     def at(self, round: int) -> WithTerm:
-        return WithTerm(self.base.at(round), self.term)
+        return WithTerm(self.base.at(round), self.term, self.batchwise)
 
     def context(self, client) -> Tensor | None:
         return self.base.context(client)
@@ -108,9 +133,11 @@ class WithTerm(LocalLoss):
 def plus(
     base: Callable,  # a local loss
     extra: Callable,  # (output, targets, mask) -> [B]
+    batchwise: bool = True,  # whether samples of a batch see each other in the further term
 ) -> WithTerm:
-    "The sum of a local loss and a further term, in which samples of a batch may see each other."
-    return WithTerm(as_local_loss(base), extra)
+    "The sum of a local loss and a further term."
+    base = as_local_loss(base)
+    return WithTerm(base, extra, batchwise or base.batchwise)
 
 # %% ../../../nbs/models/losses/01_protocol.ipynb #f6d8c3ef
 def blend(
@@ -122,21 +149,25 @@ def blend(
     lam = lam.view(lam.shape + (1,) * (a.ndim - lam.ndim))
     return lam * a + (1 - lam) * b
 
-def mixed_loss(
-    loss: Callable,  # see `per_example`
-    out,
-    y: Tensor,  # [B]
-    other: Tensor | None = None,  # [B] the second labels; None: there are none
-    lam: Tensor | None = None,  # [] share of the first
-    mask: Tensor | None = None,
-    context: Tensor | None = None,
-) -> Tensor:  # [B]
-    "A loss of examples with one label or with two; raises `FedgalError` for a loss in which samples see each other."
-    if other is None:
-        return per_example(loss, out, y, mask, context)
-    if getattr(loss, "batchwise", False):
+def check_mixup(loss: Callable) -> None:
+    "Raise for a loss that cannot have two labels for an example."
+    if not as_local_loss(loss).mixes:
         raise FedgalError(
             f"mixup gives every example two labels, and {type(loss).__name__} compares the examples of a batch "
             "by their label; set mixup to 0, or take a local loss and an algorithm without such a term"
         )
+
+def mixed_loss(
+    loss: Callable,  # see `per_example`
+    out,
+    y: Tensor,  # [B]
+    mask: Tensor | None = None,
+    context: Tensor | None = None,
+    other: Tensor | None = None,  # [B] the second labels; None: there are none
+    lam: Tensor | None = None,  # [] share of the first
+) -> Tensor:  # [B]
+    "A loss of examples with one label or with two; raises `FedgalError` for a loss that cannot have two."
+    if other is None:
+        return per_example(loss, out, y, mask, context)
+    check_mixup(loss)
     return blend(*(per_example(loss, out, t, mask, context) for t in (y, other)), lam)
