@@ -62,8 +62,7 @@ class Arm(ABC):
     banked: str | None = None  # whose features it adds: "gaussian", "generator", "oracle" or "ccvr"
     adjusts: str | None = None  # the arm whose result it corrects
     one_head = False  # makes one classifier for all, and needs one encoder of all
-    needs_high = False  # is made from class statistics of level high
-    moments = "none"  # how much of the second moments these must keep; or "diagonal", "full"
+    needs_high, moments = False, "none"  # made from statistics of level high; how much of their second moments
     uses_level = True  # what it does depends on the level of generation
     travels = True  # what it trains is trained where `finetune_on` says
     discloses = "generated features"  # what a client gets with its bank

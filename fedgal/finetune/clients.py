@@ -70,7 +70,7 @@ class ClientFeatures:
             return replace(self, inputs=[self.inputs[0][:0]], labels=[self.labels[0][:0]])
         return replace(self, inputs=[torch.cat(self.inputs)], labels=[torch.cat(self.labels)])
 
-# %% ../../nbs/finetune/03_clients.ipynb #7ac50883
+# %% ../../nbs/finetune/03_clients.ipynb #5d1c4002
 def shared_rows(
     model: SplitModel,
     features: ClientFeatures,
@@ -86,6 +86,7 @@ def shared_rows(
         parts += [mixed_rows(None, b.z, model, options.level) for b in banks]
     return torch.cat(parts), torch.cat([*features.labels, *(b.y for b in banks)])
 
+# %% ../../nbs/finetune/03_clients.ipynb #7ac50883
 def arm_clients(
     model: SplitModel,
     features: ClientFeatures,
