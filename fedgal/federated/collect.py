@@ -10,7 +10,7 @@ from torch import Tensor
 from .ledger import Ledger
 from .trained import TrainedRun, client_features, told_by, view_statistics
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import bandwidth
+from ..stats.moments import bandwidth, kept_moments
 from ..stats.space import RFF
 
 # %% ../../nbs/federated/10_collect.ipynb #c0110006
@@ -21,23 +21,28 @@ def collect_statistics(
     rff_dim: int = 0,  # random Fourier features; 0: none
     views: int = 1,  # augmented views of every image
     seed: int = 0,
+    moments: str | None = None,  # of second order: "full", "diagonal" or "none"; None: as `kept_moments` has it
 ) -> ClassStatistics:
     "The class statistics of all clients together, as the sum of what each sends."
-    n_classes = run.data.n_classes
-    space = run.space(level)
+    n_classes, space = run.data.n_classes, run.space(level)
+    kept = kept_moments(space.dim) if moments is None else moments
     parts = client_features(run, level, views=views, seed=seed)
-    rff = None
+
+    def sums(rff, kept):
+        for z, y in parts:
+            yield view_statistics(z, y, n_classes, space, rff, views, kept)
+
+    rff, total = None, 0
     if rff_dim:
-        first = [view_statistics(z, y, n_classes, space, views=views) for z, y in parts]
-        rff = RFF(space.dim, rff_dim, bandwidth(sum(first[1:], first[0])), seed)
-    sent = [view_statistics(z, y, n_classes, space, rff, views) for z, y in parts]
-    for client, statistics in enumerate(sent):
-        discloses = told_by(statistics, views)
-        ledger.record(f"client {client}", "server", 0, f"statistics {level}", statistics.n_bytes, discloses)
-    return sum(sent[1:], sent[0])
+        spread = sum(sums(None, "none" if kept == "none" else "diagonal"))
+        rff = RFF(space.dim, rff_dim, bandwidth(spread), seed)
+    for client, sent in enumerate(sums(rff, kept)):
+        ledger.record(f"client {client}", "server", 0, f"statistics {level}", sent.n_bytes, told_by(sent, views))
+        total = total + sent
+    return total
 
 def radii_of(
-    statistics: ClassStatistics,
+    statistics: ClassStatistics,  # with second moments, or their diagonal
     kappa: float,  # samples at which a class's own radius and the prior weigh the same
 ) -> dict[str, Tensor]:  # "observed", "prior", "calibrated", [C] or [] each
     "The radii of every class: as observed, of frequent classes, and the blend of both."

@@ -88,7 +88,8 @@ def load_run(stage) -> TrainedRun:  # a stage with `10_data` and `20_train` amon
     clients = {int(k): t for k, t in by_first(load_tensors(folder / "clients.safetensors")).items()}
     clients = dict(sorted(clients.items()))
     personal = ALGORITHMS[t["algorithm"]].personal
-    return TrainedRun(data, split, model.eval().requires_grad_(True), clients, stage.keys["20_train"], personal)
+    model = model.to(stage.runtime.device).eval().requires_grad_(True)
+    return TrainedRun(data, split, model, clients, stage.keys["20_train"], personal)
 
 # %% ../../nbs/federated/09_trained.ipynb #43f0b517
 def owners_in_turn(
@@ -167,18 +168,14 @@ def view_statistics(
     space: Space,
     rff: RFF | None = None,
     views: int = 1,
+    moments: str = "full",  # of second order; or "diagonal", "none"
 ) -> ClassStatistics:
     "Class statistics in which all views of an image count as one sample."
-    s = ClassStatistics.from_features(z, y, n_classes, space, rff)
+    s = ClassStatistics.from_features(z, y, n_classes, space, rff, moments)
     if views == 1:
         return s
-    return replace(
-        s,
-        count=s.count / views,
-        sum=s.sum / views,
-        second=s.second / views,
-        fourier=None if s.fourier is None else s.fourier / views,
-    )
+    sums = {name: getattr(s, name) for name in ("count", "sum", "second", "fourier")}
+    return replace(s, **{name: t / views for name, t in sums.items() if t is not None})
 
 # %% ../../nbs/federated/09_trained.ipynb #5f9502a0
 def told_by(s: ClassStatistics, views: int = 1) -> str:
@@ -186,7 +183,7 @@ def told_by(s: ClassStatistics, views: int = 1) -> str:
     if views == 1:
         return "; ".join(s.disclosures()) or "sums over several samples"
     one = s.count.round() == 1
-    few = s.present & (s.count * views <= s.space.dim)
+    few = s.present & (s.count * views <= s.space.dim) & (s.moments == "full")
     notes = [
         (one, "n = 1: the mean is that of the views of one sample"),
         (few, f"at most {s.space.dim} views: the covariance gives the subspace spanned by the samples and their views"),

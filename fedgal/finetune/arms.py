@@ -20,6 +20,7 @@ from .context import ArmContext, ArmResult, model_tensors
 from .finetune import check_personal
 from ..generators.base import Bank
 from ..models.split import SplitModel
+from ..stats.moments import check_moments
 
 # %% ../../nbs/finetune/07_arms.ipynb #9f663756
 ARMS = Registry(
@@ -61,7 +62,7 @@ class Arm(ABC):
     banked: str | None = None  # whose features it adds: "gaussian", "generator", "oracle" or "ccvr"
     adjusts: str | None = None  # the arm whose result it corrects
     one_head = False  # makes one classifier for all, and needs one encoder of all
-    needs_high = False  # is made from class statistics of level high
+    needs_high, moments = False, "none"  # made from statistics of level high; how much of their second moments
     uses_level = True  # what it does depends on the level of generation
     travels = True  # what it trains is trained where `finetune_on` says
     discloses = "generated features"  # what a client gets with its bank
@@ -151,10 +152,11 @@ def is_personal(params: dict) -> bool:
     return "algorithm" in params and get_algorithm(params["algorithm"]).personal
 
 def check_high(arm: type[Arm], params: dict) -> None:
-    "Raise if an arm needs statistics of level high and they are not collected."
+    "Raise if an arm needs statistics of level high and they, or their second moments, are not collected."
     levels = params.get("levels")
     if arm.needs_high and levels is not None and "high" not in levels:
         raise FedgalError(f"arm {arm.name} is made from statistics of level high; put it among levels = {levels}")
+    check_moments(params, "high", arm.moments, f"arm {arm.name}")
 
 def check_one_head(arm: type[Arm], params: dict) -> None:
     "Raise if an arm makes one classifier for all and every client has its own encoder."

@@ -62,7 +62,7 @@ class ArmResult:
     "What one arm leaves."
 
     arm: str
-    tensors: dict[str, Tensor]  # state of its model, or of every client's: "<client>/<name>"
+    tensors: dict[str, Tensor]  # on the CPU: state of its model, or of every client's: "<client>/<name>"
     personal: bool  # every client has its own model
     federated: bool  # no raw feature left a client
     n_bytes: dict[str, int]  # "up" and "down"
@@ -103,7 +103,7 @@ class ArmResult:
 def model_tensors(
     models: SplitModel | dict[int, SplitModel],  # one, or one for each client
 ) -> dict[str, Tensor]:
-    "The states of models under the names of `ArmResult.tensors`."
+    "The states of models, on the CPU, under the names of `ArmResult.tensors`."
     if not isinstance(models, dict):
-        return models.state_dict()
-    return {f"{k}/{name}": t for k, model in models.items() for name, t in model.state_dict().items()}
+        return {name: t.cpu() for name, t in models.state_dict().items()}
+    return {f"{k}/{name}": t.cpu() for k, model in models.items() for name, t in model.state_dict().items()}

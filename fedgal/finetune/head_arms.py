@@ -49,7 +49,7 @@ class Fed3ROptions(Options):
 class Fed3R(ClosedForm):
     "Ridge regression on one-hot labels (Fanì et al., ICML 2024)."
 
-    name, Options, solve = "fed3r", Fed3ROptions, staticmethod(fed3r)
+    name, Options, solve, moments = "fed3r", Fed3ROptions, staticmethod(fed3r), "full"
 
 # %% ../../nbs/finetune/09_head_arms.ipynb #91ca6dd6
 class LDAOptions(Options):
@@ -60,7 +60,7 @@ class LDAOptions(Options):
 class LDA(ClosedForm):
     "Gaussian classes with one covariance (FedCGS, AAAI 2025)."
 
-    name, Options, solve = "lda", LDAOptions, staticmethod(lda)
+    name, Options, solve, moments = "lda", LDAOptions, staticmethod(lda), "full"
 
 # %% ../../nbs/finetune/09_head_arms.ipynb #548a8c49
 class TauOptions(Options):

@@ -59,9 +59,9 @@ def mixed_rows(
     "Input rows for `Mixed`."
     parts = []
     if x is not None:
-        frozen = encode(model, x, level) if drifts else torch.zeros(len(x), model.dims[level])
-        parts.append(torch.cat([x.flatten(1), frozen, torch.zeros(len(x), 1)], 1))
+        frozen = encode(model, x, level).to(x) if drifts else x.new_zeros(len(x), model.dims[level])
+        parts.append(torch.cat([x.flatten(1), frozen, x.new_zeros(len(x), 1)], 1))
     if z is not None:
         pixels = int(torch.tensor(model.in_shape).prod())
-        parts.append(torch.cat([torch.zeros(len(z), pixels), z, torch.ones(len(z), 1)], 1))
+        parts.append(torch.cat([z.new_zeros(len(z), pixels), z, z.new_ones(len(z), 1)], 1))
     return torch.cat(parts)

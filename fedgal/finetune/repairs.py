@@ -11,7 +11,7 @@ from ..core.errors import FedgalError
 from ..models.losses.base import class_log_prior
 from ..models.split import SplitModel
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import pooled_within, shrink_covariance
+from ..stats.moments import pooled_within, require_moments, shrink_covariance
 
 # %% auto #0
 __all__ = ['ABSENT', 'linear_head', 'ShiftedHead', 'last_layer', 'logit_adjust', 'tau_norm', 'fedncm', 'fed3r', 'lda',
@@ -102,6 +102,7 @@ def fed3r(
     "Ridge regression on one-hot labels, solved in float64; a class without samples never wins, by a finite bias."
     if lam <= 0:
         raise FedgalError(f"lam = {lam}: a ridge above 0 is needed, units that never fire leave the system singular")
+    require_moments(statistics, "full", "repair fed3r")
     n, total = statistics.count, statistics.sum.sum(0)
     last_row = torch.cat([total, n.sum()[None]])[None]
     A = torch.cat([torch.cat([statistics.second.sum(0), total[:, None]], 1), last_row])  # [d + 1, d + 1]
@@ -118,6 +119,7 @@ def lda(
     prior: Tensor | None = None,  # [C] class counts; None: uniform
 ) -> nn.Linear:
     "Linear discriminant analysis, solved in float64; a class without samples never wins, by a finite bias."
+    require_moments(statistics, "full", "repair lda")
     S, mu = pooled_within(statistics), statistics.mean().nan_to_num()
     target = S.diagonal().mean().clamp(min=1e-12) * torch.eye(len(S), dtype=S.dtype, device=S.device)
     S = shrink_covariance(S[None], statistics.count.sum()[None], target, shrink)[0][0]
@@ -166,7 +168,7 @@ def _shapes(tensors):
 
 def _saved_head(saved, head):
     if saved.keys() == {"weight", "bias"}:
-        return linear_head(saved["weight"], saved["bias"], torch.ones(len(saved["bias"]), dtype=torch.bool))
+        return linear_head(saved["weight"], saved["bias"], torch.ones_like(saved["bias"], dtype=torch.bool))
     if "shift" in saved:
         return ShiftedHead(head, saved["shift"].clone())
     neither = f"neither this model's ({', '.join(head.state_dict())}) nor a repair of it"

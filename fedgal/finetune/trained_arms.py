@@ -114,6 +114,7 @@ class CCVR(Arm):
     name = banked = "ccvr"
     Options = CCVROptions
     one_head = needs_high = True
+    moments = "diagonal"
     uses_level = travels = False
 
     def bank(self, context):

@@ -17,6 +17,7 @@ from ..core.random import stream
 from ..core.registry import Registry
 from ..core.store import load_meta, load_tensors, save_tensors
 from ..stats.class_statistics import ClassStatistics
+from ..stats.moments import check_moments
 from ..stats.space import Space, check_features
 
 # %% auto #0
@@ -88,11 +89,13 @@ class Described:
     Options: type[Options] = Options
     trained_on = "server"  # or "client", "federated", "pooled"
     needs: tuple[str, ...] = ("statistics",)  # of "statistics", "teachers", "owners", "sizes", "latents"
+    moments = "none"  # how much of the second moments its statistics must keep; or "diagonal", "full"
     known: Tensor | None = None  # [C] bool, classes that it can make once fitted; None: all
 
     @classmethod
     def check_run(cls, params: dict) -> None:
         "Raise for parameters of a run that this generator cannot go with."
+        check_moments(params, params["level"], cls.moments, f"generator {cls.name}")
 
     def disclosures(self) -> list[str]:
         "What the features give away that it was fitted to, or what it holds of them."

@@ -12,7 +12,7 @@ from ..core.options import Options, option
 from .base import FitTask, Generator, require_known
 from ..stats.blocks import class_matmul
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import SHRINK, covariance_factor
+from ..stats.moments import SHRINK, by_class, covariance_factor, variances
 
 # %% auto #0
 __all__ = ['rectified_moments', 'unrectify', 'target_covariance', 'sampling_moments', 'MomentOptions', 'GaussianOptions',
@@ -48,15 +48,15 @@ def target_covariance(
     shrink: str | float,
     widen: float,
     kappa: float = 0.0,
-) -> Tensor:  # [C, d, d]
+) -> Tensor:  # [C, d, d], or [C, d] where only the diagonal is kept
     "Shrunk class covariances, with `kappa` of the calibrated radius, (1 + widen / N) times as large."
     if widen < 0 or kappa < 0: raise FedgalError(f"widen = {widen}, kappa = {kappa}: must be >= 0")
     cov = statistics.covariance(shrink)
     size = 1
     if kappa:
-        observed = cov.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-300)
+        observed = variances(cov).sum(1).clamp(min=1e-300)
         size = statistics.radius("calibrated", kappa=kappa).square() / observed
-    return cov * (size * (1 + widen / statistics.count.clamp(min=1)))[:, None, None]
+    return cov * by_class(size * (1 + widen / statistics.count.clamp(min=1)), cov)
 
 # %% ../../nbs/generators/02_gaussian.ipynb #d6bc79a0
 def sampling_moments(
@@ -65,15 +65,17 @@ def sampling_moments(
     widen: float = 0.0,
     rectify: bool = False,  # moments before a ReLU that is applied to every sample
     kappa: float = 0.0,  # see `GaussianOptions`
-) -> tuple[Tensor, Tensor]:  # mean [C, d] and factor [C, d, d], float64; zero for an absent class
+) -> tuple[Tensor, Tensor]:  # mean [C, d] and factor [C, d, d] or [C, d], float64; zero for an absent class
     "Mean and covariance factor of every class."
     mean, cov = statistics.mean().nan_to_num(), target_covariance(statistics, shrink, widen, kappa)
+    present = by_class(statistics.present, cov)
     if not rectify:
-        return mean, covariance_factor(cov) * statistics.present[:, None, None]
-    variance = cov.diagonal(dim1=1, dim2=2)
+        return mean, covariance_factor(cov) * present
+    variance = variances(cov)
     m, s = unrectify(mean.clamp(min=0), variance)
     gain = torch.where(variance > 0, s / variance.clamp(min=1e-30).sqrt(), torch.zeros_like(s))
-    return m, covariance_factor(gain[:, :, None] * cov * gain[:, None, :]) * statistics.present[:, None, None]
+    before = gain * cov * gain if cov.ndim == 2 else gain[:, :, None] * cov * gain[:, None, :]
+    return m, covariance_factor(before) * present
 
 # %% ../../nbs/generators/02_gaussian.ipynb #94c2e220
 class MomentOptions(Options):
@@ -107,6 +109,7 @@ class Gaussian(Generator):
     "Normal features with the exact moments of every class."
 
     name = "gaussian"
+    moments = "diagonal"
     Options = GaussianOptions
 
     @property

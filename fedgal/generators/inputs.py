@@ -26,7 +26,7 @@ class GeneratorInputs:
     level: str  # "low" or "high"
     statistics: ClassStatistics  # of the level, over all clients
     teachers: TeacherMap
-    uppers: dict[int, nn.Module]  # client -> the part of its model above the level, frozen
+    uppers: dict[int, nn.Module]  # client -> the part of its model above the level, frozen, on the CPU
     latents: list[tuple[Tensor, Tensor]]  # features and labels of every client
     views: int = 1  # how often every image is among the latents
     seed: int = 0

@@ -43,6 +43,7 @@ class Diffusion(Generator):
     Options = DiffusionOptions
     trained_on = "federated"
     needs = ("statistics", "latents")
+    moments = "diagonal"
     schedule = Schedule()
 
     @property

@@ -22,7 +22,7 @@ from fedgal.models.losses.matching import (
 )
 from ..stats.blocks import class_matmul
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import covariance_factor, whitening
+from ..stats.moments import covariance_factor, require_moments, whitening
 
 # %% auto #0
 __all__ = ['MLPOptions', 'Start', 'Targets', 'prepare', 'Residual', 'kaiming', 'loss_terms', 'MLP', 'term_weights', 'train']
@@ -162,6 +162,7 @@ class MLP(Generator):
     name = "mlp"
     Options = MLPOptions
     needs = ("statistics", "teachers")
+    moments = "full"
 
     @property
     def known(self) -> Tensor:
@@ -170,6 +171,7 @@ class MLP(Generator):
     def fit(self, task: FitTask) -> list[dict]:
         task.require("statistics")
         self.space.check(task.space)
+        require_moments(task.statistics, "full", "generator mlp")
         self.start, targets = prepare(task.statistics, self.options, task.device)
         self.net = self.build(len(targets.view), task.rng("weights")).to(task.device)
         return train(self, targets, task)

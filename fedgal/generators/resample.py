@@ -11,7 +11,7 @@ from ..core.options import Options, option
 from .base import FitTask, Generator, require_known
 from ..stats.blocks import class_matmul, class_sums
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import covariance_factor
+from ..stats.moments import covariance_factor, require_moments
 from ..stats.radius import class_radius, head_classes
 
 # %% auto #0
@@ -200,12 +200,14 @@ class Transplant(Generator):
     Options = TransplantOptions
     trained_on = "pooled"
     needs = ("statistics", "latents")
+    moments = "full"
 
     def fit(self, task: FitTask) -> list[dict]:
         task.require("latents")
         self.space.check(task.space)
         z, y = (torch.cat(v).cpu() for v in zip(*task.latents, strict=True))  # where class statistics are
         s = task.statistics or ClassStatistics.from_features(z, y, self.n_classes, self.space)
+        require_moments(s, "full", "generator transplant")
         self.known = s.present
         self.mean = s.mean().nan_to_num().float()
         self.give = donors(s.count, self.options.own)

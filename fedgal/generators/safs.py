@@ -15,6 +15,7 @@ from ..core.rank import rank_in_class
 from .align import ALIGNERS, Aligner
 from .base import FitTask, Generator, require_known
 from .gaussian import MomentOptions, target_covariance
+from ..stats.moments import require_moments
 from ..stats.space import RFF
 
 # %% auto #0
@@ -142,6 +143,7 @@ class SAFS(Generator):
     "A bank of vectors per class, aligned to its moments and pulled to its Fourier mean."
 
     name = "safs"
+    moments = "full"
     Options = SAFSOptions
 
     @property
@@ -152,6 +154,7 @@ class SAFS(Generator):
         task.require("statistics")
         self.space.check(task.space)
         o, s = self.options, task.statistics
+        require_moments(s, "full", "generator safs")
         if o.weight_mmd > 0 and o.steps and s.fourier is None:
             raise FedgalError(
                 f"weight_mmd = {o.weight_mmd} needs random Fourier sums, and these statistics have none; "

@@ -23,26 +23,24 @@ def encode(
 ) -> Tensor:  # [N, d] float32, on the CPU
     "Features of all samples at a level, with the model in evaluation mode."
     one_of("level", level, LEVELS)
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        parts = [getattr(model(to_float(b.to(device))), level).cpu() for b in x.split(batch_size)]
-    model.train(training)
-    return torch.cat(parts).clone() if parts else torch.zeros(0, model.dims[level], device="cpu")
+    return _batchwise(model, x, batch_size, model.dims[level], lambda b: getattr(model(to_float(b)), level))
 
 def encode_from(
     model: SplitModel,
     z: Tensor,  # [N, d] features of a level
     level: str,  # "low" or "high"
-) -> Tensor:  # [N, d_high], where `z` lives
+) -> Tensor:  # [N, d_high], on the CPU
     "High features of features that enter at a level, with the model in evaluation mode."
-    if level == "high":
-        return z
+    return z if level == "high" else _batchwise(model, z, 2048, model.dims["high"], lambda b: model.from_low(b).high)
+
+def _batchwise(model, x, batch_size, dim, step):
+    "Rows of x through the model where it lies, into one tensor on the CPU."
     device = next(model.parameters()).device
     training = model.training
     model.eval()
+    out = torch.zeros(len(x), dim)
     with torch.inference_mode():
-        high = torch.cat([model.from_low(b.to(device)).high.to(z.device) for b in z.split(2048)]).clone()
+        for rows, batch in zip(out.split(batch_size), x.split(batch_size), strict=True):
+            rows.copy_(step(batch.to(device)))
     model.train(training)
-    return high
+    return out

@@ -7,7 +7,7 @@ __all__ = ['Statistics', 'Generate', 'Finetune', 'Evaluate', 'Models', 'Compare'
 
 # %% ../../nbs/pipeline/03_parameters_features.ipynb #fa2a0003
 from typing import ClassVar
-from ..core.errors import FedgalError
+from ..core.errors import FedgalError, one_of
 from ..core.options import option
 from fedgal.pipeline.parameters import (
     PARAMS_FILE,
@@ -38,6 +38,9 @@ class Statistics(StageParameters):
     seed: int = SEED
     levels: list[str] = option(["low", "high"], "where in the network features are collected", one_of=("low", "high"))
     views: int = VIEWS
+    moments: dict = option(
+        {}, "second moments, as in {low: diagonal}: full, diagonal or none; else full up to 1024 dimensions"
+    )
     rff_dim: int = option(512, "random Fourier features of the statistics; 0 for none", ge=0)
     kappa: float = KAPPA
     top_k: int = option(3, "teachers per class", ge=1)
@@ -49,6 +52,12 @@ class Statistics(StageParameters):
     def check(self) -> None:
         if not self.levels or len(set(self.levels)) < len(self.levels):
             raise FedgalError(f"levels = {self.levels}: each once, and at least one of low, high")
+        for level, kind in self.moments.items():
+            one_of("level in moments", level, self.levels)
+            one_of(f"moments of level {level}", kind, ("full", "diagonal", "none"))
+        if self.rff_dim and "none" in self.moments.values():
+            needs = "random Fourier features take their bandwidth from the diagonal of second moments"
+            raise FedgalError(f"{needs}, and moments = {self.moments}; set rff_dim = 0, or keep the diagonal")
 
 # %% ../../nbs/pipeline/03_parameters_features.ipynb #fa2a0008
 class Generate(StageParameters):
@@ -80,11 +89,12 @@ class Generate(StageParameters):
 
     @classmethod
     def check_run(cls, params: dict) -> None:
-        levels = params["levels"]
-        if params["level"] not in levels:
-            raise FedgalError(
-                f"level {params['level']!r} is not among levels = {levels}, for which statistics are collected"
-            )
+        from fedgal.stats.moments import check_moments
+
+        level, levels = params["level"], params["levels"]
+        if level not in levels:
+            raise FedgalError(f"level {level!r} is not among levels = {levels}, for which statistics are collected")
+        check_moments(params, level, "diagonal", "40_generator")
 
 # %% ../../nbs/pipeline/03_parameters_features.ipynb #fa2a0012
 class Finetune(StageParameters):

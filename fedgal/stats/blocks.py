@@ -43,33 +43,40 @@ def class_sums(
     n_classes: int,
     rff: RFF | None = None,
     memory: int = 2**26,  # bytes that one chunk may take
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # count [C], sum [C, d], second [C, d, d], RFF sum [C, D]
-    "Float64 sums per class, in chunks of bounded memory."
+    moments: str = "full",  # of second order: all, the "diagonal" alone, or "none"
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    "Float64 sums per class, in chunks of bounded memory: count [C], z [C, d], z zᵀ [C, d, d] or [C, d], RFF [C, D]."
     d = z.shape[1]
+    full = moments == "full"
     kw = {"dtype": torch.float64, "device": z.device}
     total = torch.zeros(n_classes, d, **kw)
-    second = torch.zeros(n_classes, d, d, **kw)
+    second = None if moments == "none" else torch.zeros(n_classes, d, *[d] * full, **kw)
     fourier = None if rff is None else torch.zeros(n_classes, rff.n_features, **kw)
     samples, owner = class_blocks(y, n_classes)
     widest = max(d, 0 if rff is None else rff.n_features)
-    step = max(1, memory // (8 * max(d * d, samples.shape[1] * widest)))
+    step = max(1, memory // (8 * max(full * d * d, samples.shape[1] * widest)))
     for index, c in zip(samples.split(step), owner.split(step), strict=True):
         real = (index >= 0)[..., None]
         x = z[index.clamp(min=0)].double() * real  # [b, block, d], padding is zero
         total.index_add_(0, c, x.sum(1))
-        second.index_add_(0, c, x.mT @ x)
+        if second is not None:
+            second.index_add_(0, c, x.mT @ x if full else x.square().sum(1))
         if rff is not None:
             fourier.index_add_(0, c, (rff.phi(x) * real).sum(1))
-    return torch.bincount(y, minlength=n_classes).double(), total, (second + second.mT) / 2, fourier
+    if full:
+        second = (second + second.mT) / 2
+    return torch.bincount(y, minlength=n_classes).double(), total, second, fourier
 
 # %% ../../nbs/stats/02_blocks.ipynb #315f0d9c
 def class_matmul(
     x: Tensor,  # [N, a]
-    matrix: Tensor,  # [C, b, a]
+    matrix: Tensor,  # [C, b, a], or [C, a] where all are diagonal
     y: Tensor,  # [N] labels
     memory: int = 2**26,  # bytes that one chunk may take
 ) -> Tensor:  # [N, b], row i is matrix[y_i] @ x_i
     "Multiply every row with the matrix of its class."
+    if matrix.ndim == 2:
+        return x * matrix[y]
     block = max(1, min(128, int(torch.bincount(y).max()) if len(y) else 1))  # no padding for small classes
     samples, owner = class_blocks(y, len(matrix), block)
     step = max(1, memory // (8 * matrix.shape[1] * max(matrix.shape[2], block)))

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..core.errors import FedgalError
+from ..core.errors import FedgalError, one_of
 from ..core.store import load_meta, load_tensors, save_tensors
 from .blocks import class_sums
-from .moments import class_covariance, disclosures
+from .moments import MOMENTS, class_covariance, disclosures
 from .radius import class_radius
 from .space import RFF, Space, check_features
 
@@ -25,6 +25,11 @@ class _Views:
     @property
     def n_classes(self) -> int:
         return len(self.count)
+
+    @property
+    def moments(self) -> str:
+        "How much of the second moments is kept, one of `MOMENTS`."
+        return "none" if self.second is None else {2: "diagonal", 3: "full"}[self.second.ndim]
 
     @property
     def present(self) -> Tensor:
@@ -56,20 +61,20 @@ class ClassStatistics(_Views):
     space: Space
     count: Tensor  # [C]
     sum: Tensor  # [C, d]
-    second: Tensor  # [C, d, d] sum of outer products
+    second: Tensor | None  # [C, d, d] sum of outer products, or [C, d] of squares, or nothing of either
     fourier: Tensor | None = None  # [C, D] sum of random Fourier features
     rff: RFF | None = None
 
     @classmethod
     def from_features(
-        cls, z: Tensor, y: Tensor, n_classes: int, space: Space, rff: RFF | None = None
+        cls, z: Tensor, y: Tensor, n_classes: int, space: Space, rff: RFF | None = None, moments: str = "full"
     ) -> ClassStatistics:
         "Sums of features [N, d] with labels [N]; features that contradict their `Space` are refused."
+        one_of("moments", moments, MOMENTS)
         check_features(z, y, n_classes, space)
         if rff is not None and rff.dim_in != space.dim:
             raise FedgalError(f"RFF for {rff.dim_in} dimensions, features in {space}")
-        count, total, second, fourier = class_sums(z.detach(), y, n_classes, rff)
-        return cls(space, count, total, second, fourier, rff)
+        return cls(space, *class_sums(z.detach(), y, n_classes, rff, moments=moments), rff)
 
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         return combine(self, other, 1)
@@ -82,9 +87,10 @@ class ClassStatistics(_Views):
 
     @property
     def n_bytes(self) -> int:
-        "Size of the message: rows of owned classes, upper triangle of the second moments, 8 bytes a number."
+        "Size of the message: rows of owned classes, upper triangle of full second moments, 8 bytes a number."
         d = self.space.dim
-        return 8 * int(self.present.sum()) * (1 + d + d * (d + 1) // 2 + (self.rff.n_features if self.rff else 0))
+        second = {"none": 0, "diagonal": d, "full": d * (d + 1) // 2}[self.moments]
+        return 8 * int(self.present.sum()) * (1 + d + second + (self.rff.n_features if self.rff else 0))
 
     def save(self, path: Path) -> None:
         save_statistics(self, path)
@@ -105,6 +111,8 @@ def combine(
     a.space.check(b.space)
     if a.n_classes != b.n_classes:
         raise FedgalError(f"statistics of {a.n_classes} and of {b.n_classes} classes cannot be combined")
+    if a.moments != b.moments:
+        raise FedgalError(f"second moments {a.moments} and {b.moments} cannot be combined; collect both alike")
     if a.rff or b.rff:
         (a.rff or b.rff).check(b.rff if a.rff else a.rff)
     count = a.count + sign * b.count
@@ -115,6 +123,8 @@ def combine(
         )
 
     def merged(s, o):  # an emptied class leaves no rounding residue
+        if s is None:
+            return None
         return torch.where((count > 0).view(-1, *[1] * (s.ndim - 1)), s + sign * o, torch.zeros_like(s))
 
     return replace(
@@ -122,14 +132,18 @@ def combine(
         count=count.clamp(min=0),
         sum=merged(a.sum, b.sum),
         second=merged(a.second, b.second),
-        fourier=None if a.fourier is None else merged(a.fourier, b.fourier),
+        fourier=merged(a.fourier, b.fourier),
     )
 
 # %% ../../nbs/stats/05_class_statistics.ipynb #bc5cfc82
 def save_statistics(s: ClassStatistics, path: Path) -> None:
     "Write to one safetensors file, with space and RFF in its header."
-    i, j = torch.triu_indices(s.space.dim, s.space.dim)
-    tensors = {"count": s.count, "sum": s.sum, "second": s.second[:, i, j]}
+    tensors = {"count": s.count, "sum": s.sum}
+    if s.moments == "full":
+        i, j = torch.triu_indices(s.space.dim, s.space.dim, device=s.second.device)
+        tensors["second"] = s.second[:, i, j]
+    elif s.moments == "diagonal":
+        tensors["squares"] = s.second
     if s.fourier is not None:
         tensors["fourier"] = s.fourier
     save_tensors(path, tensors, {"space": s.space.to_dict(), "rff": asdict(s.rff) if s.rff else None})
@@ -140,8 +154,10 @@ def load_statistics(path: Path) -> ClassStatistics:
     meta = load_meta(path)
     space = Space.from_dict(meta["space"])
     rff = RFF(**meta["rff"]) if meta["rff"] else None
-    i, j = torch.triu_indices(space.dim, space.dim)
-    second = torch.zeros(len(t["count"]), space.dim, space.dim, dtype=torch.float64)
-    second[:, i, j] = t["second"]
-    second[:, j, i] = t["second"]
+    second = t.get("squares")
+    if "second" in t:
+        i, j = torch.triu_indices(space.dim, space.dim)
+        second = torch.zeros(len(t["count"]), space.dim, space.dim, dtype=torch.float64)
+        second[:, i, j] = t["second"]
+        second[:, j, i] = t["second"]
     return ClassStatistics(space, t["count"], t["sum"], second, t.get("fourier"), rff)

@@ -7,27 +7,78 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from ..core.errors import FedgalError, did_you_mean, one_of
+from .space import WIDE
 
 # %% auto #0
-__all__ = ['SHRINK', 'shrink_covariance', 'clip_eigenvalues', 'covariance_factor', 'scatter', 'pooled_within', 'class_covariance',
-           'standardiser', 'bandwidth', 'disclosures', 'whitening']
+__all__ = ['MOMENTS', 'SHRINK', 'kept_moments', 'require_moments', 'check_moments', 'by_class', 'variances', 'shrink_covariance',
+           'clip_eigenvalues', 'covariance_factor', 'scatter', 'pooled_within', 'class_covariance', 'standardiser',
+           'bandwidth', 'disclosures', 'whitening']
+
+# %% ../../nbs/stats/03_moments.ipynb #5d1c3a02
+MOMENTS = ("none", "diagonal", "full")
+
+def kept_moments(
+    dim: int,  # of the features
+) -> str:
+    "The rule for second moments where nothing is asked for: full up to `WIDE` dimensions, the diagonal above."
+    return "full" if dim <= WIDE else "diagonal"
+
+def _check_kept(kept, kind, level, what):
+    if MOMENTS.index(kept) < MOMENTS.index(kind):
+        wanted = "full second moments" if kind == "full" else "the diagonal of second moments"
+        has = "none" if kept == "none" else "only the diagonal"
+        advice = f"ask for them with moments = {{{level}: {kind}}} in 30_statistics, or leave {what} out"
+        raise FedgalError(f"{what} needs {wanted} at level {level}, and {has} is kept; {advice}")
+
+def require_moments(
+    s,  # ClassStatistics
+    kind: str,  # "diagonal" or "full"
+    what: str,  # that needs them
+) -> None:
+    "Raise unless that much of the second moments is kept."
+    _check_kept(s.moments, kind, s.space.level, what)
+
+def check_moments(
+    params: dict,  # flat parameters of a run
+    level: str,
+    kind: str,  # one of `MOMENTS`
+    what: str,  # that needs them
+) -> None:
+    "Raise where a run asks for less than that; what is not asked for is known once the features are."
+    _check_kept(params.get("moments", {}).get(level, "full"), kind, level, what)
+
+# %% ../../nbs/stats/03_moments.ipynb #5d1c3a04
+def by_class(
+    values: Tensor,  # [C]
+    like: Tensor,  # [C, ...]
+) -> Tensor:  # [C, 1, ...]
+    "One value a class, to be multiplied with covariances of either form."
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+def variances(
+    covariance: Tensor,  # [C, d, d], or [C, d]
+) -> Tensor:  # [C, d]
+    "The diagonal of covariances, of which only it may be kept."
+    return covariance if covariance.ndim == 2 else covariance.diagonal(dim1=1, dim2=2)
 
 # %% ../../nbs/stats/03_moments.ipynb #9433573e
 SHRINK = ("ratio", "pooled_oas", "none")
 
 def shrink_covariance(
-    covariance: Tensor,  # [C, d, d] unbiased sample covariances
+    covariance: Tensor,  # [C, d, d] unbiased sample covariances, or their diagonals [C, d]
     count: Tensor,  # [C] samples behind each
-    target: Tensor,  # [d, d] pooled within-class covariance
+    target: Tensor,  # [d, d] pooled within-class covariance, or its diagonal [d]
     method: str | float = "ratio",  # "ratio", "pooled_oas", "none", or a constant rho in [0, 1]
-) -> tuple[Tensor, Tensor]:  # shrunk covariances [C, d, d] and rho [C]
+) -> tuple[Tensor, Tensor]:  # shrunk covariances, of the same shape, and rho [C]
     "Pull each class covariance towards the pooled one; a class with fewer than two samples gets the pooled one."
     d = covariance.shape[-1]
     if method == "ratio":
         rho = d / (d + count)
     elif method == "pooled_oas":
-        noise = (target.square().sum() + target.trace() ** 2) / (count - 1).clamp(min=1)
-        rho = (noise / (covariance - target).square().sum((1, 2)).clamp(min=1e-300)).clamp(max=1)
+        trace = target.sum() if target.ndim == 1 else target.trace()
+        noise = (target.square().sum() + trace**2) / (count - 1).clamp(min=1)
+        distance = (covariance - target).square().sum(tuple(range(1, covariance.ndim)))
+        rho = (noise / distance.clamp(min=1e-300)).clamp(max=1)
     elif method == "none":
         return covariance, torch.zeros_like(count)
     elif isinstance(method, int | float) and 0 <= method <= 1:
@@ -35,7 +86,7 @@ def shrink_covariance(
     else:
         raise FedgalError(_unknown_shrink(method))
     rho = torch.where(count < 2, torch.ones_like(rho), rho)
-    return torch.lerp(covariance, target.expand_as(covariance), rho[:, None, None]), rho
+    return torch.lerp(covariance, target.expand_as(covariance), by_class(rho, covariance)), rho
 
 def _unknown_shrink(method) -> str:
     if method == "oas":
@@ -54,11 +105,13 @@ def clip_eigenvalues(
     return (v * w.clamp(min=0)[..., None, :]) @ v.mT
 
 def covariance_factor(
-    covariance: Tensor,  # [C, d, d]
+    covariance: Tensor,  # [C, d, d], or diagonals [C, d]
     kind: str = "cholesky",  # or "sqrt"
-) -> Tensor:  # [C, d, d] float64
+) -> Tensor:  # float64, of the same shape
     "L with L Lᵀ = covariance, valid also for singular and slightly indefinite matrices."
     one_of("factor kind", kind, ("cholesky", "sqrt"))
+    if covariance.ndim == 2:
+        return covariance.double().clamp(min=0).sqrt()
     s = (covariance.double() + covariance.double().mT) / 2
     if kind == "sqrt":
         w, v = torch.linalg.eigh(s)
@@ -75,14 +128,17 @@ def covariance_factor(
 # %% ../../nbs/stats/03_moments.ipynb #205e0346
 def scatter(
     s,  # ClassStatistics
-) -> Tensor:  # [C, d, d]
+) -> Tensor:  # [C, d, d], or [C, d] where only the diagonal is kept
     "Sum of squared deviations from the class mean; zero for an absent class."
+    require_moments(s, "diagonal", "a covariance or radius")
     mu = s.mean().nan_to_num()
+    if s.moments == "diagonal":
+        return s.second - s.count[:, None] * mu * mu
     return s.second - s.count[:, None, None] * mu[:, :, None] * mu[:, None, :]
 
 def pooled_within(
     s,  # ClassStatistics
-) -> Tensor:  # [d, d]
+) -> Tensor:  # [d, d], or [d] where only the diagonal is kept
     "Unbiased pooled within-class covariance."
     freedom = (s.count - 1).clamp(min=0).sum()
     if freedom <= 0:
@@ -93,9 +149,10 @@ def class_covariance(
     s,  # ClassStatistics
     shrink: str | float = "ratio",  # see `shrink_covariance`
     unbiased: bool = True,  # divide by n - 1
-) -> Tensor:  # [C, d, d]
+) -> Tensor:  # [C, d, d], or [C, d] where only the diagonal is kept
     "Class covariances, shrunk towards the pooled within-class covariance."
-    cov = scatter(s) / (s.count - int(unbiased)).clamp(min=1)[:, None, None]
+    sums = scatter(s)
+    cov = sums / by_class((s.count - int(unbiased)).clamp(min=1), sums)
     return cov if shrink == "none" else shrink_covariance(cov, s.count, pooled_within(s), shrink)[0]
 
 # %% ../../nbs/stats/03_moments.ipynb #e1db3480
@@ -106,7 +163,7 @@ def standardiser(
     "Class-balanced mean and scale of every dimension."
     present = s.present
     mu = s.mean()[present]
-    within = scatter(s).diagonal(dim1=1, dim2=2)[present] / s.count[present, None]
+    within = variances(scatter(s))[present] / s.count[present, None]
     return mu.mean(0), (within.mean(0) + mu.var(0, unbiased=False)).clamp(min=0).sqrt().clamp(min=floor)
 
 def bandwidth(
@@ -122,11 +179,15 @@ def disclosures(
     "What the receiver of this message learns beyond averages, one line per kind of leak."
     n = s.count.round()
     d = s.space.dim
-    leaks = [
-        (n == 1, "n = 1: the mean is the sample"),
-        (n == 2, "n = 2: mean and second moment give both samples"),
-        ((n > 2) & (n <= d), f"2 < n <= {d}: the covariance gives the subspace spanned by the samples"),
-    ]
+    of_second = {
+        "full": [
+            (n == 2, "n = 2: mean and second moment give both samples"),
+            ((n > 2) & (n <= d), f"2 < n <= {d}: the covariance gives the subspace spanned by the samples"),
+        ],
+        "diagonal": [(n == 2, "n = 2: mean and squares give both values of every dimension")],
+        "none": [],
+    }
+    leaks = [(n == 1, "n = 1: the mean is the sample"), *of_second[s.moments]]
     lines = [f"label counts of {int(s.present.sum())} classes"]
     for concerned, text in leaks:
         classes = ", ".join(map(str, torch.nonzero(concerned)[:, 0].tolist()))
@@ -136,9 +197,12 @@ def disclosures(
 
 # %% ../../nbs/stats/03_moments.ipynb #d659c3c4
 def whitening(
-    covariance: Tensor,  # [d, d]
+    covariance: Tensor,  # [d, d], or a diagonal [d]
 ) -> tuple[Tensor, Tensor]:  # U [d, d], leading directions first, and its inverse, 0 in directions without variance
-    "Colouring and whitening matrix of a covariance."
+    "Colouring and whitening matrix of a covariance; of a diagonal two diagonals [d], in the order of the dimensions."
+    if covariance.ndim == 1:
+        w = covariance.clamp(min=0)
+        return w.sqrt(), torch.where(w > 1e-6 * w.max(), w.clamp(min=1e-300).rsqrt(), 0.0)
     w, v = torch.linalg.eigh(covariance)
     w = w.flip(0).clamp(min=0)
     v = v.flip(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from ..core.errors import FedgalError, one_of
 from .blocks import class_sum
-from .moments import scatter
+from .moments import scatter, variances
 
 # %% auto #0
 __all__ = ['RADII', 'RADIUS_KINDS', 'head_classes', 'class_radius', 'measured_radius', 'dilate']
@@ -38,7 +38,7 @@ def class_radius(
 ) -> Tensor:  # [C]
     "Root mean square distance of a class from its mean: observed, the head classes' prior, or a blend."
     one_of("radius kind", kind, RADII)
-    squared = scatter(s).diagonal(dim1=1, dim2=2).sum(1).clamp(min=0) / (s.count - 1)
+    squared = variances(scatter(s)).sum(1).clamp(min=0) / (s.count - 1)
     observed = torch.where(s.count > 1, squared, torch.nan).sqrt()
     if kind == "observed":
         return observed
@@ -79,9 +79,10 @@ def dilate(
     generated_radius: Tensor | None = None,  # [C] root mean square about the prototype; None: measured on z
 ) -> Tensor:  # [N, d]
     "Latents moved along the ray from their prototype until their class has the target radius."
+    prototypes = prototypes.to(z)
     if generated_radius is None:
         generated_radius = measured_radius(z, y, len(prototypes), about=prototypes)
     ratio = target_radius.to(z) / generated_radius.to(z)
     movable = ratio.isfinite() & prototypes.isfinite().all(1)
-    mu = prototypes.to(z)[y]
+    mu = prototypes[y]
     return torch.where(movable[y][:, None], mu + ratio[y][:, None] * (z - mu), z)

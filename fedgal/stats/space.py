@@ -12,7 +12,7 @@ from ..core.errors import FedgalError, one_of
 from ..core.random import stream
 
 # %% auto #0
-__all__ = ['Space', 'RFF', 'check_features']
+__all__ = ['WIDE', 'Space', 'RFF', 'check_features']
 
 # %% ../../nbs/stats/01_space.ipynb #b71740fd
 @dataclass(frozen=True)
@@ -45,6 +45,20 @@ class Space:
     def from_dict(cls, d: dict) -> Space:
         return cls(**d)
 
+# %% ../../nbs/stats/01_space.ipynb #3fb07c11
+WIDE = 1024  # dimensions above which nothing of d x d numbers is made unless it is asked for
+
+def _orthogonal(rows, d, scale, g):  # [rows, d], orthogonal in blocks of d; a length is chi with d degrees of freedom
+    kw = {"generator": g, "dtype": torch.float64}
+    if d > max(WIDE, rows):
+        q, r = torch.linalg.qr(torch.randn(d, rows, **kw))
+        return scale * torch.randn(rows, d, **kw).norm(dim=1, keepdim=True) * (q * r.diagonal().sign()).T
+    blocks = -(-rows // d)
+    q, r = torch.linalg.qr(torch.randn(blocks, d, d, **kw))
+    q = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None]  # makes the rotation uniform (Haar)
+    length = torch.randn(blocks, d, d, **kw).norm(dim=2)
+    return (scale * length[..., None] * q).reshape(blocks * d, d)[:rows]
+
 # %% ../../nbs/stats/01_space.ipynb #677f8ee6
 @dataclass(frozen=True)
 class RFF:
@@ -70,12 +84,7 @@ class RFF:
         scale = math.sqrt(2 * self.gamma)
         if self.kind == "iid":
             return scale * torch.randn(rows, d, generator=g, dtype=torch.float64)
-        blocks = -(-rows // d)
-        q, r = torch.linalg.qr(torch.randn(blocks, d, d, generator=g, dtype=torch.float64))
-        q = q * torch.sign(torch.diagonal(r, dim1=1, dim2=2))[:, None]  # makes the rotation uniform (Haar)
-        gauss = torch.randn(blocks, d, d, generator=g, dtype=torch.float64)
-        length = gauss.norm(dim=2)  # chi with d degrees of freedom
-        return (scale * length[..., None] * q).reshape(blocks * d, d)[:rows]
+        return _orthogonal(rows, d, scale, g)
 
     def phi(self, z: Tensor) -> Tensor:
         "Features [B, D] of a batch [B, d], in the batch's own precision; statistics pass float64."

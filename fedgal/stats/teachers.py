@@ -126,7 +126,7 @@ def select_teachers(
     n_judges = _number_of_judges(n, judge_fraction)
     rank = _ranks(torch.where(eligible, score, -torch.inf))  # [K, C], 0 = best
     teach = eligible & (rank < (n - n_judges).clamp(max=top_k))
-    draw = torch.rand(score.shape, generator=stream(seed, "judges"), dtype=torch.float64)
+    draw = torch.rand(score.shape, generator=stream(seed, "judges"), dtype=torch.float64).to(score.device)
     judge = eligible & ~teach & (_ranks(torch.where(eligible & ~teach, draw, -1.0)) < n_judges)
     rest = eligible & ~teach & ~judge
     spare = rest & (_ranks(torch.where(rest, score, -torch.inf)) < n_reserve)

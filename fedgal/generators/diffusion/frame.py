@@ -14,15 +14,23 @@ from ...stats.class_statistics import ClassStatistics
 from ...stats.moments import pooled_within, standardiser, whitening
 
 # %% auto #0
-__all__ = ['FRAMES', 'Frame', 'in_coordinates', 'make_frame']
+__all__ = ['FRAMES', 'transformed', 'Frame', 'in_coordinates', 'make_frame']
+
+# %% ../../../nbs/generators/diffusion/04_frame.ipynb #5d1c3c01
+def transformed(
+    z: Tensor,  # [..., d]
+    matrix: Tensor,  # [e, d], or a diagonal [d]
+) -> Tensor:  # [..., e]
+    "Every vector times a matrix, of which only the diagonal may be there."
+    return z * matrix if matrix.ndim == 1 else z @ matrix.T
 
 # %% ../../../nbs/generators/diffusion/04_frame.ipynb #fc7520ca
 class Frame(NamedTuple):
     "Coordinates u = white (z - centre), and in them the residual x = (u - shift_y) / inner_y that a network learns."
 
     centre: Tensor  # [d]
-    white: Tensor  # [d, d]
-    colour: Tensor  # [d, d], back
+    white: Tensor  # [d, d], or its diagonal [d] where no more of the second moments is kept
+    colour: Tensor  # back, of the same shape
     shift: Tensor  # [C, d] class prototypes, or zero
     inner: Tensor  # [C] scale of real residuals
     outer: Tensor  # [C] scale of generated ones
@@ -36,25 +44,27 @@ class Frame(NamedTuple):
         return Anchors(self.prototypes, self.target, self.unit)
 
     def encode(self, z: Tensor, y: Tensor) -> Tensor:
-        return ((z - self.centre) @ self.white.T - self.shift[y]) / self.inner[y][..., None]
+        return (transformed(z - self.centre, self.white) - self.shift[y]) / self.inner[y][..., None]
 
     def place(self, x: Tensor, y: Tensor) -> Tensor:
         return self.shift[y] + self.outer[y][..., None] * x  # [..., d] in u
 
     def leave(self, u: Tensor) -> Tensor:
-        return self.centre + u @ self.colour.T
+        return self.centre + transformed(u, self.colour)
 
 # %% ../../../nbs/generators/diffusion/04_frame.ipynb #bdd93ce0
 FRAMES = ("all", "class")
 
 def in_coordinates(s: ClassStatistics, centre: Tensor, white: Tensor) -> ClassStatistics:
     "Statistics of white (z - centre); the Fourier sums do not carry over."
-    total = s.sum - s.count[:, None] * centre
+    space = replace(s.space, nonnegative=False, normalised=False)
+    total = transformed(s.sum - s.count[:, None] * centre, white)
+    if s.moments == "diagonal":
+        second = s.second - 2 * s.sum * centre + s.count[:, None] * centre * centre
+        return ClassStatistics(space, s.count, total, second * white * white)
     cross = s.sum[:, :, None] * centre
     second = s.second - cross - cross.mT + s.count[:, None, None] * centre[:, None] * centre
-    return ClassStatistics(
-        replace(s.space, nonnegative=False, normalised=False), s.count, total @ white.T, white @ second @ white.T
-    )
+    return ClassStatistics(space, s.count, total, white @ second @ white.T)
 
 # %% ../../../nbs/generators/diffusion/04_frame.ipynb #d47abb21
 def make_frame(
@@ -67,12 +77,14 @@ def make_frame(
     "Coordinates from class statistics, in float32."
     one_of("frame", kind, FRAMES)
     centre, scale = standardiser(s)
-    colour, white = whitening(pooled_within(s)) if kind == "class" else (scale.diag(), (1 / scale).diag())
+    axes = (scale, 1 / scale) if s.moments == "diagonal" else (scale.diag(), (1 / scale).diag())
+    colour, white = whitening(pooled_within(s)) if kind == "class" else axes
     u = in_coordinates(s, centre, white)
     observed = u.radius("observed")
     n = s.count
     target = u.radius("calibrated", kappa=kappa, lam=lam) * (1 + widen / n.clamp(min=1)).sqrt()
-    size = white.any(1).sum().double().sqrt()  # radius of unit variance in all live directions
+    live = white.any(1) if white.ndim == 2 else white != 0
+    size = live.sum().double().sqrt()  # radius of unit variance in all live directions
     biased = observed * ((n - 1).clamp(min=0) / n.clamp(min=1)).sqrt() / size
     one = torch.ones_like(n)
     if kind == "class":
