@@ -17,7 +17,8 @@ from ..federated.algorithm import Algorithm
 from ..federated.clients import MultiStepClient
 from ..federated.messages import ClientUpdate, ServerPayload
 from ..federated.reports import n_classes
-from ..generators.fedgen_net import FedGenOptions, FedGenPFLOptions, descend, init_generator, net_from, sent
+from ..generators.fedgen_net import LABEL_WEIGHTS, FedGenOptions, FedGenPFLOptions
+from ..generators.fedgen_net import descend, init_generator, net_from, sent
 from ..generators.teaching import batched_view, teaching
 from ..models.losses.protocol import Batch, LocalLoss, as_local_loss, mixed_loss
 
@@ -163,10 +164,12 @@ class FedGenTrainingOptions(Options):
     level: str = option("high", "where generated features enter", one_of=("low", "high"))
     weight: float = option(10.0, "a and b in the first round", ge=0)
     steps: int = option(50, "generator steps a round", ge=1)
+    label_weights: str = option("paper", "weigh each sample, or as the released code the batch", one_of=LABEL_WEIGHTS)
 
-class FedGenPFLTrainingOptions(FedGenTrainingOptions):
+class FedGenPFLTrainingOptions(Options):
     "Options of `fedgen_pfllib`."
 
+    level: str = option("high", "where generated features enter", one_of=("low", "high"))
     weight: float = option(1.0, "of the cross-entropy on generated features, constant", ge=0)
     steps: int = option(1000, "generator steps a round", ge=1)
 
@@ -189,7 +192,8 @@ class FedGenTraining(Algorithm):
         return not self.local_options().beta  # the divergence is between features of one label
 
     def generator_config(self) -> FedGenOptions:
-        return VARIANTS[self.name][0].replace(steps=self.options.steps)
+        options = self.options
+        return VARIANTS[self.name][0].replace(steps=options.steps, label_weights=options.label_weights)
 
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight, beta=self.options.weight)
@@ -226,6 +230,9 @@ class FedGenPFLTraining(FedGenTraining):
     reference = "PFLlib (Zhang et al., JMLR 2025)"
     summary = "FedGen as PFLlib writes it: one ensemble, constant weight, no diversity"
     sends = "global model, generator and label counts of the round's clients together"
+
+    def generator_config(self) -> FedGenOptions:
+        return VARIANTS[self.name][0].replace(steps=self.options.steps)
 
     def local_options(self) -> FedGenLocal:
         return VARIANTS[self.name][1].replace(alpha=self.options.weight)

@@ -40,7 +40,7 @@ def check_comparable(runs: list[dict]) -> None:
             raise FedgalError(f"{follow}; their numbers cannot stand in one table")
         if _engine(r) != _engine(first):
             ran = f"{names} ran on engines {_engine(r)} and {_engine(first)}, which agree to rounding only"
-            raise FedgalError(f"{ran}; run both on one of them")
+            raise FedgalError(f"{ran}; set FEDGAL_ENGINE (or engine in settings.ini) to one of them and run both again")
         seed = r["params"]["seed"]
         other = drawn.setdefault(seed, r)
         if other["fingerprint"] != r["fingerprint"]:

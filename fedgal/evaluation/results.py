@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from operator import add
 import torch
-from ..core.store import fingerprint
+from ..core.store import fingerprint, load_json
 from .metrics import evaluate
 from ..federated.trained import TrainedRun
 
@@ -56,7 +56,7 @@ def setup_sentence(
 
 # %% ../../nbs/evaluation/08_results.ipynb #94a24b52
 def metrics_record(
-    stage,  # with `experiment`, `title`, `question` and `seed` among its parameters
+    stage,  # with `20_train` among its inputs and `experiment`, `title`, `question`, `seed` among its parameters
     run: TrainedRun,
     arms: dict,  # arm -> `arm_summary`, with bytes and whether it is federated
     n_bytes: dict,  # "up", "down": all messages
@@ -72,6 +72,7 @@ def metrics_record(
         "fingerprint": tag_of(run),
         "protocol": fingerprint({"split": run.split.protocol, "readout": readout_of(run)}),
         "readout": readout_of(run),
+        "engine": load_json(stage.input("20_train") / "ledger.json")["engine"],
         "params": {
             n: v
             for s in stage.keys

@@ -15,8 +15,8 @@ from .teaching import FORMS, Teaching
 from ..models.init import initialised
 
 # %% auto #0
-__all__ = ['FedGenNet', 'FedGenOptions', 'FedGenPFLOptions', 'collapse', 'ensemble_logits', 'label_cross_entropy',
-           'generator_terms', 'init_generator', 'pack', 'net_from', 'sent', 'descend']
+__all__ = ['LABEL_WEIGHTS', 'FedGenNet', 'FedGenOptions', 'FedGenPFLOptions', 'collapse', 'ensemble_logits',
+           'label_cross_entropy', 'generator_terms', 'init_generator', 'pack', 'net_from', 'sent', 'descend']
 
 # %% ../../nbs/generators/07_fedgen_net.ipynb #38664ff5
 class FedGenNet(nn.Module):
@@ -39,10 +39,13 @@ class FedGenNet(nn.Module):
         return self.out(self.norm(self.hidden(torch.cat([noise, F.one_hot(y, self.n_classes)], 1))).relu())
 
 # %% ../../nbs/generators/07_fedgen_net.ipynb #0e186729
+LABEL_WEIGHTS = ("paper", "released")
+
 class FedGenOptions(Options):
     "The generator and its training in one round; the authors' values."
 
     form: str = option("authors", "who is asked what, and how answers are added up", one_of=FORMS)
+    label_weights: str = option("paper", "weigh each sample, or as the released code the batch", one_of=LABEL_WEIGHTS)
     noise: int = option(32, "size of the noise", ge=1)
     hidden: int = option(256, "width of the hidden layer", ge=1)
     steps: int = option(50, "generator steps a round", ge=1)
@@ -53,6 +56,10 @@ class FedGenOptions(Options):
     alpha: float = option(1.0, "weight of the teachers", ge=0)
     beta: float = option(0.0, "weight of the student", ge=0)
     eta: float = option(1.0, "weight of diversity", ge=0)
+
+    def check(self) -> None:
+        if self.form == "pfllib" and self.label_weights == "released":
+            raise FedgalError("label_weights = released is a matter of form authors; leave it out for form pfllib")
 
 # %% ../../nbs/generators/07_fedgen_net.ipynb #89061013
 class FedGenPFLOptions(FedGenOptions):
@@ -88,9 +95,12 @@ def label_cross_entropy(
     logits: Tensor,  # [T, B, C]
     y: Tensor,  # [B]
     weights: Tensor,  # [T, C]
+    label_weights: str = "paper",  # "released": each teacher's mean weight over the batch for all of its samples
 ) -> Tensor:  # scalar
     "The teachers' cross-entropies, each weighted for the sample's class; mean over samples."
     missed = logits.logsumexp(2) - logits[:, torch.arange(len(y), device=y.device), y]  # [T, B]
+    if label_weights == "released":
+        return (weights[:, y].mean(1) * missed.mean(1)).sum()
     return (weights[:, y] * missed).sum(0).mean()
 
 # %% ../../nbs/generators/07_fedgen_net.ipynb #6c76d990
@@ -105,8 +115,10 @@ def generator_terms(
 ) -> dict[str, Tensor]:
     "Every term of the loss, unweighted, and their weighted total."
     bar = ensemble_logits(logits, y, weights) if options.form == "pfllib" or options.beta else None
-    asks_all = options.form == "pfllib"
-    terms = {"teachers": F.cross_entropy(bar, y) if asks_all else label_cross_entropy(logits, y, weights)}
+    if options.form == "pfllib":
+        terms = {"teachers": F.cross_entropy(bar, y)}
+    else:
+        terms = {"teachers": label_cross_entropy(logits, y, weights, options.label_weights)}
     total = options.alpha * terms["teachers"]
     if options.eta:
         terms["collapse"] = collapse(z, noise)

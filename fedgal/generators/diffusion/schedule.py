@@ -123,10 +123,11 @@ def min_snr_weight(
     target: str = "v",
     gamma: float = 5.0,  # signal-to-noise ratio above which steps count the same
 ) -> Tensor:  # [B]
-    "Min-SNR weight of the squared error of `target`."
+    "Min-SNR weight of the squared error of `target`; 1 at a step of pure noise."
     check_target(target, schedule)
     snr = schedule.snr.to(t.device)[t]
-    return snr.clamp(max=gamma) / {"v": snr + 1, "eps": snr, "x0": 1}[target]
+    weight = torch.where(snr > 0, snr.clamp(max=gamma), 1)  # of the error of x
+    return weight / {"v": snr + 1, "eps": snr, "x0": 1}[target]
 
 # %% ../../../nbs/generators/diffusion/01_schedule.ipynb #6fbcdd24
 def denoising_loss(

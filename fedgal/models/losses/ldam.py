@@ -15,7 +15,7 @@ from .local import NamedLoss, OwnPrior
 # %% auto #0
 __all__ = ['LDAMOptions', 'LDAM']
 
-# %% ../../../nbs/models/losses/08_ldam.ipynb #f761b01c
+# %% ../../../nbs/models/losses/08_ldam.ipynb #0a4d0003
 class LDAMOptions(Options):
     "Options of `ldam`."
 
@@ -23,10 +23,13 @@ class LDAMOptions(Options):
     scale: float = option(30.0, "scale s of the cosine head, which is fixed", gt=0)
     beta: float = option(0.9999, "of the effective number of samples", ge=0, lt=1)
 
+# %% ../../../nbs/models/losses/08_ldam.ipynb #f761b01c
 class LDAM(NamedLoss):
     "Margins that grow with the rarity of a class, and weights for the last fifth of the rounds."
 
     Options = LDAMOptions
+    batchwise = True  # weights are relative to the batch
+    mixes = True  # each of two labels has its weights
     context = OwnPrior.context  # class counts
 
     @property
@@ -51,12 +54,16 @@ class LDAM(NamedLoss):
         raw = torch.where(counts > 0, counts.clamp(min=1) ** -0.25, 0)
         return self.options.largest * raw / raw.amax()
 
-    def weights(self, counts: Tensor) -> Tensor:  # [C], mean 1 over samples
-        raw = torch.where(counts > 0, 1 / (1 - self.options.beta ** counts.clamp(min=1).double()), 0)
-        return (raw * counts.sum() / (raw * counts).sum()).float()
+    def weights(self, counts: Tensor) -> Tensor:  # [C]; inverse effective number, 0 for a class without samples
+        beta = self.options.beta
+        return torch.where(counts > 0, (1 - beta) / (1 - beta ** counts.clamp(min=1).double()), 0).float()
 
     def __call__(self, out, y: Tensor, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         counts = counts.to(out.logits.device)
         target = torch.arange(self.n_classes, device=y.device) == y[:, None]  # [B, C]
         values = cross_entropy(out.logits - self.options.scale * self.margins(counts) * target, y)
-        return values * self.weights(counts)[y] if self.reweight else values
+        if not self.reweight:
+            return values
+        weights = self.weights(counts)[y]
+        real = torch.ones_like(weights) if mask is None else mask.to(weights)
+        return values * weights * real.sum() / (weights * real).sum()
