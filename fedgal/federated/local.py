@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from ..core.errors import FedgalError
 from ..core.options import Options, option
-from ..core.random import own_rng, stream
+from ..core.random import global_rng, stream
 from ..core.schedules import half_cosine
 from ..core.tensors import Tensors, copy_tensors
 from ..data.transforms import to_float
@@ -113,7 +113,7 @@ def draw_mixup(
 def one_batch(
     client,
     index: Tensor,  # numbers of its examples
-    rng: torch.Generator,  # of views and mixup
+    rng: torch.Generator | None,  # of views and mixup
     device: torch.device,
 ) -> Batch:
     "Inputs and targets of a step and, with mixup, the second targets and the share of the first."
@@ -179,12 +179,13 @@ def train_locally(
 
 def _terms_of_steps(client, model, loss, batches, seed, round):
     "The terms of the loss, step by step; weights may be changed between two steps."
-    views, drops = (stream(seed, purpose, round, client.id) for purpose in ("augment", "dropout"))
+    views = stream(seed, "augment", round, client.id) if client.augment or client.config.mixup else None
+    drops = stream(seed, "dropout", round, client.id)
     context = loss.context(client)
     device = next(model.parameters()).device
     drawn = loss.draws(client, batches, seed, round) or itertools.repeat({})
     mask = functools.partial(draw_mask, rng=drops)
-    with own_rng(seed, "dropout", round, client.id), masks_from(model, mask):
+    with global_rng(drops.initial_seed()), masks_from(model, mask):
         for index, extra in zip(batches, drawn, strict=False):
             batch = one_batch(client, index, views, device)._replace(context=context, drawn=extra)
             with arithmetic(client.config.precision, device):

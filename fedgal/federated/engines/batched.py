@@ -92,10 +92,13 @@ def _run_chunk(model, probe, work, payload, seed, loss, own, corrections):
 
 _APART = ("epochs", "steps", "batch_size")  # what clients of a chunk may differ in
 
-def _alike(client):
-    "Clients can share a chunk if their optimiser and the shape of an example agree."
-    shapes = (client.x.shape[1:], client.x.dtype, client.y.shape[1:], client.y.dtype)
-    return str(({n: v for n, v in client.config if n not in _APART}, *shapes))
+def _kinds(clients):
+    "What clients of a chunk have in common: optimiser and shape of an example, a number for each client."
+    shapes = [(c.x.shape[1:], c.x.dtype, c.y.shape[1:], c.y.dtype) for c in clients]
+    configs = {id(c.config): str([v for n, v in c.config if n not in _APART]) for c in clients}
+    kinds = [(configs[id(c.config)], *shape) for c, shape in zip(clients, shapes, strict=True)]
+    order = {kind: i for i, kind in enumerate(sorted(set(kinds), key=str))}
+    return {c.id: order[kind] for c, kind in zip(clients, kinds, strict=True)}
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #b5b24d92
 class BatchedOptions(Options):
@@ -139,12 +142,12 @@ def obstacle(
 
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #b5b24d93
-def _chunks(work, size, example, budget):
+def _chunks(work, kinds, size, example, budget):
     "Clients that are trained together: alike, and no more than fit into the budget."
     while work:
         widest = max(len(b[0]) for _, b in work)
         fits = chunk_size(size, example, widest, budget)
-        chunk = [cb for cb in work[:fits] if _alike(cb[0]) == _alike(work[0][0])]
+        chunk = [cb for cb in work[:fits] if kinds[cb[0].id] == kinds[work[0][0].id]]
         work = work[len(chunk) :]
         yield chunk
 
@@ -170,10 +173,11 @@ class Batched(Engine):
         probe = probed(load_payload(model, payload).train(), clients[0], loss)
         size = n_bytes({n: payload.parameters[n] for n in probe.trained})
         work = [(c, c.batches(seed, payload.round)) for c in clients]
-        work.sort(key=lambda cb: (_alike(cb[0]), -len(cb[1]), cb[0].id))
+        kinds = _kinds(clients)
+        work.sort(key=lambda cb: (kinds[cb[0].id], -len(cb[1]), cb[0].id))
         done = {}
         with torch.no_grad():
-            for chunk in _chunks(work, size, probe.example, self.options.budget):
+            for chunk in _chunks(work, kinds, size, probe.example, self.options.budget):
                 for update in _run_chunk(model, probe, chunk, payload, seed, loss, own, corrections):
                     done[update.client] = update
         return [done[c.id] for c in clients]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 from ...core.tensors import Tensors
 from .base import Engine
-from ..messages import ClientUpdate, ServerPayload, payload_of
+from ..messages import ClientUpdate, ServerPayload, looked_through, payload_of
 from ..work import run_client
 from ...models.losses.protocol import task_loss
 
@@ -34,4 +34,5 @@ class Serial(Engine):
         return [c.run(model, payload_of(payload, own.get(c.id)), seed, loss, corrections.get(c.id)) for c in clients]
 
     def work(self, task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
-        return [run_client(task, model, c, own.get(c.id, {})) for c in clients]
+        with looked_through(model):
+            return [run_client(task, model, c, own.get(c.id, {})) for c in clients]

@@ -18,6 +18,7 @@ from ...core.processes import end_with_parent, without_main
 from ...core.tensors import Tensors
 from .base import Engine
 from .shared import SharedTensors, received, share
+from ..messages import looked_through
 from ..work import run_client
 from ...models.losses.protocol import task_loss
 
@@ -42,7 +43,8 @@ def serve(connection) -> None:
         elif kind == "task":
             held["task"] = received(value)
         else:
-            answer, message = share(_attempt(held["task"], held["model"], *received(value)))
+            with looked_through(held["model"]):
+                answer, message = share(_attempt(held["task"], held["model"], *received(value)))
             connection.send_bytes(message)
 
 def _attempt(task, model, client, own):
