@@ -13,6 +13,11 @@ from torch import Tensor
 # %% ../../../nbs/federated/engines/03_shared.ipynb #c3a10007
 _ALIGNED = 64  # bytes, as torch aligns its own memory, so that rounding is the same
 
+def _form(t):
+    "Shape and strides; a tensor that has gaps is written without them."
+    dense = t.is_contiguous() or t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return tuple(t.shape), t.stride() if dense else torch.empty(t.shape, device="meta").stride()
+
 class SharedTensors:
     "Tensors in memory that other processes of this machine map too."
 
@@ -24,7 +29,7 @@ class SharedTensors:
         self._file = os.memfd_create("fedgal")
         os.ftruncate(self._file, max(starts[-1], 1))
         place = (f"/proc/{os.getpid()}/fd/{self._file}", max(starts[-1], 1))
-        self.rows = [(place, t.dtype, tuple(t.shape), a, n) for t, a, n in zip(tensors, starts, sizes, strict=False)]
+        self.rows = [(place, t.dtype, *_form(t), a, n) for t, a, n in zip(tensors, starts, sizes, strict=False)]
         for source, target in zip(tensors, shared_tensors(self.rows), strict=True):
             target.copy_(source)
 
@@ -33,12 +38,14 @@ class SharedTensors:
         os.close(self._file)
 
 def shared_tensors(
-    rows: list,  # place (path, bytes), dtype, shape, first byte and bytes of every tensor
+    rows: list,  # place (path, bytes), dtype, shape, strides, first byte and bytes of every tensor
 ) -> list[Tensor]:
     "Tensors of `SharedTensors`, mapped into this process."
     places = {row[0] for row in rows}
     whole = {p: torch.from_file(p[0], shared=True, size=p[1], dtype=torch.uint8) for p in places}
-    return [whole[place][a : a + n].view(dtype).view(shape) for place, dtype, shape, a, n in rows]
+    return [
+        whole[place][a : a + n].view(dtype).as_strided(shape, strides) for place, dtype, shape, strides, a, n in rows
+    ]
 
 # %% ../../../nbs/federated/engines/03_shared.ipynb #c3a10010
 class _Pickler(pickle.Pickler):
