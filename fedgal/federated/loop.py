@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS_LAST', 'run_round', 'start_state', 'fit']
 
 # %% ../../nbs/federated/08_loop.ipynb #faf88775
-import copy
+import contextlib, copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..core.tensors import Tensors, check_schema
 from .aggregate import check_updates
 from .algorithm import ALGORITHMS, Algorithm
 from .checkpoint import Checkpoints
-from .engines.base import ENGINES, Engine, resolve_engine
+from .engines.base import ENGINES, Engine, name_of, resolve_engine
 from .identity import identity
 from .ledger import Ledger
 from .messages import ClientUpdate, payload_from
@@ -164,7 +164,7 @@ def fit(
     clients: list,  # of `MultiStepClient`
     options: FederationOptions,
     seed: int,
-    engine: str = "auto",  # see `resolve_engine`
+    engine: str | Engine = "auto",  # see `resolve_engine`; an engine that is given stays open
     loss: Callable = task_loss,  # (output, targets) -> [B]
     evaluate: Callable | None = None,  # (model), or (model, client) for own models -> JSON values for the history
     checkpoint: Path | None = None,  # folder; the run resumes from what is there
@@ -183,13 +183,15 @@ def fit(
     state = start_state(algorithm, model, clients, seed, own)
     last = None
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
-    name, reason = resolve_engine(engine, model, first, algorithm.loss(state.payload, loss))
+    wanted = name_of(engine) if isinstance(engine, Engine) else engine
+    name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss))
     if checkpoint:
         who = identity(state.payload, clients, options, seed, name, loss, weights, own, model)
         saved = Checkpoints(checkpoint, who)
         state, last = saved.load(next(model.parameters()).device) or (state, None)
     done = state.payload.round
-    with ENGINES.make(name) as runner:
+    opened = contextlib.nullcontext(engine) if isinstance(engine, Engine) else ENGINES.make(name)
+    with opened as runner:
         for r in progress(range(done, options.rounds), f"resumed after round {done}: round" if done else "round"):
             base = state.payload
             final = r + 1 == options.rounds

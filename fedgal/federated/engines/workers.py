@@ -115,13 +115,15 @@ class Crew:
         self.workers = []
 
     def hold(self, model, clients: list) -> None:
-        "Put model and examples into shared memory, where they are not there yet."
+        "Put model and examples into shared memory, where they are not there yet; another model brings new examples."
         if model is not self.model:
-            self.close()
+            self.forget()
             self.model = model
             block, message = share(model)
             self.blocks.append(block)
             self.setup.append(("model", message))
+            for worker in self.workers:
+                worker.send("model", message)
         new = {id(t): t for c in clients for t in (c.x, c.y) if id(t) not in self.rows}
         if new:
             self.blocks.append(SharedTensors(list(new.values())))
@@ -135,15 +137,20 @@ class Crew:
         while len(self.workers) < min(self.processes, n):
             self.workers.append(Worker(messages))
 
-    def close(self) -> None:
-        "End the processes and give their memory back."
-        for worker in self.workers:
-            worker.end()
+    def forget(self) -> None:
+        "Give the shared memory back."
         for block in self.blocks:
             block.close()
         self.model = None
-        self.setup, self.blocks, self.workers = [], [], []
+        self.setup, self.blocks = [], []
         self.examples, self.rows = {}, {}
+
+    def close(self) -> None:
+        "End the processes too."
+        for worker in self.workers:
+            worker.end()
+        self.workers = []
+        self.forget()
 
 # %% ../../../nbs/federated/engines/04_workers.ipynb #7a5c0021
 ATTEMPTS = 3  # processes that a client may bring down before its work counts as failed
