@@ -149,6 +149,7 @@ def _protocol(dataset, o, facts) -> dict:
     fraction = {} if o.fraction == 1 else {"fraction": o.fraction}
     return fraction | {
         "data": dataset.sha256,
+        "test": content_hash(dataset.x_test, dataset.y_test)[:16],
         "imbalance": o.imbalance,
         "shuffle_classes": o.shuffle_classes,
         "n_clients": o.n_clients,
@@ -188,7 +189,6 @@ def make_split(
         "protocol": protocol,
         "seed": seed,
         "drawn": _drawn(train, val),
-        "test": content_hash(dataset.x_test, dataset.y_test)[:16],
     }
     return Split(
         train=train,
