@@ -23,6 +23,16 @@ def cumulative_counts(
     cuts[:, -1] = total
     return np.diff(cuts, axis=1, prepend=0)
 
+# %% ../../nbs/data/12_dirichlet.ipynb #0a1d0002
+def _limited(share, total, limit):
+    "Cumulative counts class by class; clients with `limit` examples are left out, [C, K]."
+    count = np.zeros(share.shape, np.int64)
+    for c, row in enumerate(share):
+        free = count.sum(0) < limit
+        left = row * free if (row * free).any() else free
+        count[c] = cumulative_counts(left[None] / left.sum(), total[c : c + 1])
+    return count
+
 # %% ../../nbs/data/12_dirichlet.ipynb #02b360c0
 def _repair(count, least):
     "Move examples from the largest to the smallest client until all have `least`, [C, K]."
@@ -44,6 +54,7 @@ def dirichlet(
     seed: int,
     alpha: float = 0.5,  # concentration; smaller = more skewed
     min_size: int = 10,  # examples that each client gets at least
+    max_size: int = 0,  # who has so many gets nothing of the classes that follow; 0: no limit
 ) -> list[Tensor]:
     "Shares of each class from a Dirichlet distribution; always ends."
     if not 0 < alpha < float("inf"):
@@ -55,12 +66,15 @@ def dirichlet(
             f"min_size = {min_size}: {n_clients} clients need {n_clients * min_size} examples, there are {len(y)}; "
             "take fewer clients, a smaller min_size or a smaller imbalance"
         )
+    if max_size and n_clients * max_size < len(y):
+        raise FedgalError(f"max_size = {max_size}: {n_clients} clients can then not take all {len(y)} examples")
     total = np.bincount(y)
     best = None
     rng = np_stream(seed, "dirichlet")
     concentration = np.full(n_clients, np.clip(alpha, 1e-300, 1e300))  # the draw over- or underflows beyond
     for _ in range(20):
-        count = cumulative_counts(rng.dirichlet(concentration, len(total)), total)
+        share = rng.dirichlet(concentration, len(total))
+        count = _limited(share, total, max_size) if max_size else cumulative_counts(share, total)
         if best is None or count.sum(0).min() > best.sum(0).min():
             best = count
         if best.sum(0).min() >= min_size:
@@ -76,6 +90,9 @@ class DirichletOptions(Options):
 
     alpha: float = option(0.5, "concentration; small is heterogeneous", gt=0, shared="alpha")
     min_size: int = option(10, "examples that every client gets at least", ge=0, shared="min_size")
+    max_size: int = option(
+        0, "who has so many examples gets nothing of the classes that follow; 0: no limit", ge=0, shared="max_size"
+    )
 
 # %% ../../nbs/data/12_dirichlet.ipynb #3cc6e7aa
 class Dirichlet(Partition):
