@@ -15,7 +15,7 @@ from .local import NamedLoss, OwnPrior
 # %% auto #0
 __all__ = ['LDAMOptions', 'LDAM']
 
-# %% ../../../nbs/models/losses/08_ldam.ipynb #f761b01c
+# %% ../../../nbs/models/losses/08_ldam.ipynb #0a4d0003
 class LDAMOptions(Options):
     "Options of `ldam`."
 
@@ -23,6 +23,7 @@ class LDAMOptions(Options):
     scale: float = option(30.0, "scale s of the cosine head, which is fixed", gt=0)
     beta: float = option(0.9999, "of the effective number of samples", ge=0, lt=1)
 
+# %% ../../../nbs/models/losses/08_ldam.ipynb #f761b01c
 class LDAM(NamedLoss):
     "Margins that grow with the rarity of a class, and weights for the last fifth of the rounds."
 
