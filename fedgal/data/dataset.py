@@ -57,9 +57,8 @@ def balance(
 def hold_out(
     y: Tensor,  # int64 [N]
     fraction: float,  # share of the smallest class that goes to the test set
-    seed: int,  # the run's seed
 ) -> tuple[Tensor, Tensor]:  # training and test indices, each ascending
-    "Draw a test set with equally many examples of each class; all others train."
+    "A fixed test set with equally many examples of each class; all others train."
     n = y.bincount()
     m = int(fraction * int(n.min()) + 1e-9)
     if m < 1:
@@ -68,7 +67,7 @@ def hold_out(
             f"no test set was given and class {c} has only {n[c]} examples, too few to set "
             f"{fraction:.0%} aside; add examples or bring a test file"
         )
-    keys = torch.rand(len(y), generator=stream(seed, "test set"), dtype=torch.float64).to(y.device)
+    keys = torch.rand(len(y), generator=stream(0, "test set"), dtype=torch.float64).to(y.device)
     test = rank_in_class(y, keys=keys) < m
     return torch.nonzero(~test)[:, 0], torch.nonzero(test)[:, 0]
 
@@ -118,7 +117,6 @@ def _same_form(train, test, classes, name):
 def assemble(
     name: str,  # short, without the folders of a machine
     parts: list[Part],  # training examples, and test examples where the source has them
-    seed: int,  # draws the test set of a source that has none
     **more,  # further fields of `Dataset`
 ) -> Dataset:
     "A data set with a balanced test set; raises `FedgalError` with what does not fit."
@@ -127,7 +125,7 @@ def assemble(
     digests = [part.sha256 or content_hash(part.x, part.y) for part in parts]
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
     if not test:
-        a, b = hold_out(train.y, 0.3, seed)
+        a, b = hold_out(train.y, 0.3)
         return Dataset(name, train.x[a], train.y[a], train.x[b], train.y[b], classes, digest, **more)
     part = _same_form(train, test[0], classes, name)
     chosen = balance(part.y)

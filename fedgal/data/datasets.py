@@ -13,10 +13,9 @@ from .sources import source_of
 # %% ../../nbs/data/08_datasets.ipynb #c02b7032
 def load_dataset(
     name: str,  # 'digits' or another name of `DATASETS`, a path that ends in .parquet, or 'module:function'
-    seed: int = 0,  # draws the test set of a source that has none
 ) -> Dataset:
     "Any data set as tensors, with a balanced test set. Raises `FedgalError` with what is missing or wrong."
-    return source_of(name).load(name, seed)
+    return source_of(name).load(name)
 
 # %% ../../nbs/data/08_datasets.ipynb #58c01119
 def ensure_data(name: str) -> None:

@@ -28,10 +28,10 @@ class DataSource:
         "A short name without the folders of this machine."
         return name
 
-    def load(self, name: str, seed: int = 0) -> Dataset:
-        "The data set, with a balanced test set that `seed` draws where the source has none."
+    def load(self, name: str) -> Dataset:
+        "The data set, with a balanced test set, the same one at every call, also where the source has none."
         self.fetch(name)
-        return assemble(self.label(name), self.parts(name), seed, characters=self.characters)
+        return assemble(self.label(name), self.parts(name), characters=self.characters)
 
     def files(self, name: str) -> list[Path]:
         "What the data rest on: the files whose contents are part of a key, those that are absent too."

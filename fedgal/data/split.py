@@ -18,7 +18,7 @@ from ..core.store import content_hash, fingerprint, load_json, load_tensors, sav
 from ..core.rank import rank_in_class
 from .dataset import Dataset
 from .divide import PARTITIONS
-from .long_tail import class_order, long_tail_indices, share_of
+from .long_tail import at_most, class_order, long_tail_indices, share_of
 
 # %% ../../nbs/data/16_split.ipynb #183da031
 def validation_split(
@@ -114,6 +114,7 @@ class SplitOptions(Options):
     "How the training set is thinned and divided."
 
     fraction: float = option(1.0, "share of the training examples that is used at all", gt=0, le=1, shared="fraction")
+    max_per_class: int = option(0, "examples of a class that are used at most; 0: all", ge=0, shared="max_per_class")
     imbalance: float = option(
         1.0, "most / least frequent class; 1 keeps the data as they are", ge=1, shared="imbalance"
     )
@@ -122,6 +123,7 @@ class SplitOptions(Options):
     partition: str = option("iid", "how examples are divided", registry="partition", shared="partition")
     alpha: float = option(0.5, "dirichlet: concentration", gt=0, shared="alpha")
     min_size: int = option(10, "dirichlet: examples that each client gets at least", ge=0, shared="min_size")
+    max_size: int = option(0, "dirichlet: who has so many gets no further classes; 0: all", ge=0, shared="max_size")
     ways: int = option(3, "ways: classes per client", ge=1, shared="ways")
     shots: int = option(100, "ways: examples per class of a client", ge=1, shared="shots")
     stdev: int = option(1, "ways: spread of both", ge=0, shared="stdev")
@@ -131,10 +133,10 @@ class SplitOptions(Options):
     val_fraction: float = option(0.2, "share of each class on each client", ge=0, lt=1, shared="val_fraction")
 
     def check(self):
-        if self.split_file and (self.imbalance != 1 or self.fraction != 1):
+        if self.split_file and (self.imbalance != 1 or self.fraction != 1 or self.max_per_class):
             raise FedgalError(
-                "a split file says which examples are used, so imbalance and fraction must be 1, "
-                f"not {self.imbalance:g} and {self.fraction:g}"
+                "a split file says which examples are used, so imbalance and fraction must be 1 and max_per_class 0, "
+                f"not {self.imbalance:g}, {self.fraction:g} and {self.max_per_class}"
             )
         PARTITIONS.options(self.kind, **dict(self))
 
@@ -146,9 +148,11 @@ class SplitOptions(Options):
 # %% ../../nbs/data/16_split.ipynb #b28cbce8
 def _protocol(dataset, o, facts) -> dict:
     "All that decides a split, but the seed and what it draws."
-    fraction = {} if o.fraction == 1 else {"fraction": o.fraction}
-    return fraction | {
+    return {
+        "fraction": o.fraction,
+        "max_per_class": o.max_per_class,
         "data": dataset.sha256,
+        "test": content_hash(dataset.x_test, dataset.y_test)[:16],
         "imbalance": o.imbalance,
         "shuffle_classes": o.shuffle_classes,
         "n_clients": o.n_clients,
@@ -179,6 +183,7 @@ def make_split(
     o = (options or SplitOptions()).replace(**values)
     y = dataset.y_train
     some = share_of(len(y), o.fraction, seed)
+    some = some[at_most(y[some], o.max_per_class, seed)]
     chosen = some[long_tail_indices(y[some], o.imbalance, seed, o.shuffle_classes)]
     way = PARTITIONS.make(o.kind, **dict(o))
     parts = [chosen[part] for part in way(y[chosen], o.n_clients, seed)]
@@ -188,7 +193,6 @@ def make_split(
         "protocol": protocol,
         "seed": seed,
         "drawn": _drawn(train, val),
-        "test": content_hash(dataset.x_test, dataset.y_test)[:16],
     }
     return Split(
         train=train,

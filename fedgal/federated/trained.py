@@ -80,7 +80,7 @@ def load_run(stage) -> TrainedRun:  # a stage with `10_data` and `20_train` amon
     folder = stage.input("20_train")
     d = stage.upstream("10_data")
     t = stage.upstream("20_train")
-    data = load_dataset(d["dataset"], d["seed"])
+    data = load_dataset(d["dataset"])
     split = Split.load(stage.input("10_data"))
     kinds = {"head": t["head"], "norm": t["norm"]}
     model = build_model(t["model"], data.in_shape, data.n_classes, **kinds, generator=stream(0, "overwritten"))

@@ -50,7 +50,7 @@ def work_of(file: Path, overrides: dict | None = None) -> Work:
     "The training of an experiment's first member, built as the stage `20_train` builds it."
     params = plan(file, overrides, "tune").members[0].params
     p = params["10_data"]
-    data = load_dataset(p["dataset"], p["seed"])
+    data = load_dataset(p["dataset"])
     split = make_split(data, SplitOptions.make(**p), seed=p["seed"])
     t = set_up(data, split, params["20_train"], runtime())
     algorithm = t.options.make_algorithm()
