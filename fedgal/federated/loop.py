@@ -184,7 +184,7 @@ def fit(
     last = None
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     wanted = name_of(engine) if isinstance(engine, Engine) else engine
-    name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss))
+    name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss), options.rounds)
     if checkpoint:
         who = identity(state.payload, clients, options, seed, name, loss, weights, own, model)
         saved = Checkpoints(checkpoint, who)

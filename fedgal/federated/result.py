@@ -6,6 +6,7 @@
 __all__ = ['FederationResult', 'last_round_of_all', 'last_round_of_own', 'delivered', 'judged']
 
 # %% ../../nbs/federated/07b_result.ipynb #5de46b39
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from torch import nn
@@ -108,10 +109,14 @@ def delivered(algorithm: Algorithm, model: nn.Module, state: State) -> ServerPay
     return replace(payload, buffers=merge_buffers(payload.buffers, own, [1 / len(own)] * len(own)))
 
 # %% ../../nbs/federated/07b_result.ipynb #b7a10007
+def _finite(scores):
+    "Numbers for the history; one that is not finite becomes None, as of a model that has diverged."
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in scores.items()}
+
 def judged(evaluate: Callable, algorithm: Algorithm, model: nn.Module, state: State, clients: list) -> dict:
     "What joins the history: of the model that would be delivered now, or the mean over the clients' own models."
     if not algorithm.personal:
-        return evaluate(load_payload(model, delivered(algorithm, model, state)).eval())
+        return _finite(evaluate(load_payload(model, delivered(algorithm, model, state)).eval()))
     scores = [
         evaluate(load_payload(model, payload_of(state.payload, state.own.get(c.id))).eval(), c.id) for c in clients
     ]
@@ -119,4 +124,4 @@ def judged(evaluate: Callable, algorithm: Algorithm, model: nn.Module, state: St
     for name in dict.fromkeys(n for s in scores for n in s):
         values = [s[name] for s in scores if name in s]
         means[name] = sum(values) / len(values)
-    return means
+    return _finite(means)

@@ -105,7 +105,9 @@ def run(
         record = new_record(exp) | {"pages": published_pages(home)}
         try:
             save_json(home / "run.json", record)
-            run_members(exp, record, jobs or settings().jobs or default_jobs())
+            jobs = jobs or settings().jobs or default_jobs()
+            os.environ["FEDGAL_AT_ONCE"] = str(min(jobs, len(exp.members)))  # each stage has its share of the cores
+            run_members(exp, record, jobs)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             record |= {"status": status, "error": record.get("error") or str(error)}

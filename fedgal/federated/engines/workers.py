@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ...core.errors import FedgalError
 from ...core.options import Options, option
-from ...core.processes import end_with_parent, without_main
+from ...core.processes import end_with_parent, own_cores, without_main
 from ...core.tensors import Tensors
 from .base import Engine
 from .shared import SharedTensors, received, share
@@ -106,7 +106,7 @@ class Crew:
     "Processes that hold one model and some clients."
 
     def __init__(self, processes: int):
-        self.processes = processes or len(os.sched_getaffinity(0))
+        self.processes = processes or own_cores()
         self.model = None
         self.setup = []  # (kind, message) that a new worker needs
         self.blocks = []  # shared memory of model and examples
