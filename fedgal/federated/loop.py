@@ -103,15 +103,7 @@ def run_round(
     own = _clients_after(algorithm, state, accepted, options, keeps)
     return State(new, (*state.history, row), tuple(ledger.to_json()), own, server), accepted
 
-# %% ../../nbs/federated/08_loop.ipynb #399c377b
-def _check_start(algorithm, own):
-    "Raise for start weights that an algorithm cannot use."
-    if own and not algorithm.personal:
-        able = ", ".join(n for n in ALGORITHMS if ALGORITHMS[n].personal)
-        raise FedgalError(
-            f"{algorithm.name} averages weights, so its clients cannot start from their own; able: {able}"
-        )
-
+# %% ../../nbs/federated/08_loop.ipynb #ae9653de
 CHANNELS_LAST = 16  # pixels along the shorter side of an image, from which on it pays for convolutions
 
 def _laid_out(model, x):
@@ -130,7 +122,24 @@ def _on_device(clients, device):
         return clients
     return [replace(c, x=moved[id(c.x)], y=moved[id(c.y)]) for c in clients]
 
-def start_state(    algorithm: Algorithm,
+def _prepared(algorithm, clients, device, loss):
+    "The clients in the order of their ids, as the algorithm needs them."
+    clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
+    for c in clients:
+        algorithm.check_mixup(c.config.mixup, loss)
+    return _on_device(clients, device)
+
+# %% ../../nbs/federated/08_loop.ipynb #a355a635
+def _check_start(algorithm, own):
+    "Raise for start weights that an algorithm cannot use."
+    if own and not algorithm.personal:
+        able = ", ".join(n for n in ALGORITHMS if ALGORITHMS[n].personal)
+        raise FedgalError(
+            f"{algorithm.name} averages weights, so its clients cannot start from their own; able: {able}"
+        )
+
+def start_state(
+    algorithm: Algorithm,
     model: nn.Module,
     clients: list,
     seed: int,
@@ -176,10 +185,7 @@ def fit(
     if not clients: raise FedgalError("a federation needs at least one client")
     model = _laid_out(copy.deepcopy(model), clients[0].x)
     algorithm = options.make_algorithm()
-    clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
-    clients = _on_device(clients, next(model.parameters()).device)
-    for c in clients:
-        algorithm.check_mixup(c.config.mixup, loss)
+    clients = _prepared(algorithm, clients, next(model.parameters()).device, loss)
     state = start_state(algorithm, model, clients, seed, own)
     last = None
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]

@@ -41,6 +41,7 @@ class AveragingOptions(Options):
     n_classes: int = option(1, "classes that have a condition vector", ge=1)
     decay: float = option(0.999, "decay of the running mean of the weights, a round", ge=0, lt=1)
 
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #3ddb4cb3
 class DenoiserAveraging(Algorithm):
     "FedAvg of a denoiser with condition vectors class by class, and a running mean that is delivered."
 
