@@ -18,7 +18,7 @@ __all__ = ['FedProx', 'Scaffold', 'Local']
 
 # %% ../../nbs/algorithms/01_weights.ipynb #1f1e9c11
 class FedProx(Algorithm):
-    "FedAvg with a proximal term, which local SGD adds from `LocalOptions.prox_mu`."
+    "FedAvg with a proximal term, which local work adds from `LocalOptions.prox_mu`."
 
     name = "fedprox"
     summary = "FedAvg with mu/2 ||w - w_g||^2 in the local loss"
@@ -39,6 +39,14 @@ def _check_sgd(optimiser):
     if optimiser != "sgd":
         raise FedgalError(f"algorithm scaffold reads the mean gradient off the way of sgd; {optimiser} goes another")
 
+def _sgd_way(options, round, n_steps):
+    "How far steps of SGD lead along a gradient that stays the same."
+    first = 1 + options.nesterov  # Nesterov's step looks one further
+    steps = range(first, first + n_steps)
+    way = sum((1 - options.momentum**j) / (1 - options.momentum) for j in steps)
+    return options.rate(round) * way
+
+# %% ../../nbs/algorithms/01_weights.ipynb #e53341b5
 class Scaffold(Algorithm):
     "Control variates against client drift."
 
@@ -72,11 +80,7 @@ class Scaffold(Algorithm):
         own: Tensors,
         seed,
     ) -> tuple[Tensors | None, Tensors]:
-        options = client.config
-        first = 1 + options.nesterov  # Nesterov's step looks one further
-        steps = range(first, first + len(client.batches(seed, payload.round)))
-        way = sum((1 - options.momentum**j) / (1 - options.momentum) for j in steps)
-        length = options.rate(payload.round) * way
+        length = _sgd_way(client.config, payload.round, len(client.batches(seed, payload.round)))
         change = {f"c/{n}": -payload.extras[f"c/{n}"] - d / length for n, d in update.tensors.items()}
         return change, {n: own.get(n, 0.0) + d for n, d in change.items()}
 

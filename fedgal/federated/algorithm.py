@@ -96,6 +96,10 @@ class Algorithm(AlgorithmFacts):
         "After merging: what is sent next, what the server keeps, numbers for the history."
         return payload.extras, server, {}
 
+    def remember(self, payload: ServerPayload, server: Tensors) -> Tensors:
+        "What the server keeps, seen the model of the next round."
+        return server
+
     def finish(self, model: nn.Module, payload: ServerPayload, server: Tensors) -> ServerPayload:
         "The model that is delivered after the last round."
         return payload

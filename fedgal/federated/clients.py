@@ -18,6 +18,7 @@ from .local import LocalOptions, draw_batches, total, train_locally
 from fedgal.federated.messages import (
     ClientUpdate,
     ServerPayload,
+    failed_update,
     load_payload,
     persistent_buffers,
     trainable_parameters,
@@ -39,10 +40,18 @@ def _check_client(client):
     if w is not None and not (len(w) == n and torch.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
         raise FedgalError(f"client {client.id}: sample_weights must be {n} finite numbers >= 0, not all 0")
 
+def _shared(client):
+    "The disclosures that a client chose."
+    names = ("lr", "momentum", "steps", "epochs", "batch_size")
+    return {
+        "labels": client.targets.sort().values if "labels" in client.share else None,
+        "hyperparams": {n: getattr(client.config, n) for n in names} if "hyperparams" in client.share else None,
+    }
+
 # %% ../../nbs/federated/03_clients.ipynb #19aaf28d
 @dataclass(frozen=True, eq=False)
 class MultiStepClient:
-    "A client that makes several SGD steps on its own examples."
+    "A client that takes several steps on its own examples."
 
     id: int
     x: Tensor  # [N, ...] uint8 images or float features, its own or those of all clients
@@ -61,13 +70,11 @@ class MultiStepClient:
         return len(self.x if self.index is None else self.index)
 
     @property
-    def inputs(self) -> Tensor:  # [n, ...]
-        "Its own inputs."
+    def inputs(self) -> Tensor:  # [n, ...] its own
         return self.x if self.index is None else self.x[self.index]
 
     @property
-    def targets(self) -> Tensor:  # [n, ...]
-        "Its own targets."
+    def targets(self) -> Tensor:  # [n, ...] its own
         return self.y if self.index is None else self.y[self.index]
 
     def rows(self, batch: Tensor) -> Tensor:
@@ -84,16 +91,8 @@ class MultiStepClient:
 
     def update(self, delta: Tensors, buffers: Tensors, train_loss: float, terms: dict | None = None) -> ClientUpdate:
         "Wrap the result of local work, with the disclosures that were chosen."
-        names = ("lr", "momentum", "steps", "epochs", "batch_size")
-        chosen = {
-            "labels": self.targets.sort().values if "labels" in self.share else None,
-            "hyperparams": {n: getattr(self.config, n) for n in names} if "hyperparams" in self.share else None,
-        }
-        return ClientUpdate(self.id, "delta", delta, self.n_examples, buffers, train_loss, terms or {}, **chosen)
-
-    def failed(self, reason: str) -> ClientUpdate:
-        "The update of a client that had to stop."
-        return ClientUpdate(self.id, "delta", {}, self.n_examples, failure=reason)
+        n = self.n_examples
+        return ClientUpdate(self.id, "delta", delta, n, buffers, train_loss, terms or {}, **_shared(self))
 
 # %% ../../nbs/federated/03_clients.ipynb #471b3f62
 @dataclass(frozen=True, eq=False)
@@ -109,7 +108,7 @@ class SingleStepClient(MultiStepClient):
             batch = Batch(to_float(self.inputs.to(device)), self.targets.to(device), context=loss.context(self))
             value = total(loss.of(model, batch)).mean()
             if not torch.isfinite(value):
-                return self.failed("loss not finite at step 0")
+                return failed_update(self, "loss not finite at step 0")
             grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
         tensors = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), grads, strict=True)}
         return replace(self.update(tensors, copy_tensors(persistent_buffers(model)), value.item()), kind="gradient")

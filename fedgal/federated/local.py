@@ -18,6 +18,7 @@ from .dropout import draw_mask, masks_from
 from fedgal.federated.messages import (
     ClientUpdate,
     ServerPayload,
+    failed_update,
     load_payload,
     persistent_buffers,
     trainable_parameters,
@@ -160,19 +161,20 @@ def train_locally(
     options, loss = client.config, as_local_loss(loss)
     weights = trainable_parameters(load_payload(model, payload).train())
     if client.n_examples == 1 and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
-        return client.failed("one example: BatchNorm needs two")
+        return failed_update(client, "one example: BatchNorm needs two")
     step = Steps(options, options.rate(payload.round), undecayed_names(model), payload.parameters, correction)
     batches = client.batches(seed, payload.round)
     losses = []
-    for terms in _terms_of_steps(client, model, loss, batches, seed, payload.round):
-        values = [t.float().mean() for t in terms.values()]
-        value = values[0] if len(values) == 1 else total(terms).float().mean()
-        grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-        step(weights, {n: g for n, g in zip(weights, grads, strict=True) if g is not None})
-        losses.append(torch.stack(values).detach())
+    with contextlib.closing(_terms_of_steps(client, model, loss, batches, seed, payload.round)) as steps:
+        for terms in steps:
+            values = [t.float().mean() for t in terms.values()]
+            value = values[0] if len(values) == 1 else total(terms).float().mean()
+            grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+            step(weights, {n: g for n, g in zip(weights, grads, strict=True) if g is not None})
+            losses.append(torch.stack(values).detach())
     losses = torch.stack(losses).cpu()
     if (broken := first_not_finite(losses)) is not None:
-        return client.failed(f"loss not finite at step {broken}")
+        return failed_update(client, f"loss not finite at step {broken}")
     mean, parts = means_of(losses, [len(b) for b in batches], list(terms))
     delta = {n: w.detach() - payload.parameters[n] for n, w in weights.items()}
     return client.update(delta, copy_tensors(persistent_buffers(model)), mean, parts)

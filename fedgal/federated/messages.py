@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ServerPayload', 'looked_through', 'trainable_parameters', 'persistent_buffers', 'payload_from', 'payload_of',
-           'load_payload', 'ClientUpdate', 'as_delta']
+           'load_payload', 'ClientUpdate', 'failed_update', 'as_delta']
 
 # %% ../../nbs/federated/01_messages.ipynb #b36dbb20
 from contextlib import contextmanager
@@ -102,6 +102,18 @@ def load_payload(
     return model
 
 # %% ../../nbs/federated/01_messages.ipynb #4c9c2485
+def _disclosed(update):
+    if update.failure:
+        return "that local training failed"
+    what = "parameter change" if update.kind == "delta" else "loss gradient"
+    single = ": follows from a single example" if update.n_examples == 1 else ""
+    parts = [f"{what} of n = {update.n_examples}{single}"] if update.tensors else []
+    if update.buffers:
+        parts.append("normalisation means and variances (buffers)")
+    parts += [name for name in ("labels", "hyperparams", "statistics") if getattr(update, name) is not None]
+    return ", ".join(parts)
+
+# %% ../../nbs/federated/01_messages.ipynb #843f8d17
 @dataclass(frozen=True, eq=False, repr=False)
 class ClientUpdate:
     "What one client sends after its local work; `labels`, `hyperparams`, `statistics` by explicit choice only."
@@ -131,15 +143,7 @@ class ClientUpdate:
     @property
     def discloses(self) -> str:
         "What a reader of this message learns, in words."
-        if self.failure:
-            return "that local training failed"
-        what = "parameter change" if self.kind == "delta" else "loss gradient"
-        single = ": follows from a single example" if self.n_examples == 1 else ""
-        parts = [f"{what} of n = {self.n_examples}{single}"] if self.tensors else []
-        if self.buffers:
-            parts.append("normalisation means and variances (buffers)")
-        parts += [name for name in ("labels", "hyperparams", "statistics") if getattr(self, name) is not None]
-        return ", ".join(parts)
+        return _disclosed(self)
 
     def __repr__(self):
         return f"ClientUpdate(client {self.client}, {self.failure or self.discloses}, {self.n_bytes:,} bytes)"
@@ -149,6 +153,11 @@ class ClientUpdate:
         size = [("tensors", len(self.tensors)), ("L2 norm", f"{l2_norm(self.tensors):.4g}")]
         words = [("bytes", f"{self.n_bytes:,}"), ("discloses", self.discloses)]
         return _html("ClientUpdate", head + size + words + ([("failure", self.failure)] if self.failure else []))
+
+# %% ../../nbs/federated/01_messages.ipynb #fe052128
+def failed_update(client, reason: str) -> ClientUpdate:
+    "The update of a client that had to stop."
+    return ClientUpdate(client.id, "delta", {}, client.n_examples, failure=reason)
 
 # %% ../../nbs/federated/01_messages.ipynb #aa5ba03f
 def as_delta(

@@ -15,20 +15,31 @@ __all__ = ['BETAS', 'EPSILON', 'OPTIMISERS', 'Steps']
 BETAS = (0.9, 0.999)  # of AdamW
 EPSILON = 1e-8
 
+def _decays(steps, names):
+    "Weight decay of every weight."
+    return [0.0 if n in steps.undecayed else steps.options.weight_decay for n in names]
+
+def _remembered(steps, what, names, w):
+    "What is remembered of weights; zero at first."
+    for n, t in zip(names, w, strict=True):
+        if (what, n) not in steps.state:
+            steps.state[what, n] = torch.zeros_like(t)
+    return steps.first(steps.state[what, n] for n in names)
+
 def _sgd(steps, names, w, g):
     o = steps.options
     if o.weight_decay:
-        g = [x.add(t, alpha=d) if d else x for x, t, d in zip(g, w, steps.decays(names), strict=True)]
+        g = [x.add(t, alpha=d) if d else x for x, t, d in zip(g, w, _decays(steps, names), strict=True)]
     if o.momentum:
-        v = steps.remembered("velocity", names, w)
+        v = _remembered(steps, "velocity", names, w)
         torch._foreach_mul_(v, o.momentum)
         torch._foreach_add_(v, g)
         g = torch._foreach_add(g, v, alpha=o.momentum) if o.nesterov else v
     torch._foreach_add_(w, g, alpha=-steps.rate)
 
 def _adamw(steps, names, w, g):
-    mean, square = (steps.remembered(what, names, w) for what in ("mean", "square"))
-    torch._foreach_mul_(w, [1 - steps.rate * d for d in steps.decays(names)])
+    mean, square = (_remembered(steps, what, names, w) for what in ("mean", "square"))
+    torch._foreach_mul_(w, [1 - steps.rate * d for d in _decays(steps, names)])
     torch._foreach_lerp_(mean, g, 1 - BETAS[0])
     torch._foreach_mul_(square, BETAS[1])
     torch._foreach_addcmul_(square, g, g, 1 - BETAS[1])
@@ -81,13 +92,3 @@ class Steps:
         "The rows of those that are still at work."
         return list(tensors) if self.active is None else [t[: self.active] for t in tensors]
 
-    def remembered(self, what: str, names: list[str], w: list[Tensor]) -> list[Tensor]:
-        "What is remembered of weights; zero at first."
-        for n, t in zip(names, w, strict=True):
-            if (what, n) not in self.state:
-                self.state[what, n] = torch.zeros_like(t)
-        return self.first(self.state[what, n] for n in names)
-
-    def decays(self, names: list[str]) -> list[float]:
-        "Weight decay of every weight."
-        return [0.0 if n in self.undecayed else self.options.weight_decay for n in names]

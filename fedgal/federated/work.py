@@ -14,7 +14,7 @@ from ..core.tensors import Tensors
 from .algorithm import Algorithm
 from .clients import MultiStepClient
 from .ledger import Ledger
-from .messages import ClientUpdate, ServerPayload, as_delta, payload_of
+from .messages import ClientUpdate, ServerPayload, as_delta, failed_update, payload_of
 from .postprocess import leave_client
 from ..models.losses.protocol import task_loss
 
@@ -78,7 +78,7 @@ def attempted(client: MultiStepClient, own: Tensors, work: Callable) -> tuple[Cl
         raise
     except Exception as error:  # in a loss of the user's, or for want of memory
         words = (str(error).strip().splitlines() or [""])[0]
-        return client.failed(f"{type(error).__name__}: {words}"), own
+        return failed_update(client, f"{type(error).__name__}: {words}"), own
 
 def run_client(
     task: Task,

@@ -48,20 +48,14 @@ class GeneratorInputs:
         **params,  # flat parameters, see `fit_and_sample`
     ) -> FittedGenerator:
         "Fit a generator to the part that it needs, and draw its bank."
+        same = ("statistics", "teachers", "uppers", "latents", "views", "seed", "device", "engine")
         task = fit_task(
             name,
             self.run.space(self.level),
             self.run.data.n_classes,
-            statistics=self.statistics,
-            teachers=self.teachers,
-            uppers=self.uppers,
             counts=self.run.split.client_counts(),
-            latents=self.latents,
-            views=self.views,
-            seed=self.seed,
-            device=self.device,
-            engine=self.engine,
             checkpoint=self.checkpoint and self.checkpoint / arm,
+            **{n: getattr(self, n) for n in same},
         )
         return fit_and_sample(name, task, sizes, arm=arm, **params)
 

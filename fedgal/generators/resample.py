@@ -16,7 +16,7 @@ from ..stats.radius import class_radius, head_classes
 
 # %% auto #0
 __all__ = ['WHITEN', 'same_class_neighbours', 'SmoteOptions', 'neighbours_of_clients', 'smote_disclosures', 'Smote',
-           'TransplantOptions', 'inverse_root', 'donors', 'whitened_residuals', 'transplant_factor',
+           'TransplantOptions', 'inverse_root', 'donors', 'whitened_residuals', 'transplant_factor', 'drawn_residuals',
            'transplant_disclosures', 'Transplant']
 
 # %% ../../nbs/generators/09_resample.ipynb #35eb3b08
@@ -183,6 +183,20 @@ def transplant_factor(
     gain = wide * radius / (give * lengths).sum(1).clamp(min=1e-300).sqrt()
     return root * torch.where(s.present, gain, 0.0)[:, None, None]
 
+# %% ../../nbs/generators/09_resample.ipynb #de0a2a3b
+def drawn_residuals(
+    labels: Tensor,  # [B]
+    give: Tensor,  # [C, C] of `donors`
+    size: Tensor,  # [C] residuals of each class, which lie one class after another
+    generator: torch.Generator,
+) -> Tensor:  # [B]
+    "Number of the residual that each label is given."
+    u = torch.rand(len(labels), 2, generator=generator, dtype=torch.float64).to(labels.device)
+    # columns: the class that gives, its residual
+    reach = give.cumsum(1)[labels]
+    donor = torch.searchsorted(reach, u[:, :1] * reach[:, -1:], right=True)[:, 0]
+    return (size.cumsum(0) - size)[donor] + (u[:, 1] * size[donor]).long()
+
 def transplant_disclosures(gen: Transplant) -> list[str]:
     "What a bank of `transplant` gives away."
     classes = ", ".join(map(str, torch.nonzero(gen.size)[:, 0].tolist()))
@@ -223,11 +237,7 @@ class Transplant(Generator):
 
     def sample(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         require_known(labels, self.known)
-        u = torch.rand(len(labels), 2, generator=generator, dtype=torch.float64).to(labels.device)
-        # columns: the class that gives, its residual
-        reach = self.give.cumsum(1)[labels]
-        donor = torch.searchsorted(reach, u[:, :1] * reach[:, -1:], right=True)[:, 0]
-        i = (self.size.cumsum(0) - self.size)[donor] + (u[:, 1] * self.size[donor]).long()
+        i = drawn_residuals(labels, self.give, self.size, generator)
         x = self.mean[labels] + class_matmul(self.residual[i], self.factor, labels)
         return normalize(x, dim=1) if self.space.normalised else x
 

@@ -102,24 +102,22 @@ class Train(StageParameters):
     local_epochs: int = option(2, "passes over a client's samples in a round", ge=1)
     local_steps: int = option(0, "steps in a round instead of passes; 0: passes", ge=0)
     batch_size: int = option(16, "samples in a step", ge=1)
-    lr: float = option(0.05, "learning rate of local SGD", gt=0)
+    lr: float = option(0.05, "learning rate of local work", gt=0)
     lr_schedule: str = option(
         "constant", "learning rate over the rounds", one_of=("constant", "cosine", "one_cycle", "step")
     )
     lr_decay: float = option(1.0, "factor on the learning rate per round", gt=0, le=1)
-    momentum: float = option(0.9, "momentum of local SGD", ge=0, lt=1)
+    momentum: float = option(0.9, "momentum of sgd", ge=0, lt=1)
     nesterov: bool = option(False, "Nesterov's form of the momentum")
     optimiser: str = option("sgd", "optimiser of local work; adamw takes no momentum", one_of=("sgd", "adamw"))
-    weight_decay: float = option(0.0, "L2 penalty of local SGD", ge=0)
+    weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled decay of adamw", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0)
     augment: bool = option(
         False, "random views of every batch: crop and mirror image; digits are turned and slanted instead"
     )
     mixup: float = option(0.0, "blend the samples of a batch: alpha of the Beta distribution; 0 is off", ge=0)
     bn: str = option("average", "batch-norm statistics: averaged, or kept on the clients", one_of=("average", "local"))
-    norm_factor: float = option(
-        0.0, "quarantine updates longer than this many medians; 0 only checks that they are finite", ge=0
-    )
+    norm_factor: float = option(0.0, "quarantine updates longer than this many medians; 0: only if not finite", ge=0)
     min_clients: int = option(1, "accepted updates that a round needs; with fewer the model stays", ge=1)
     eval_every: int = option(1, "rounds between two looks at the validation data", ge=1)
 
@@ -127,9 +125,11 @@ class Train(StageParameters):
     def check_run(cls, params: dict) -> None:
         from fedgal.federated.local import LocalOptions
         from fedgal.federated.state import FederationOptions, check_participants
+        from fedgal.models.losses.local import local_loss
 
         LocalOptions.make(**params)
-        FederationOptions.make(**params).make_algorithm().check_mixup(params["mixup"])
+        loss = local_loss(params["local_loss"], n_classes=2, rounds=params["rounds"])
+        FederationOptions.make(**params).make_algorithm().check_mixup(params["mixup"], loss)
         check_participants(params["n_clients"], params["participation"], params["min_clients"])
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0016

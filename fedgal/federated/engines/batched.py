@@ -22,7 +22,7 @@ from .base import Engine
 from .batches import Batches, Weights
 from .memory import BUDGET, Probe, chunk_size, probed
 from ..local import arithmetic, first_not_finite, means_of, total
-from ..messages import ClientUpdate, ServerPayload, load_payload, payload_from
+from ..messages import ClientUpdate, ServerPayload, failed_update, load_payload, payload_from
 from ..work import attempted, run_client
 from ...models.init import undecayed_names
 from ...models.losses.protocol import Batch, LocalLoss, as_local_loss, task_loss
@@ -85,7 +85,7 @@ def _run_chunk(model, probe, work, payload, seed, loss, own, corrections):
     for i, (client, of_client) in enumerate(work):
         rows = torch.stack([step[i] for step in losses[: len(of_client)]])
         if (broken := first_not_finite(rows)) is not None:
-            yield client.failed(f"loss not finite at step {broken}")
+            yield failed_update(client, f"loss not finite at step {broken}")
             continue
         change = {n: delta[n][i] if n in delta else rest[n] for n in payload.parameters}
         yield client.update(change, payload.buffers, *means_of(rows, [len(b) for b in of_client], names))
@@ -151,6 +151,7 @@ def _chunks(work, kinds, size, example, budget):
         work = work[len(chunk) :]
         yield chunk
 
+# %% ../../../nbs/federated/engines/02_batched.ipynb #ef4b50e8
 class Batched(Engine):
     "Runs many clients at once through `torch.func`."
 
@@ -184,14 +185,15 @@ class Batched(Engine):
 
     def work(self, task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
         kept = {c.id: own.get(c.id, {}) for c in clients}
-        pushes = {c.id: task.correction(kept[c.id]) for c in clients}
-        corrections = {k: push for k, push in pushes.items() if push is not None}
+        self.note = ""
         try:
+            pushes = {c.id: task.correction(kept[c.id]) for c in clients}
+            corrections = {k: push for k, push in pushes.items() if push is not None}
             updates = self.run(model, clients, task.payload, task.seed, task.objective(), own, corrections)
         except FedgalError:
             raise
         except Exception as error:  # of one client, or for want of memory: each alone tells
-            print(f"clients run one after another, since together they failed: {error}")
+            self.note = f"serial, since together they failed: {error}"
             return [run_client(task, model, c, kept[c.id]) for c in clients]
         reports = [partial(task.reported, model, c, u, kept[c.id]) for c, u in zip(clients, updates, strict=True)]
         return [attempted(c, kept[c.id], report) for c, report in zip(clients, reports, strict=True)]

@@ -61,6 +61,19 @@ def _padded(tensors):
 def _longer(t, n):
     return torch.cat([t, t.new_zeros(n - len(t), *t.shape[1:])])
 
+def _augmented(x, active):
+    "Random views of the batch of each client that augments, in place."
+    for of_client, (c, b, rng) in zip(x, active, strict=True):
+        if c.augment:
+            of_client[: len(b)] = c.augment(c.x[c.rows(b)], rng)
+            of_client[len(b) :] = of_client[:1]
+    return x
+
+def _masks(sizes, drops, rngs):
+    "What every dropout draws in a step, for batches of these sizes."
+    masks = [[draw_mask((n, *shape), p, rng) for shape, p in drops] for n, rng in zip(sizes, rngs, strict=False)]
+    return [_padded(list(m)) for m in zip(*masks, strict=True)]
+
 # %% ../../../nbs/federated/engines/02_batches.ipynb #c0373c92
 class Batches:
     "The stacked batches of some clients, step by step; `work` is sorted by decreasing number of batches."
@@ -79,9 +92,8 @@ class Batches:
         self.mixup = work[0][0].config.mixup
         self.drops = drops
         self.x, self.y, self.first = _one_tensor([c for c, _ in work])
-        self.rng, self.dropout = (
-            [stream(seed, what, round, c.id) for c, _ in work] for what in ("augment", "dropout")
-        )
+        self.rng = [stream(seed, "augment", round, c.id) for c, _ in work]
+        self.dropout = [stream(seed, "dropout", round, c.id) for c, _ in work]
         self.drawn = [as_local_loss(loss).draws(c, b, seed, round) for c, b in work]
 
     def __len__(self):
@@ -94,25 +106,15 @@ class Batches:
         drawn = [next(d) for d in self.drawn[: len(x)] if d is not None]
         drawn = {n: _padded([d[n] for d in drawn]).to(self.device) for n in (drawn[0] if drawn else ())}
         sizes = [len(b[step]) for _, b in self.work[: len(x)]]
-        masks = [
-            [draw_mask((n, *shape), p, rng) for shape, p in self.drops]
-            for n, rng in zip(sizes, self.dropout, strict=False)
-        ]
-        return batch, drawn, [_padded(list(m)).to(self.device) for m in zip(*masks, strict=True)]
+        return batch, drawn, [m.to(self.device) for m in _masks(sizes, self.drops, self.dropout)]
 
     def at(self, step: int) -> tuple[Tensor, Tensor, Tensor, tuple | list]:
         "Inputs [k, B, ...], targets and mask [k, B] of the clients still at work; with mixup second targets, shares."
         active = [(c, b[step], rng) for (c, b), rng in zip(self.work, self.rng, strict=True) if len(b) > step]
         index, mask = pad_batches([c.rows(b) for c, b, _ in active])
         index = (index + self.first[: len(active), None]).to(self.x.device)
-        x = self.x[index]
-        for of_client, (c, b, rng) in zip(x, active, strict=True):
-            if c.augment:
-                of_client[: len(b)] = c.augment(c.x[c.rows(b)], rng)
-                of_client[len(b) :] = of_client[:1]
-        x = to_float(x.to(self.device))
-        y = self.y[index].to(self.device)
-        mask = mask.to(self.device)
+        x = to_float(_augmented(self.x[index], active).to(self.device))
+        y, mask = self.y[index].to(self.device), mask.to(self.device)
         if not self.mixup:
             return x, y, mask, ()
         x, *mixed = blend_stacked(x, y, [draw_mixup(len(b), self.mixup, rng) for _, b, rng in active])

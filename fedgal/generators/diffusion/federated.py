@@ -31,7 +31,7 @@ from ...stats.blocks import class_sum
 
 # %% auto #0
 __all__ = ['SEVERAL', 'AveragingOptions', 'DenoiserAveraging', 'Denoising', 'residual_clients', 'Averaged', 'train_denoisers',
-           'loss_history']
+           'check_rounds', 'loss_history']
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #56fbb82f
 class AveragingOptions(Options):
@@ -41,6 +41,7 @@ class AveragingOptions(Options):
     n_classes: int = option(1, "classes that have a condition vector", ge=1)
     decay: float = option(0.999, "decay of the running mean of the weights, a round", ge=0, lt=1)
 
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #3ddb4cb3
 class DenoiserAveraging(Algorithm):
     "FedAvg of a denoiser with condition vectors class by class, and a running mean that is delivered."
 
@@ -48,7 +49,7 @@ class DenoiserAveraging(Algorithm):
     name = "denoiser"
     summary = "condition vectors are averaged over the owners of their class"
     sends = "denoiser"
-    reports = "weight of each of its classes"
+    reports = "label counts"
 
     @classmethod
     def check_run(cls, params: dict) -> None:
@@ -76,12 +77,9 @@ class DenoiserAveraging(Algorithm):
         vectors[:C] = (payload.parameters["label.weight"][:C].double() + mean).to(vectors.dtype)
         return replace(merged, parameters=merged.parameters | {"label.weight": vectors})
 
-    def serve(
-        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
-    ) -> tuple[Tensors, Tensors, dict]:
-        keep = ema_decay(self.options.decay, payload.round)
-        merged = self.merge(payload, updates).parameters
-        return {}, {n: torch.lerp(p, server[n], keep) for n, p in merged.items()}, {}
+    def remember(self, payload: ServerPayload, server: Tensors) -> Tensors:
+        keep = ema_decay(self.options.decay, payload.round - 1)
+        return {n: torch.lerp(p, server[n], keep) for n, p in payload.parameters.items()}
 
     def finish(self, model: nn.Module, payload: ServerPayload, server: Tensors) -> ServerPayload:
         return replace(payload, parameters=server)
@@ -182,11 +180,18 @@ def train_denoisers(
     federation = FederationOptions(rounds=rounds, algorithm="denoiser", options=averaging)
     loss = Denoising(n_classes, options, schedule, geometry, views)
     result = fit(model, clients, federation, seed, engine, loss, checkpoint=checkpoint)
-    if all(row["failed"] for row in result.history):
-        why = "; ".join(f"client {k}: {reason}" for k, reason in result.history[-1]["rejected"])
-        raise FedgalError(f"no client could train the denoiser ({why}): use a smaller lr, or look at the features")
+    check_rounds(result.history)
     result.load(model)
     return Averaged(model.requires_grad_(False), loss_history(result.history), result.ledger)
+
+def check_rounds(history: list[dict]) -> None:
+    "Say which clients were left out of rounds; raise where nobody trained in most of them, or in the last."
+    why = {k: f"client {k}: {reason}" for row in history for k, reason in row["rejected"]}
+    if history[-1]["failed"] or 2 * sum(row["failed"] for row in history) > len(history):
+        reasons = "; ".join(why.values())
+        raise FedgalError(f"no denoiser was trained ({reasons}): use a smaller lr, or look at the features")
+    if why:
+        print(f"left out of rounds of the denoiser: {'; '.join(why.values())}")
 
 def loss_history(history: list[dict]) -> list[dict]:
     "About twenty rows of the loss and its terms."

@@ -5,7 +5,6 @@
 # %% ../../../nbs/models/losses/07_abbl.ipynb #73ad3f27
 from __future__ import annotations
 from torch import Tensor
-from ...core.errors import FedgalError
 from ...core.options import option
 from .contrastive import adjusted_contrastive, cosine_weight
 from .local import OwnPrior, OwnPriorOptions
@@ -31,14 +30,6 @@ class ABBL(OwnPrior):
     @property
     def weight(self) -> float:
         return self.options.start * cosine_weight(self.round, self.rounds)
-
-    @classmethod
-    def check_run(cls, params: dict) -> None:
-        if params.get("mixup"):
-            raise FedgalError(
-                "mixup blends labels sample by sample, and local_loss abbl looks at whole batches; "
-                "leave one of them out"
-            )
 
     def __call__(self, out, y: Tensor, mask: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         log_counts = counts.to(out.logits.device).clamp(min=1).log()

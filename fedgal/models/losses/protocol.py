@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     lam: Tensor | None = None  # [] share of the first
     drawn: Tensors = {}  # what `draws` gave for this step
 
+# %% ../../../nbs/models/losses/01_protocol.ipynb #255c87ba
 class LocalLoss:
     "What local work minimises. As it stands here it needs nothing but output and targets."
 
