@@ -9,7 +9,7 @@ from torch import nn
 from fedgal.algorithms.joint.options import JointOptions
 from fedgal.algorithms.joint.trainer import fit_joint
 from fedgal.core.random import stream
-from fedgal.data.transforms import augment, distort
+from fedgal.data.transforms import augment, distort, to_float
 from fedgal.evaluation.consensus import class_geometry, consensus_report
 from fedgal.evaluation.fidelity import fidelity, tail_fidelity
 from fedgal.evaluation.generated import opinions
@@ -20,6 +20,9 @@ from fedgal.federated.clients import MultiStepClient
 from fedgal.federated.local import LocalOptions
 from fedgal.federated.loop import fit
 from fedgal.federated.state import FederationOptions
+from fedgal.finetune.clients import ClientFeatures, FinetuneOptions
+from fedgal.finetune.finetune import finetune_global
+from fedgal.finetune.repairs import fed3r, fedncm, lda, logit_adjust, tau_norm, with_head
 from fedgal.generators.base import GENERATORS, Bank, FitTask, load_generator
 from fedgal.generators.run import fit_and_sample
 from fedgal.models.encode import encode, encode_from
@@ -27,7 +30,9 @@ from fedgal.models.losses import base, contrastive, geometry, matching
 from fedgal.models.losses.local import LOCAL_LOSSES, local_loss
 from fedgal.models.networks import MODELS, build_model
 from fedgal.models.split import Features
+from fedgal.stats.blocks import class_sums
 from fedgal.stats.class_statistics import ClassStatistics
+from fedgal.stats.prototypes import class_prototypes
 from fedgal.stats.space import RFF, Space
 from fedgal.stats.teachers import TeacherMap
 
@@ -225,6 +230,42 @@ def _joint(bank, device):
     return [history, *result.model.state_dict().values(), *result.denoiser.state_dict().values(), *result.bank]
 
 
+# statistics, and arms that are trained on features
+
+def _statistics_of(moments, device):
+    "Sums of features on the device, and what is read off the sums of those that left a model there."
+    model, (x, y) = model_on(device), pictures(60)
+    z = encode(model, x, "low")
+    space, rff = Space("global", "low", False, True, z.shape[1]), RFF(z.shape[1], 8)
+    sums = class_sums(z.to(device), y.to(device), C, rff, moments=moments)
+    s = ClassStatistics.from_features(z, y, C, space, rff, moments=moments)
+    radii = [] if moments == "none" else [s.radius("calibrated", kappa=20.0)]
+    return [[t for t in sums if t is not None], s.mean(), radii, class_prototypes(z.to(device), y.to(device), C)]
+
+
+def _repairs(device):
+    "Classifiers in closed form on a model of the device."
+    model, (x, y) = model_on(device), pictures(60)
+    z = encode(model, x, "high")
+    s = ClassStatistics.from_features(z, y, C, Space("global", "high", False, True, z.shape[1]))
+    heads = [logit_adjust(model.head, s.count), tau_norm(model.head), fedncm(s), fed3r(s), lda(s)]
+    return [encode_from(with_head(model, head), encode(model, x, "low"), "low") for head in heads]
+
+
+def _finetuned(options, engine, device):
+    "The upper part of a model, trained on the clients' features and a bank."
+    model, level = model_on(device), "low"
+    images, y = pictures(48)
+    x = to_float(images) if options.get("encoder_lr") else encode(model, images, level)
+    parts = ([t[k::K] for k in range(K)] for t in (x, y))
+    features = ClientFeatures(*parts, y.bincount(minlength=C))
+    space = Space("global", level, False, True, model.dims[level])
+    bank = Bank(draw(20, space.dim).abs(), torch.arange(20) % C, space, "case", C)
+    settings = FinetuneOptions(level=level, rounds=2, steps=3, batch_size=8, **options)
+    tuned, result = finetune_global(model, features, bank, settings, 0, engine)
+    return [[row["train_loss"] for row in result.history], *tuned.state_dict().values()]
+
+
 # federated training
 
 ALGORITHM_OPTIONS = {
@@ -250,10 +291,19 @@ def _algorithm(name, engine, device):
     return [losses, *result.parameters.values(), *extras.values(), *result.client_parameters[1].values()]
 
 
+FINETUNED = {
+    "on clients": ({}, "serial"),
+    "on clients, batched": ({}, "batched"),
+    "on the server": ({"where": "server"}, "serial"),
+    "with the prior of all": ({"sampling": "offset"}, "serial"),
+    "with a moving encoder": ({"encoder_lr": 0.1, "consistency": 1.0}, "serial"),
+}
 TRAINED = [name for name in ALGORITHMS if name != "denoiser"]  # that one is trained by the generators
 CASES = {f"loss {name}": partial(_loss, f) for name, f in LOSSES.items()}
 CASES |= {f"model {name}": partial(_model, name) for name in MODELS}
 CASES |= {"encode, evaluate, readouts": _features, "views": _views, "fidelity": _fidelity, "consensus": _consensus}
+CASES |= {f"statistics, moments {kind}": partial(_statistics_of, kind) for kind in ("full", "diagonal", "none")}
+CASES |= {f"finetune {name}": partial(_finetuned, *how) for name, how in FINETUNED.items()} | {"repairs": _repairs}
 CASES |= {f"generator {name}": partial(_generator, name) for name in GENERATORS}
 CASES |= {f"joint, bank {bank}": partial(_joint, bank) for bank in ("denoiser", "gaussian", "real")}
 CASES |= {f"algorithm {name}": partial(_algorithm, name, "serial") for name in TRAINED}

@@ -15,9 +15,7 @@ from fedgal.core.errors import FedgalError
 from fedgal.federated.algorithm import ALGORITHMS
 from fedgal.pipeline.plan import plan
 
-NOT_COVERED = ("stats", "finetune")
 CPU_ONLY = ("data",)  # data sets are read and divided on the CPU, with numpy; views of images are not
-NOT_YET = ()
 SLOW = (
     *("joint, bank gaussian", "joint, bank real", "model resnet18", "model resnet32"),
     *("generator fedgen_pfllib", "generator gald_pooled", "generator ldmlr"),
@@ -27,8 +25,7 @@ FACTORIES += ("rand", "randint", "randn", "randperm")
 
 
 def covered(path: Path) -> bool:
-    room, *rest = path.parts
-    return path.name == "transforms.py" or room not in CPU_ONLY and (room not in NOT_COVERED or rest[0] == "joint")
+    return path.name == "transforms.py" or path.parts[0] not in CPU_ONLY
 
 
 def takes_tensor(function: ast.FunctionDef) -> bool:
@@ -97,13 +94,7 @@ def test_a_device_that_is_not_there_is_refused_at_planning(monkeypatch):
         plan(Path(fedgal.__file__).parents[1] / "params" / "quickstart.yaml")
 
 
-def _marked(name):
-    slow = [pytest.mark.slow] if name in SLOW else []
-    waits = [pytest.mark.xfail(reason="federated training of a denoiser", strict=True)] if name in NOT_YET else []
-    return pytest.param(name, marks=slow + waits)
-
-
-@pytest.mark.parametrize("name", [_marked(name) for name in CASES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_a_device_changes_no_number(name):
     expected = CASES[name]("cpu")
     with second_device.second_device():

@@ -6,6 +6,7 @@
 __all__ = ['Moved', 'Mixed', 'mixed_rows']
 
 # %% ../../nbs/finetune/02_moving_encoder.ipynb #95ab41d8
+import math
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,6 @@ def mixed_rows(
         frozen = encode(model, x, level).to(x) if drifts else x.new_zeros(len(x), model.dims[level])
         parts.append(torch.cat([x.flatten(1), frozen, x.new_zeros(len(x), 1)], 1))
     if z is not None:
-        pixels = int(torch.tensor(model.in_shape).prod())
+        pixels = math.prod(model.in_shape)
         parts.append(torch.cat([z.new_zeros(len(z), pixels), z, z.new_ones(len(z), 1)], 1))
     return torch.cat(parts)

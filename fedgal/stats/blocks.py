@@ -48,10 +48,9 @@ def class_sums(
     "Float64 sums per class, in chunks of bounded memory: count [C], z [C, d], z zᵀ [C, d, d] or [C, d], RFF [C, D]."
     d = z.shape[1]
     full = moments == "full"
-    kw = {"dtype": torch.float64, "device": z.device}
-    total = torch.zeros(n_classes, d, **kw)
-    second = None if moments == "none" else torch.zeros(n_classes, d, *[d] * full, **kw)
-    fourier = None if rff is None else torch.zeros(n_classes, rff.n_features, **kw)
+    total = z.new_zeros(n_classes, d, dtype=torch.float64)
+    second = None if moments == "none" else z.new_zeros(n_classes, d, *[d] * full, dtype=torch.float64)
+    fourier = None if rff is None else z.new_zeros(n_classes, rff.n_features, dtype=torch.float64)
     samples, owner = class_blocks(y, n_classes)
     widest = max(d, 0 if rff is None else rff.n_features)
     step = max(1, memory // (8 * max(full * d * d, samples.shape[1] * widest)))
