@@ -1350,6 +1350,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'fedgal/federated/engines/workers.py'),
                                                   'fedgal.federated.engines.workers._longest_first': ( 'federated/engines/workers.html#_longest_first',
                                                                                                        'fedgal/federated/engines/workers.py'),
+                                                  'fedgal.federated.engines.workers.answer_from': ( 'federated/engines/workers.html#answer_from',
+                                                                                                    'fedgal/federated/engines/workers.py'),
                                                   'fedgal.federated.engines.workers.serve': ( 'federated/engines/workers.html#serve',
                                                                                               'fedgal/federated/engines/workers.py'),
                                                   'fedgal.federated.engines.workers.work_through': ( 'federated/engines/workers.html#work_through',

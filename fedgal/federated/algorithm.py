@@ -75,13 +75,7 @@ class Algorithm(AlgorithmFacts):
         return None
 
     def report(
-        self,
-        model: nn.Module,
-        client: MultiStepClient,
-        payload: ServerPayload,
-        update: ClientUpdate,
-        own: Tensors,
-        seed,
+        self, model: nn.Module, client: MultiStepClient, payload: ServerPayload, update: ClientUpdate, own, seed
     ) -> tuple[Tensors | None, Tensors]:
         "What a client sends beyond its update, and what it keeps; `payload` is what it started from."
         return None, {}

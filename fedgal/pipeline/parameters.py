@@ -84,6 +84,8 @@ class Data(StageParameters):
         SplitOptions.make(**params)
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0013
+_SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+
 class Train(StageParameters):
     "Parameters of `20_train`."
 
@@ -103,18 +105,14 @@ class Train(StageParameters):
     local_steps: int = option(0, "steps in a round instead of passes; 0: passes", ge=0)
     batch_size: int = option(16, "samples in a step", ge=1)
     lr: float = option(0.05, "learning rate of local work", gt=0)
-    lr_schedule: str = option(
-        "constant", "learning rate over the rounds", one_of=("constant", "cosine", "one_cycle", "step")
-    )
+    lr_schedule: str = option("constant", "learning rate over the rounds", one_of=_SCHEDULES)
     lr_decay: float = option(1.0, "factor on the learning rate per round", gt=0, le=1)
     momentum: float = option(0.9, "momentum of sgd", ge=0, lt=1)
     nesterov: bool = option(False, "Nesterov's form of the momentum")
     optimiser: str = option("sgd", "optimiser of local work; adamw takes no momentum", one_of=("sgd", "adamw"))
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled decay of adamw", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0)
-    augment: bool = option(
-        False, "random views of every batch: crop and mirror image; digits are turned and slanted instead"
-    )
+    augment: bool = option(False, "random views of every batch: crop and mirror image; digits are turned and slanted")
     mixup: float = option(0.0, "blend the samples of a batch: alpha of the Beta distribution; 0 is off", ge=0)
     bn: str = option("average", "batch-norm statistics: averaged, or kept on the clients", one_of=("average", "local"))
     norm_factor: float = option(0.0, "quarantine updates longer than this many medians; 0: only if not finite", ge=0)

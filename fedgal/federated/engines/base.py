@@ -100,6 +100,7 @@ def _fixed_rule(model, clients, loss, rounds):
         return "workers", f"{reason}; steps of {work / 2**30:.0f} GiB on {cores} cores"
     return "serial", reason
 
+# %% ../../../nbs/federated/engines/01_base.ipynb #f349a1be
 def name_of(engine: Engine) -> str:
     "The entry of `ENGINES` that an engine is."
     names = [name for name in ENGINES if ENGINES[name] is type(engine)]
@@ -113,6 +114,7 @@ def kind_of(engine: str | Engine, name: str) -> str:
     options = engine.options if isinstance(engine, Engine) else ENGINES.options(name)
     return f"{name} {options.model_dump()}"
 
+# %% ../../../nbs/federated/engines/01_base.ipynb #f349a1bf
 def resolve_engine(
     name: str,  # "auto", or an entry of `ENGINES`
     model: nn.Module,

@@ -184,6 +184,7 @@ def train_denoisers(
     result.load(model)
     return Averaged(model.requires_grad_(False), loss_history(result.history), result.ledger)
 
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #fc6223dc
 def check_rounds(history: list[dict]) -> None:
     "Say which clients were left out of rounds; raise where nobody trained in most of them, or in the last."
     why = {k: f"client {k}: {reason}" for row in history for k, reason in row["rejected"]}
