@@ -77,9 +77,6 @@ class LocalOptions(Options):
         return self.lr * self.lr_decay**round * SCHEDULES[self.schedule](round, self.rounds)
 
 # %% ../../nbs/federated/02_local.ipynb #ad172f5c
-def _order(n, generator):
-    return torch.randperm(n, generator=generator)
-
 def draw_batches(
     n: int,  # examples
     options: LocalOptions,
@@ -94,7 +91,8 @@ def draw_batches(
     if weights is not None:
         return list(torch.multinomial(weights, steps * size, True, generator=generator).view(steps, size))
     sizes = [size] * (per_epoch - 1) + [n - size * (per_epoch - 1)]
-    passes = (_order(n, generator).split(sizes) for _ in range(-(-steps // per_epoch)))
+    orders = (torch.randperm(n, generator=generator, device=generator.device) for _ in range(-(-steps // per_epoch)))
+    passes = (order.split(sizes) for order in orders)
     return [batch for one in passes for batch in one][:steps]
 
 # %% ../../nbs/federated/02_local.ipynb #bc8134e4

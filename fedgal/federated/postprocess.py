@@ -33,9 +33,6 @@ class Postprocessor:
         "What is added to the model, from the mean of `n_clients` updates."
         return step
 
-    def __str__(self):
-        return self.name
-
 POSTPROCESSORS = Registry("postprocessor", {})
 
 def make_postprocessors(

@@ -20,7 +20,7 @@ from ..clients import MultiStepClient
 from ..dropout import masks_from
 from .base import Engine
 from .batches import Batches, Weights
-from .memory import BUDGET, Probe, chunk_size, probed
+from .memory import BUDGET, chunk_size, probed
 from ..local import arithmetic, first_not_finite, means_of, total
 from ..messages import ClientUpdate, ServerPayload, failed_update, load_payload, payload_from
 from ..work import attempted, run_client
@@ -120,9 +120,7 @@ def _dry_run(model, client, loss):
     "One stacked step on two examples; nothing is changed."
     client = replace(client, index=client.rows(torch.arange(min(2, client.n_examples))), sample_weights=None)
     work = [(client, [torch.arange(client.n_examples)])] * 2
-    payload = payload_from(model)
-    names = probed(model, client, loss).trained
-    list(_run_chunk(model, Probe(names, 0, probed(model, client, loss).drops), work, payload, 0, loss, None, None))
+    list(_run_chunk(model, probed(model, client, loss), work, payload_from(model), 0, loss, None, None))
 
 def obstacle(
     model: nn.Module,
@@ -139,7 +137,6 @@ def obstacle(
     except Exception as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""
-
 
 # %% ../../../nbs/federated/engines/02_batched.ipynb #b5b24d93
 def _chunks(work, kinds, size, example, budget):
