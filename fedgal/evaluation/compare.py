@@ -12,7 +12,6 @@ from ..core.settings import settings
 from ..core.store import canonical, load_json
 from ..core.names import member_name
 from .significance import holm, paired_comparison
-from ..federated.engines.base import ENGINES
 from ..finetune.arms import ARMS
 
 # %% ../../nbs/evaluation/14_compare.ipynb #0e27a3ff
@@ -30,7 +29,7 @@ def load_runs(
 
 # %% ../../nbs/evaluation/14_compare.ipynb #0fe6bee3
 def check_comparable(runs: list[dict]) -> None:
-    "Raise if runs of unlike protocols, engines or draws of one seed would land in one table."
+    "Raise if runs of unlike protocols, arithmetic or draws of one seed would land in one table."
     first, drawn = runs[0], {}
     for r in runs:
         names = f"{r['experiment']} and {first['experiment']}"
@@ -38,9 +37,9 @@ def check_comparable(runs: list[dict]) -> None:
             differ = ", ".join(_differences(r["params"], first["params"])) or "data"
             follow = f"{names} follow different protocols (they differ in {differ})"
             raise FedgalError(f"{follow}; their numbers cannot stand in one table")
-        if _engine(r) != _engine(first):
-            ran = f"{names} ran on engines {_engine(r)} and {_engine(first)}, which agree to rounding only"
-            raise FedgalError(f"{ran}; set FEDGAL_ENGINE (or engine in settings.ini) to one of them and run both again")
+        if unlike := _unlike_settings(r, first):
+            ran = f"{names} ran with {unlike}, which agree to rounding only"
+            raise FedgalError(f"{ran}; set one of them in settings.ini and run both again")
         seed = r["params"]["seed"]
         other = drawn.setdefault(seed, r)
         if other["fingerprint"] != r["fingerprint"]:
@@ -50,10 +49,11 @@ def check_comparable(runs: list[dict]) -> None:
 def _differences(params, other):
     return [k for k in sorted(params.keys() | other.keys()) if k != "seed" and params.get(k) != other.get(k)]
 
-def _engine(run):
-    engine = run.get("engine")  # metrics without an engine are of the time before it was recorded
-    exact = engine is None or (engine in ENGINES and ENGINES[engine].exact)
-    return "serial" if exact else engine
+def _unlike_settings(run, other):
+    "Settings that round otherwise; of runs from before they were recorded none is known."
+    here, there = run.get("machine", {}), other.get("machine", {})
+    differ = [n for n in sorted(here.keys() & there.keys()) if here[n] != there[n]]
+    return ", ".join(f"{n} {here[n]} and {there[n]}" for n in differ)
 
 # %% ../../nbs/evaluation/14_compare.ipynb #5c3fb23d
 _SAME = ("seed", "arms")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import reduce
 from operator import add
 import torch
-from ..core.store import fingerprint, load_json
+from ..core.store import fingerprint
 from .metrics import evaluate
 from ..federated.trained import TrainedRun
 
@@ -72,7 +72,7 @@ def metrics_record(
         "fingerprint": tag_of(run),
         "protocol": fingerprint({"split": run.split.protocol, "readout": readout_of(run)}),
         "readout": readout_of(run),
-        "engine": load_json(stage.input("20_train") / "ledger.json")["engine"],
+        "machine": stage.machine,
         "params": {
             n: v
             for s in stage.keys

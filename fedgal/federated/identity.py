@@ -6,6 +6,7 @@
 __all__ = ['identity']
 
 # %% ../../nbs/federated/06b_identity.ipynb #78c16ce3
+import dis
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -39,7 +40,8 @@ def _code(code):
 
 def _global_names(code):
     nested = [n for c in code.co_consts if isinstance(c, CodeType) for n in _global_names(c)]
-    return sorted({*code.co_names, *nested})
+    own = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return sorted({*own, *nested})
 
 # %% ../../nbs/federated/06b_identity.ipynb #70296bc3
 class _Description:

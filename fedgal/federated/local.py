@@ -69,6 +69,15 @@ class LocalOptions(Options):
         if self.nesterov and not (self.optimiser == "sgd" and self.momentum):
             raise FedgalError("nesterov is a form of the momentum of sgd; set momentum above 0, or nesterov to False")
 
+    def steps_a_pass(self, n: int) -> int:
+        "How many steps go through n examples; a last batch of one, which BatchNorm cannot use, is left out."
+        size = self.batch_size
+        return -(-n // size) - (n > size > 1 and n % size == 1)
+
+    def n_steps(self, n: int) -> int:
+        "The steps of a round on n examples."
+        return self.steps or self.epochs * self.steps_a_pass(n)
+
     def rate(self, round: int) -> float:
         "The learning rate in a round."
         if self.schedule != "constant" and not 0 <= round < self.rounds:
@@ -84,10 +93,7 @@ def draw_batches(
     weights: Tensor | None = None,  # [n] sampling weights, on the CPU
 ) -> list[Tensor]:  # index batches, on the CPU
     "Batches of one local training run."
-    size = options.batch_size
-    lone = n > size > 1 and n % size == 1  # a last batch of one example, which BatchNorm cannot use
-    per_epoch = -(-n // size) - lone
-    steps = options.steps or options.epochs * per_epoch
+    size, per_epoch, steps = options.batch_size, options.steps_a_pass(n), options.n_steps(n)
     if weights is not None:
         return list(torch.multinomial(weights, steps * size, True, generator=generator).view(steps, size))
     sizes = [size] * (per_epoch - 1) + [n - size * (per_epoch - 1)]

@@ -15,7 +15,7 @@ from ..core.progress import interactive
 from ..core.settings import settings
 from ..core.store import MANIFEST, commit, load_json, verify
 from .given import LEFT, Given, differences, gather, write_params
-from .keys import facts, hashed_params, key_of, keys, part_facts, versions
+from .keys import facts, hashed_params, key_of, keys, machine, part_facts, versions
 from .locks import held, hold
 from .schema import inputs, lineage
 
@@ -87,6 +87,11 @@ class StageFacts:
     def versions(self) -> dict:
         "The versions that are part of the key."
         return versions(self.params)
+
+    @property
+    def machine(self) -> dict:
+        "The settings that are part of the key."
+        return machine()
 
     def _repr_html_(self):
         return self.given.table(self.name, self.keys, f"{self.runtime.device}, {self.runtime.threads} thread")

@@ -19,7 +19,7 @@ from ..core.store import write_bytes
 from ..data.datasets import load_dataset
 from ..data.split import SplitOptions, make_split
 from ..federated.engines.base import ENGINES, Engine
-from ..federated.loop import run_round, start_state
+from ..federated.loop import prepared, run_round, start_state
 from ..federated.setup import set_up
 from ..federated.state import FederationOptions, State, choose
 from .plan import plan
@@ -54,14 +54,15 @@ def work_of(file: Path, overrides: dict | None = None) -> Work:
     split = make_split(data, SplitOptions.make(**p), seed=p["seed"])
     t = set_up(data, split, params["20_train"], runtime())
     algorithm = t.options.make_algorithm()
-    clients = [algorithm.prepare(c) for c in t.clients]
-    state = start_state(algorithm, t.network, clients, t.seed)
-    return Work(t.network, clients, t.options, t.loss, t.seed, state)
+    model, clients = prepared(algorithm, t.network, t.clients, t.loss)
+    state = start_state(algorithm, model, clients, t.seed)
+    return Work(model, clients, t.options, t.loss, t.seed, state)
 
 # %% ../../nbs/pipeline/14_tune.ipynb #bb65ccd4
 def candidates(work: Work) -> list[tuple[str, int]]:  # engine, threads
     "The ways in which a round can be run on this machine."
-    engines = [name for name in ENGINES if not ENGINES[name].obstacle(work.model, work.first)]
+    loss = work.options.make_algorithm().loss(work.state.payload, work.loss)
+    engines = [name for name in ENGINES if not ENGINES[name].obstacle(work.model, work.first, loss)]
     return [(name, threads) for name in engines for threads in sorted({1, os.cpu_count() or 1})]
 
 def tune(

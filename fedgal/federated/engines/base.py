@@ -75,10 +75,6 @@ AUTO_CLIENTS = 4  # batched from this many clients a round on ...
 AUTO_STEP = 2**20  # ... if one client's step keeps at most this many bytes
 AUTO_WORK = 16 * 2**30  # else workers, if all steps of a run keep at least this many bytes
 
-def _steps(client):
-    c = client.config
-    return c.steps or c.epochs * -(-client.n_examples // c.batch_size)
-
 def _not_batched(model, clients, loss, size):
     "Why clients are not stacked; empty where they are."
     if why := ENGINES["batched"].obstacle(model, clients, loss):
@@ -95,7 +91,7 @@ def _fixed_rule(model, clients, loss, rounds):
     reason = _not_batched(model, clients, loss, size)
     if not reason:
         return "batched", f"{len(clients)} clients a round, a step of {size / 2**20:.2f} MiB"
-    work, cores = rounds * size * sum(map(_steps, clients)), own_cores()
+    work, cores = rounds * size * sum(c.config.n_steps(c.n_examples) for c in clients), own_cores()
     if len(clients) > 1 and cores > 1 and work >= AUTO_WORK and not ENGINES["workers"].obstacle(model, clients, loss):
         return "workers", f"{reason}; steps of {work / 2**30:.0f} GiB on {cores} cores"
     return "serial", reason

@@ -186,10 +186,8 @@ class Crew:
 ATTEMPTS = 3  # processes that a client may bring down before its work counts as failed
 
 def _longest_first(clients):
-    "Numbers of the clients by the examples that they go through, most first."
-    config = [c.config for c in clients]
-    seen = [o.steps * o.batch_size or o.epochs * c.n_examples for o, c in zip(config, clients, strict=True)]
-    return sorted(range(len(clients)), key=lambda i: (-seen[i], i))
+    "Numbers of the clients by their steps, most first."
+    return sorted(range(len(clients)), key=lambda i: -clients[i].config.n_steps(clients[i].n_examples))
 
 def work_through(crew: Crew, messages: list, clients: list, own: dict[int, Tensors]) -> list:
     "The answers of all clients, in their order, whoever gives them and when."
