@@ -7,13 +7,17 @@ __all__ = ['Training', 'set_up']
 
 # %% ../../nbs/federated/11_setup.ipynb #b11a0004
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+import torch
+from torch import Tensor
 from ..core.random import Runtime, stream
 from ..data.dataset import Dataset
 from ..data.split import Split
 from ..data.transforms import augmentation_for
 from .clients import MultiStepClient
+from .ledger import Ledger
 from .local import LocalOptions
+from .sampling import balance_weights, client_weights, record_counts
 from .state import FederationOptions
 from ..models.losses.local import local_loss
 from ..models.networks import build_model
@@ -29,12 +33,19 @@ class Training:
     options: FederationOptions
     loss: Callable  # (output, targets) -> [B]
     seed: int
+    weights: dict[int, float] | None = None  # of the clients in the average; None: their numbers of examples
+    counts: dict[int, Tensor] = field(default_factory=dict)  # client -> [C] samples of every class that it tells
+
+    def record(self, ledger: Ledger) -> None:
+        "Enter what was exchanged before the first round."
+        record_counts(ledger, self.counts)
 
     def __str__(self):
         samples = sum(c.n_examples for c in self.clients)
         weights = sum(v.numel() for v in self.network.parameters())
         return f"{len(self.clients)} clients with {samples} training samples; {weights:,} weights"
 
+# %% ../../nbs/federated/11_setup.ipynb #b11a0014
 def set_up(
     data: Dataset,
     split: Split,
@@ -52,5 +63,12 @@ def set_up(
     local = LocalOptions.make(**params, precision=machine.precision)
     x, y = data.x_train.to(machine.device), data.y_train.to(machine.device)
     rows = {k: i for k, i in enumerate(split.train) if len(i)}
-    clients = [MultiStepClient(k, x, y, local, augment=shake, index=i) for k, i in rows.items()]
-    return Training(network, clients, FederationOptions.make(**params), loss, params["seed"])
+    federation = FederationOptions.make(**params)
+    if params["train_sampling"] == "plain":
+        clients = [MultiStepClient(k, x, y, local, augment=shake, index=i) for k, i in rows.items()]
+        return Training(network, clients, federation, loss, params["seed"])
+    counts, labels = split.class_counts(), [data.y_train[i] for i in split.train]
+    draws = {k: balance_weights(labels[k], counts) for k in rows}
+    clients = [MultiStepClient(k, x, y, local, draws[k], shake, index=i) for k, i in rows.items()]
+    told = {k: torch.bincount(labels[k], minlength=data.n_classes) for k in rows}
+    return Training(network, clients, federation, loss, params["seed"], client_weights(labels, counts), told)

@@ -13,7 +13,8 @@ from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..federated.clients import MultiStepClient
 from ..federated.local import LocalOptions
-from .mix import SAMPLING, balance_weights, mixed_weights, plain_weights
+from ..federated.sampling import balance_weights, plain_weights
+from .mix import SAMPLING, mixed_weights
 from .moving_encoder import mixed_rows
 from ..generators.base import Bank
 from ..models.losses.base import WEIGHTINGS

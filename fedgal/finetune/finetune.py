@@ -15,8 +15,9 @@ from ..core.tensors import Tensors
 from ..federated.state import FederationOptions
 from ..federated.loop import fit
 from ..federated.result import FederationResult
+from ..federated.sampling import client_weights
 from .clients import ClientFeatures, FinetuneOptions, arm_clients
-from .mix import client_weights, union_prior
+from .mix import union_prior
 from .moving_encoder import Mixed
 from ..generators.base import Bank
 from ..models.losses.base import balanced_softmax, cross_entropy

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMS_FILE', 'SEED', 'EXPERIMENT', 'TITLE', 'QUESTION', 'BANK_PER_CLASS', 'GROUP_FEW', 'GROUP_MANY', 'RARE_AT',
-           'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'StageParameters', 'chosen', 'check_groups', 'Data', 'Train',
-           'JointTraining', 'Joint']
+           'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'SAMPLING', 'StageParameters', 'chosen', 'check_groups', 'Data',
+           'check_training', 'Train', 'JointTraining', 'Joint']
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0003
 from typing import ClassVar
@@ -83,9 +83,27 @@ class Data(StageParameters):
 
         SplitOptions.make(**params)
 
-# %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0013
+# %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0030
 _SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+SAMPLING = ("plain", "balanced")
 
+def check_training(
+    params: dict,  # of `10_data` and `20_train`
+) -> None:
+    "Raise for training that is impossible together."
+    from fedgal.federated.local import LocalOptions
+    from fedgal.federated.sampling import check_sampling
+    from fedgal.federated.state import FederationOptions, check_participants
+    from fedgal.models.losses.local import local_loss
+
+    LocalOptions.make(**params)
+    loss = local_loss(params["local_loss"], n_classes=2, rounds=params["rounds"])
+    algorithm = FederationOptions.make(**params).make_algorithm()
+    algorithm.check_mixup(params["mixup"], loss)
+    check_sampling(params["train_sampling"], algorithm)
+    check_participants(params["n_clients"], params["participation"], params["min_clients"])
+
+# %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0013
 class Train(StageParameters):
     "Parameters of `20_train`."
 
@@ -101,6 +119,7 @@ class Train(StageParameters):
     local_loss: str = chosen("loss", "ce", "what a client minimises; ldam needs head cosine")
     rounds: int = option(3, "communication rounds", ge=1)
     participation: float = option(1.0, "share of the clients in a round", gt=0, le=1)
+    train_sampling: str = option("plain", "samples as they come, or classes alike over all clients", one_of=SAMPLING)
     local_epochs: int = option(2, "passes over a client's samples in a round", ge=1)
     local_steps: int = option(0, "steps in a round instead of passes; 0: passes", ge=0)
     batch_size: int = option(16, "samples in a step", ge=1)
@@ -121,14 +140,7 @@ class Train(StageParameters):
 
     @classmethod
     def check_run(cls, params: dict) -> None:
-        from fedgal.federated.local import LocalOptions
-        from fedgal.federated.state import FederationOptions, check_participants
-        from fedgal.models.losses.local import local_loss
-
-        LocalOptions.make(**params)
-        loss = local_loss(params["local_loss"], n_classes=2, rounds=params["rounds"])
-        FederationOptions.make(**params).make_algorithm().check_mixup(params["mixup"], loss)
-        check_participants(params["n_clients"], params["participation"], params["min_clients"])
+        check_training(params)
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0016
 class JointTraining(StageParameters):

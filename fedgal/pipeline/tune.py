@@ -35,6 +35,7 @@ class Work:
     loss: Callable  # (output, targets) -> [B]
     seed: int
     state: State
+    weights: dict[int, float] | None  # of the clients in the average
 
     @property
     def first(self) -> list:
@@ -43,7 +44,7 @@ class Work:
 
     def round(self, engine: Engine) -> None:
         "One communication round; nothing is kept of it."
-        run_round(self.state, self.model, self.clients, self.options, self.seed, engine, self.loss)
+        run_round(self.state, self.model, self.clients, self.options, self.seed, engine, self.loss, self.weights)
 
 # %% ../../nbs/pipeline/14_tune.ipynb #280b80ff
 def work_of(file: Path, overrides: dict | None = None) -> Work:
@@ -56,7 +57,7 @@ def work_of(file: Path, overrides: dict | None = None) -> Work:
     algorithm = t.options.make_algorithm()
     model, clients = prepared(algorithm, t.network, t.clients, t.loss)
     state = start_state(algorithm, model, clients, t.seed)
-    return Work(model, clients, t.options, t.loss, t.seed, state)
+    return Work(model, clients, t.options, t.loss, t.seed, state, t.weights)
 
 # %% ../../nbs/pipeline/14_tune.ipynb #bb65ccd4
 def candidates(work: Work) -> list[tuple[str, int]]:  # engine, threads
