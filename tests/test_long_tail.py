@@ -44,6 +44,7 @@ def test_joint_training_takes_over_from_training(copy):
     arms = ("refit", "joint", "joint_gaussian", "unguarded", "oracle")
     assert set(m["arms"]) == {"none", *arms} and all(number(a["balanced_accuracy"]) for a in m["arms"].values())
     assert m["arms"]["none"]["federated"] and not m["arms"]["joint"]["federated"], "four clients' samples were pooled"
+    assert m["headroom"] == m["arms"]["oracle"]["balanced_accuracy"] - m["arms"]["refit"]["balanced_accuracy"]
     assert set(m["fidelity"]) == {"joint", "joint_gaussian"} and m["readout"] == "global model, balanced test set, last round"
     assert m["arms"]["none"]["balanced_accuracy"] == copy.json("tiny/metrics.json")["arms"]["none"]["balanced_accuracy"]
     [folder] = copy.folders("25_joint")

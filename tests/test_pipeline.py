@@ -52,6 +52,7 @@ def test_metrics_have_the_agreed_form(tiny):
         assert all(number(arm["clients"][k]) for k in ("mean", "std", "worst10", "harm_rate"))
         assert all(arm["clients"][k] is None or number(arm["clients"][k], -1) for k in ("missing_gain", "rare_gain"))
     assert m["arms"]["none"]["clients"]["harm_rate"] == 0
+    assert m["headroom"] == m["arms"]["oracle"]["balanced_accuracy"] - m["arms"]["refit"]["balanced_accuracy"]
     assert set(m["fidelity"]) == {"gaussian", "generator"}
     for f in m["fidelity"].values():
         assert all(number(f[k]) for k in ("precision", "recall", "coverage"))
@@ -197,6 +198,10 @@ def test_a_comparison_has_the_agreed_form(swept):
     assert published and json.loads(published[0].read_text()) == c, "comparison.json lies beside the report"
     assert c["experiment"] == "levels" and c["baseline"] == "refit" and len(c["fingerprints"]) == 2
     assert {(r["params"]["level"], r["arm"]) for r in c["rows"]} == {(v, a) for v in ("low", "high") for a in ("none", "refit", "gaussian", "generator", "oracle")}
+    assert {h["params"]["level"]: h["seeds"] for h in c["headroom"]} == {"low": 2, "high": 2}
+    for h in c["headroom"]:
+        each = [swept.json(f"levels/members/seed={s}--level={h['params']['level']}/metrics.json")["headroom"] for s in (0, 1)]
+        assert h["headroom"] == pytest.approx(sum(each) / 2) and (h["interval"][0] is None or h["interval"][0] <= h["headroom"] <= h["interval"][1])
     for r in c["rows"]:
         members = [swept.json(f"levels/members/seed={s}--level={r['params']['level']}/metrics.json")["arms"] for s in (0, 1)]
         values = [m[r["arm"]]["balanced_accuracy"] for m in members]

@@ -6,6 +6,7 @@
 __all__ = ['opening', 'arms_headline', 'models_headline', 'chance_flags', 'chance_note']
 
 # %% ../../nbs/evaluation/12_headline.ipynb #9573b8cd
+from .headroom import headroom_sentence, run_headroom
 from .metrics import EvalResult, chance_flag
 
 # %% ../../nbs/evaluation/12_headline.ipynb #8ec3d28e
@@ -41,6 +42,9 @@ def arms_headline(
     sentences = [f"**Result of this run.** {best}."]
     if share is not None and share >= 0:
         sentences.append(f"It closes {100 * share:.0f} % of the distance from `refit` to `oracle`.")
+    room = run_headroom(accuracy)
+    if "generator" in accuracy or room["seeds"]:
+        sentences.append(headroom_sentence(room))
     if of_clients:
         means = "These are means over clients' own models, on all classes; on the classes that a client owns: "
         own = {a: _mean(r["own head, own classes"]) for a, r in of_clients.items()}

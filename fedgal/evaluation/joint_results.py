@@ -22,6 +22,7 @@ from .fidelity import Fidelity, fidelity
 from ..generators.base import Bank
 from ..stats.radius import measured_radius
 from .clients import arm_summary
+from .headroom import headroom_sentence, run_headroom
 from .metrics import EvalResult, evaluate
 from ..stats.space import Space
 from ..core.store import save_json, save_tensors
@@ -137,13 +138,15 @@ def describe_result(
     arms: dict[str, dict],  # of `arm_records`
     at_chance: list[str] = (),  # arms that are no better than guessing
 ) -> str:  # Markdown
-    "Question, setup and balanced accuracies, and how far one seed reaches."
+    "Question, setup, balanced accuracies and headroom, and how far one seed reaches."
     accuracy = {arm: record["balanced_accuracy"] for arm, record in arms.items()}
     numbers = ", ".join(f"`{arm}` {'–' if v is None else f'{100 * v:.1f} %'}" for arm, v in accuracy.items())
     opening = f"**Question.** {question}\n\n" if question else ""
+    measured = run_headroom(accuracy)
+    room = f" {headroom_sentence(measured)}" if measured["seeds"] else ""
     warning = f" Not better than guessing, or not finite: {', '.join(at_chance)}." if at_chance else ""
     return (
-        f"{opening}{setup}\n\n**Result of this run.** Balanced accuracy: {numbers}. "
+        f"{opening}{setup}\n\n**Result of this run.** Balanced accuracy: {numbers}.{room} "
         f"One seed says little about differences of a few points.{warning}"
     )
 

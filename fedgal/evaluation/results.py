@@ -61,7 +61,7 @@ def metrics_record(
     arms: dict,  # arm -> `arm_summary`, with bytes and whether it is federated
     n_bytes: dict,  # "up", "down": all messages
     spoken: dict | None = None,  # arm -> {readout: accuracy of every client}, for clients' own models
-    **more,  # gap_closed, at_chance, fidelity, teachers
+    **more,  # gap_closed, headroom, at_chance, fidelity, teachers
 ) -> dict:  # JSON values
     "What `metrics.json` says; what a run does not have is null or empty."
     own = stage.params
@@ -83,6 +83,7 @@ def metrics_record(
         "versions": stage.versions,
         "arms": arms,
         "gap_closed": None,
+        "headroom": None,
         "at_chance": [],
         "readouts": {
             arm: {name: {"mean": sum(v) / len(v), "values": v} for name, v in r.items()}
