@@ -2621,6 +2621,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fedgal.models.plain.CNN.parts': ('models/plain.html#cnn.parts', 'fedgal/models/plain.py'),
                                      'fedgal.models.plain.CNN8': ('models/plain.html#cnn8', 'fedgal/models/plain.py'),
                                      'fedgal.models.plain.CNN8.parts': ('models/plain.html#cnn8.parts', 'fedgal/models/plain.py'),
+                                     'fedgal.models.plain.Frozen': ('models/plain.html#frozen', 'fedgal/models/plain.py'),
+                                     'fedgal.models.plain.Frozen.parts': ('models/plain.html#frozen.parts', 'fedgal/models/plain.py'),
                                      'fedgal.models.plain.LeNet': ('models/plain.html#lenet', 'fedgal/models/plain.py'),
                                      'fedgal.models.plain.LeNet.parts': ('models/plain.html#lenet.parts', 'fedgal/models/plain.py'),
                                      'fedgal.models.plain.MLP': ('models/plain.html#mlp', 'fedgal/models/plain.py'),

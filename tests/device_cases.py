@@ -182,7 +182,8 @@ def _model(name, device):
     x = draw(6, 1, 16, 16).to(device)
     out = model(x)
     loss = base.cross_entropy(out.logits, labels(6).to(device)).sum()
-    return [*out, *torch.autograd.grad(loss, list(model.low.parameters()))]
+    weights = list(model.low.parameters()) or list(model.head.parameters())
+    return [*out, *torch.autograd.grad(loss, weights)]
 
 
 def _features(device):

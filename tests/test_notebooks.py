@@ -28,7 +28,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",
     "report/plots": "00_style 01_axes 02_data 03_training 04_features 05_results 06_differences 07_classes 08_joint",
     "stats": "03_moments 04_radius 06_prototypes 07_teachers",
-    "tutorials": "by_hand own_data",
+    "tutorials": "by_hand frozen_features own_data",
 }
 SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
 def run_notebook(notebook, home, env, log):

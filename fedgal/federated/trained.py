@@ -42,9 +42,10 @@ class TrainedRun:
     personal: bool = False  # every client has its own model, and there is no global one
 
     def space(self, level: str) -> Space:
-        "The tag of these encoders' features; both trainable levels end in a ReLU."
+        "The tag of these encoders' features."
         encoder = f"{'clients' if self.personal else 'global'} {self.key[:8]}"
-        return Space(encoder, level, False, level != "projected", self.model.dims[level])
+        nonnegative = level != "projected" and not self.model.signed
+        return Space(encoder, level, False, nonnegative, self.model.dims[level])
 
     @property
     def with_model(self) -> list[int]:

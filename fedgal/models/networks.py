@@ -31,6 +31,7 @@ class Network:
     Options = Options
     smallest: int | None = None  # smallest height and width; None: any shape, tables too
     normalised = False  # has normalisation layers, so `norm` may be chosen
+    signed = False  # its features can be below zero
 
     def __init__(self, options: Options | None = None):
         self.options = options or self.Options()
@@ -81,6 +82,7 @@ MODELS = Registry(
         "resnet18": "fedgal.models.residual:ResNet18",
         "fedgen": "fedgal.models.residual:FedGenNet",
         "mlp": "fedgal.models.plain:MLP",
+        "frozen": "fedgal.models.plain:Frozen",
     },
 )
 
@@ -113,7 +115,7 @@ def build_model(
         projector = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, out))
         top = build_head(head, out_shape(nn.Sequential(*stem), (d,))[0], n_classes, stem=stem)
         dims = {"low": prod(low_shape), "high": d, "projected": out}
-        return SplitModel(low, high, projector, top, in_shape, low_shape, dims)
+        return SplitModel(low, high, projector, top, in_shape, low_shape, dims, network.signed)
 
     return initialised(assemble, generator)
 

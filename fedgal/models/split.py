@@ -53,12 +53,14 @@ class SplitModel(_FromLevel):
         in_shape: tuple[int, ...],  # of one example
         low_shape: tuple[int, ...],  # what one flat low feature unfolds to
         dims: dict[str, int],  # widths of the levels 'low', 'high', 'projected'
+        signed: bool = False,  # whether features of 'low' and 'high' can be below zero; after a ReLU they cannot
     ):
         super().__init__()
         self.low, self.high, self.projector, self.head = low, high, projector, head
         self.in_shape = tuple(in_shape)
         self.low_shape = tuple(low_shape)
         self.dims = dict(dims)
+        self.signed = signed
 
     def forward(self, x: Tensor) -> Features:
         if tuple(x.shape[1:]) != self.in_shape or not x.is_floating_point():
