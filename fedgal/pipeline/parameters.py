@@ -112,7 +112,10 @@ class Train(StageParameters):
     optimiser: str = option("sgd", "optimiser of local work; adamw takes no momentum", one_of=("sgd", "adamw"))
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled decay of adamw", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0)
-    augment: bool = option(False, "random views of every batch: crop and mirror image; digits are turned and slanted")
+    augment: str = chosen(
+        "augmentation", "none", "random views of every batch; augment: auto distorts characters, crops and mirrors others"
+    )
+    augment_options: dict = option({}, "options of the augmentation, for example {degrees: 10}; see fedgal params")
     mixup: float = option(0.0, "blend the samples of a batch: alpha of the Beta distribution; 0 is off", ge=0)
     bn: str = option("average", "batch-norm statistics: averaged, or kept on the clients", one_of=("average", "local"))
     norm_factor: float = option(0.0, "quarantine updates longer than this many medians; 0: only if not finite", ge=0)
@@ -121,10 +124,13 @@ class Train(StageParameters):
 
     @classmethod
     def check_run(cls, params: dict) -> None:
+        from fedgal.data.augmentation import augmentation_for
+        from fedgal.data.sources import source_of
         from fedgal.federated.local import LocalOptions
         from fedgal.federated.state import FederationOptions, check_participants
         from fedgal.models.losses.local import local_loss
 
+        augmentation_for(source_of(params["dataset"]), params["augment"], params["augment_options"])
         LocalOptions.make(**params)
         loss = local_loss(params["local_loss"], n_classes=2, rounds=params["rounds"])
         FederationOptions.make(**params).make_algorithm().check_mixup(params["mixup"], loss)
