@@ -8,7 +8,6 @@ __all__ = ['check_pixels', 'nearest', 'shear_x', 'shear_y', 'translate_x', 'tran
 
 # %% ../../nbs/data/09f_image_ops.ipynb #bb9a5968
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from ..core.errors import FedgalError
 

@@ -67,19 +67,20 @@ class Colour(Crop):
         "Views of a batch uint8 [B, C, H, W] of 1 or 3 channels."
         check_images(x)
         ops.check_pixels(x)
-        x = self.operations(super().__call__(x, generator), generator)
+        x = super().__call__(x, generator)
+        for which, level, sign in self.draws(len(x), generator):
+            x = operate(x, which, level, sign, self.options.fill)
         middle = torch.rand(len(x), 2, generator=generator).to(x.device)
         return ops.cutout(x, middle, self.options.cutout, self.options.fill) if self.options.cutout else x
 
-    def operations(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        "Random operations on every image of uint8 [B, C, H, W]."
-        n = len(x)
-        level = torch.full((n,), self.options.magnitude / 30)
+    def draws(self, n_images: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+        "Rounds of operations for `operate`: which, level and sign, each [B]."
+        level = torch.full((n_images,), self.options.magnitude / 30)
+        rounds = []
         for _ in range(self.options.n):
-            which = torch.randint(0, len(OPERATIONS) - 1, (n,), generator=generator)
-            sign = 2 * torch.randint(0, 2, (n,), generator=generator) - 1
-            x = operate(x, which, level, sign, self.options.fill)
-        return x
+            which = torch.randint(0, len(OPERATIONS) - 1, (n_images,), generator=generator)
+            rounds.append((which, level, 2 * torch.randint(0, 2, (n_images,), generator=generator) - 1))
+        return rounds
 
 # %% ../../nbs/data/09g_policies.ipynb #4dd64058
 POLICY = (  # operation, probability, level of 9; twice
@@ -123,16 +124,17 @@ class AutoAugment(Colour):
     Options = AutoAugmentOptions
     name = "autoaugment"
 
-    def operations(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        "One of the 25 pairs on every image of uint8 [B, C, H, W]."
-        n = len(x)
+    def draws(self, n_images: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+        "The two halves of a random pair for `operate`: which, level and sign, each [B]."
         names = list(OPERATIONS)
-        pair = torch.randint(0, len(POLICY), (n,), generator=generator)
-        chance = torch.rand(2, n, generator=generator)
-        signs = 2 * torch.randint(0, 2, (2, n), generator=generator) - 1
+        pair = torch.randint(0, len(POLICY), (n_images,), generator=generator)
+        chance = torch.rand(2, n_images, generator=generator)
+        signs = 2 * torch.randint(0, 2, (2, n_images), generator=generator) - 1
+        halves = []
         for half in (0, 1):
-            rows = [row[3 * half : 3 * half + 3] for row in POLICY]
-            place, share, level = (torch.tensor(v) for v in zip(*((names.index(o), p, t) for o, p, t in rows), strict=True))
+            operations, shares, levels = zip(*(row[3 * half : 3 * half + 3] for row in POLICY), strict=True)
+            place = torch.tensor([names.index(name) for name in operations])
+            share, level = torch.tensor(shares), torch.tensor(levels)
             which = place[pair].where(chance[half] < share[pair], 0)  # 0 is the identity
-            x = operate(x, which, level[pair] / 9, signs[half], self.options.fill)
-        return x
+            halves.append((which, level[pair] / 9, signs[half]))
+        return halves

@@ -113,7 +113,7 @@ class Train(StageParameters):
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled decay of adamw", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0)
     augment: str = chosen(
-        "augmentation", "none", "random views of every batch; augment: auto distorts characters, crops and mirrors others"
+        "augmentation", "none", "random views of batches; augment: auto distorts characters, crops other images"
     )
     augment_options: dict = option({}, "options of the augmentation, for example {degrees: 10}; see fedgal params")
     mixup: float = option(0.0, "blend the samples of a batch: alpha of the Beta distribution; 0 is off", ge=0)
