@@ -533,6 +533,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fedgal/data/augmentation.py'),
                                           'fedgal.data.augmentation.Augmentation.__init__': ( 'data/augmentation.html#augmentation.__init__',
                                                                                               'fedgal/data/augmentation.py'),
+                                          'fedgal.data.augmentation.Augmentation.check_run': ( 'data/augmentation.html#augmentation.check_run',
+                                                                                               'fedgal/data/augmentation.py'),
                                           'fedgal.data.augmentation.Augmentation.for_data': ( 'data/augmentation.html#augmentation.for_data',
                                                                                               'fedgal/data/augmentation.py'),
                                           'fedgal.data.augmentation.Unchanged': ( 'data/augmentation.html#unchanged',

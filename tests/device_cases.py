@@ -198,7 +198,8 @@ def _features(device):
 
 def _views(device):
     x = pictures(40)[0].to(device)
-    views = {name: AUGMENTATIONS.make(name) for name in ("crop", "distort", "sharp", "colour", "autoaugment")}
+    options = {"crop": {}, "distort": {}, "sharp": {}, "colour": {"cutout": 3}, "autoaugment": {"cutout": 3}}
+    views = {name: AUGMENTATIONS.make(name, values=values) for name, values in options.items()}
     whole = [view(x, stream(0, "views")) for view in views.values()]
     return [*whole, *(views[name](x.float(), stream(0, "views")) for name in ("crop", "distort", "sharp"))]
 

@@ -47,6 +47,14 @@ class Augmentation:
             raise FedgalError(f"{mistake}: add augment_options: {{flip: false}}, or take augment: auto")
         return self
 
+    @classmethod
+    def check_run(cls, params: dict) -> None:
+        "Raise for options that the augmentation of `20_train` does not have, and where it would mirror characters."
+        from fedgal.data.sources import source_of
+
+        augmentation_for(source_of(params["dataset"]), params["augment"], params["augment_options"])
+
+# %% ../../nbs/data/09a_augmentation.ipynb #fa08ec97
 class Unchanged(Augmentation):
     "No augmentation."
 
@@ -56,7 +64,6 @@ class Unchanged(Augmentation):
         "Batches stay as they are."
         return None
 
-# %% ../../nbs/data/09a_augmentation.ipynb #fa08ec97
 AUGMENTATIONS = Registry(
     "augmentation",
     {

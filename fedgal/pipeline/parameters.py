@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMS_FILE', 'SEED', 'EXPERIMENT', 'TITLE', 'QUESTION', 'BANK_PER_CLASS', 'GROUP_FEW', 'GROUP_MANY', 'RARE_AT',
-           'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'StageParameters', 'chosen', 'check_groups', 'Data', 'Train',
-           'JointTraining', 'Joint']
+           'AUGMENT', 'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'StageParameters', 'chosen', 'check_groups', 'Data',
+           'Train', 'JointTraining', 'Joint']
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0003
 from typing import ClassVar
@@ -40,6 +40,10 @@ BANK_PER_CLASS = option(200, "generated features of every class", ge=1)
 GROUP_FEW = option(0.95, "few: classes beyond this cumulative share of samples; above 1: with at most so many", gt=0)
 GROUP_MANY = option(0.75, "many: classes within this cumulative share of samples; above 1: with more", gt=0)
 RARE_AT = option(5, "a class is rare for a client that has 1 to this many samples of it", ge=1)
+_SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+AUGMENT = chosen(
+    "augmentation", "none", "random views of batches; augment: auto distorts characters, crops other images"
+)
 VIEWS = option(1, "augmented views of every image behind statistics, generators and fine-tuning", ge=1)
 KAPPA = option(20.0, "samples at which a class's own radius and the head prior weigh the same", gt=0)
 LEVEL = option("low", "where in the network features are generated", one_of=("low", "high"))
@@ -84,8 +88,6 @@ class Data(StageParameters):
         SplitOptions.make(**params)
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0013
-_SCHEDULES = ("constant", "cosine", "one_cycle", "step")
-
 class Train(StageParameters):
     "Parameters of `20_train`."
 
@@ -112,9 +114,7 @@ class Train(StageParameters):
     optimiser: str = option("sgd", "optimiser of local work; adamw takes no momentum", one_of=("sgd", "adamw"))
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled decay of adamw", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0)
-    augment: str = chosen(
-        "augmentation", "none", "random views of batches; augment: auto distorts characters, crops other images"
-    )
+    augment: str = AUGMENT
     augment_options: dict = option({}, "options of the augmentation, for example {degrees: 10}; see fedgal params")
     mixup: float = option(0.0, "blend the samples of a batch: alpha of the Beta distribution; 0 is off", ge=0)
     bn: str = option("average", "batch-norm statistics: averaged, or kept on the clients", one_of=("average", "local"))
@@ -124,13 +124,10 @@ class Train(StageParameters):
 
     @classmethod
     def check_run(cls, params: dict) -> None:
-        from fedgal.data.augmentation import augmentation_for
-        from fedgal.data.sources import source_of
         from fedgal.federated.local import LocalOptions
         from fedgal.federated.state import FederationOptions, check_participants
         from fedgal.models.losses.local import local_loss
 
-        augmentation_for(source_of(params["dataset"]), params["augment"], params["augment_options"])
         LocalOptions.make(**params)
         loss = local_loss(params["local_loss"], n_classes=2, rounds=params["rounds"])
         FederationOptions.make(**params).make_algorithm().check_mixup(params["mixup"], loss)
