@@ -36,7 +36,7 @@ class Crop(Augmentation):
         p = min(4, round(min(h, w) / 8)) if self.options.crop is None else self.options.crop
         dy, dx = torch.randint(0, 2 * p + 1, (2, b, 1), generator=generator).to(x.device)
         mirror = torch.rand(b, 1, generator=generator).to(x.device) < 0.5 * self.options.flip
-        image, channel, rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
+        rows, columns = (torch.arange(n, device=x.device) for n in (h, w))
         columns = torch.where(mirror, w - 1 - columns, columns) + dx
-        places = image.view(b, 1, 1, 1), channel.view(c, 1, 1), (rows + dy)[:, None, :, None], columns[:, None, None, :]
-        return F.pad(x, [p] * 4)[places]
+        places = (rows + dy)[:, :, None] * (w + 2 * p) + columns[:, None]  # [B, H, W] in the padded image
+        return F.pad(x, [p] * 4).flatten(2).gather(2, places.view(b, 1, h * w).expand(-1, c, -1)).view_as(x)
