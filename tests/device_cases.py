@@ -9,7 +9,9 @@ from torch import nn
 from fedgal.algorithms.joint.options import JointOptions
 from fedgal.algorithms.joint.trainer import fit_joint
 from fedgal.core.random import stream
-from fedgal.data.transforms import augment, distort, to_float
+from fedgal.data.augmentation import AUGMENTATIONS
+from fedgal.data.distort import Distort
+from fedgal.data.transforms import to_float
 from fedgal.evaluation.consensus import class_geometry, consensus_report
 from fedgal.evaluation.fidelity import fidelity, tail_fidelity
 from fedgal.evaluation.generated import opinions
@@ -196,8 +198,11 @@ def _features(device):
 
 
 def _views(device):
-    x = pictures(10)[0].to(device)
-    return [augment(x, stream(0, "views")), distort(x, stream(0, "views")), distort(x.float(), stream(0, "views"))]
+    x = pictures(40)[0].to(device)
+    options = {"crop": {}, "distort": {}, "sharp": {}, "colour": {"cutout": 3}, "autoaugment": {"cutout": 3}}
+    views = {name: AUGMENTATIONS.make(name, values=values) for name, values in options.items()}
+    whole = [view(x, stream(0, "views")) for view in views.values()]
+    return [*whole, *(views[name](x.float(), stream(0, "views")) for name in ("crop", "distort", "sharp"))]
 
 
 def _fidelity(device):
@@ -226,7 +231,7 @@ def _joint(bank, device):
     sizes = {"epochs": 2, "batch_size": 16, "refresh": 1, "width": 8, "blocks": 1, "sampling_steps": 2}
     options = JointOptions(bank=bank, bank_per_class=10, watch=2, lr_encoder=1e-4, warmup_share=0, ramp=1, **sizes)
     x, y = pictures(32)
-    result = fit_joint(model_on(device), x.to(device), y, options, 0, augment=distort, pool=pictures(24))
+    result = fit_joint(model_on(device), x.to(device), y, options, 0, augment=Distort(), pool=pictures(24))
     history = [[v for v in row.values() if isinstance(v, float)] for row in result.history]
     return [history, *result.model.state_dict().values(), *result.denoiser.state_dict().values(), *result.bank]
 
@@ -282,7 +287,7 @@ def _algorithm(name, engine, device):
     local = LocalOptions(batch_size=8, steps=3, momentum=0.9, prox_mu=0.1)
     x, y = pictures(48)
     weights = torch.rand(16, generator=stream(4, "weights"))
-    more = {"sample_weights": weights, "augment": distort}
+    more = {"sample_weights": weights, "augment": Distort()}
     clients = [MultiStepClient(k, x, y, local, index=torch.arange(k, 48, K), **more) for k in range(K)]
     options = FederationOptions(rounds=2, algorithm=name, options=ALGORITHM_OPTIONS.get(name, {}))
     result = fit(model_on(device), clients, options, 0, engine)

@@ -16,6 +16,7 @@ from fedgal.federated.algorithm import ALGORITHMS
 from fedgal.pipeline.plan import plan
 
 CPU_ONLY = ("data",)  # data sets are read and divided on the CPU, with numpy; views of images are not
+VIEWS = ("transforms.py", "augmentation.py", "auto.py", "crop.py", "distort.py", "sharp.py", "image_ops.py", "policies.py")
 SLOW = (
     *("joint, bank gaussian", "joint, bank real", "model resnet18", "model resnet32"),
     *("generator fedgen_pfllib", "generator gald_pooled", "generator ldmlr"),
@@ -25,7 +26,7 @@ FACTORIES += ("rand", "randint", "randn", "randperm")
 
 
 def covered(path: Path) -> bool:
-    return path.name == "transforms.py" or path.parts[0] not in CPU_ONLY
+    return path.name in VIEWS or path.parts[0] not in CPU_ONLY
 
 
 def takes_tensor(function: ast.FunctionDef) -> bool:

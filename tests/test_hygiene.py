@@ -115,9 +115,9 @@ def test_a_stage_is_clean_and_has_one_parameters_cell(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_augments_as_suits_the_data(stage):
-    "`augment` mirrors whatever it gets; `augmentation_for` knows that a mirrored digit is another sign."
+    "`Crop` mirrors whatever it gets; `for_data` knows that a mirrored digit is another sign."
     imported = [a.name for source in code(REPO / "nbs" / "stages" / f"{stage}.ipynb") for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) for a in n.names]
-    assert "augment" not in imported
+    assert "Crop" not in imported
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_centralised_training_is_a_federation_of_one(copy):
     "One client with everything, the recipe of long-tailed recognition, and three views of every image behind all that follows."
-    copy.write("central", n_clients=1, val_fraction=0, shuffle_classes=False, head="cosine", local_loss="ldam", lr=0.01, lr_schedule="one_cycle", mixup=0.2, augment=True,
+    copy.write("central", n_clients=1, val_fraction=0, shuffle_classes=False, head="cosine", local_loss="ldam", lr=0.01, lr_schedule="one_cycle", mixup=0.2, augment="auto",
                views=3, arms=["none", "refit", "fed3r", "gaussian", "refit_plain", "generator", "refit_plain_adjusted", "generator_adjusted"], finetune_sampling="plain")
     done = copy.fedgal("run", "central")
     assert done.returncode == 0 and ran(done) == len(CHAIN), done.stderr

@@ -6,7 +6,7 @@ import torch
 
 from fedgal.core.random import stream
 from fedgal.core.store import content_hash
-from fedgal.data.transforms import distort
+from fedgal.data.distort import Distort
 from fedgal.federated.algorithm import ALGORITHMS
 from fedgal.federated.clients import MultiStepClient
 from fedgal.federated.local import LocalOptions
@@ -39,7 +39,7 @@ def train(name, engine, checkpoint=None):
     y = torch.arange(200) % 4
     parts = torch.randperm(200, generator=rng).split([20, 50, 10, 70, 50])
     local = LocalOptions(batch_size=8, lr=0.05, momentum=0.9, prox_mu=0.1)
-    clients = [MultiStepClient(k, x, y, local, augment=distort, index=i) for k, i in enumerate(parts)]
+    clients = [MultiStepClient(k, x, y, local, augment=Distort(), index=i) for k, i in enumerate(parts)]
     options = FederationOptions(rounds=ROUNDS, algorithm=name, options=OPTIONS.get(name, {}), participation=0.8)
     model = build_model("cnn8", (1, 16, 16), 4, generator=stream(0, "model"))
     done = fit(model, clients, options, 0, engine, checkpoint=checkpoint)

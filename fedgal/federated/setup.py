@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from ..core.random import Runtime, stream
+from ..data.augmentation import augmentation_for
 from ..data.dataset import Dataset
 from ..data.split import Split
-from ..data.transforms import augmentation_for
 from .clients import MultiStepClient
 from .ledger import Ledger
 from .local import LocalOptions
@@ -52,14 +52,14 @@ def set_up(
     params: dict,  # of `20_train`
     machine: Runtime,
 ) -> Training:
-    "Network, clients, loss and options as the parameters say."
+    "Network, clients, loss and options as the parameters say; raises where characters would be mirrored."
     start = stream(params["seed"], "init")
     kinds = {"head": params["head"], "norm": params["norm"]}
     network = build_model(params["model"], data.in_shape, data.n_classes, **kinds, generator=start).to(machine.device)
     loss = local_loss(params["local_loss"], data.n_classes, params["rounds"])
     if hasattr(loss, "prepare"):
         loss.prepare(network)
-    shake = augmentation_for(data) if params["augment"] else None
+    shake = augmentation_for(data, params["augment"], params["augment_options"])
     local = LocalOptions.make(**params, precision=machine.precision)
     x, y = data.x_train.to(machine.device), data.y_train.to(machine.device)
     rows = {k: i for k, i in enumerate(split.train) if len(i)}

@@ -19,7 +19,7 @@ from ..core.store import by_first, load_tensors, save_json, save_tensors
 from ..data.dataset import Dataset
 from ..data.datasets import load_dataset
 from ..data.split import Split
-from ..data.transforms import augmentation_for
+from ..data.auto import Auto
 from .algorithm import ALGORITHMS
 from .result import FederationResult
 from ..models.encode import encode, encode_from
@@ -138,7 +138,7 @@ def client_samples(
     "Every client's own samples, view after view; a client that has no model of its own has none."
     if views < 1: raise FedgalError(f"views = {views}: at least 1, the image itself")
     lists = {"train": run.split.train, "val": run.split.val}[part]
-    shake = augmentation_for(run.data)
+    shake = Auto().for_data(run.data)
     out = []
     for k, i in enumerate(lists):
         x, y = (t[i if k in run.with_model else i[:0]] for t in (run.data.x_train, run.data.y_train))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMS_FILE', 'SEED', 'EXPERIMENT', 'TITLE', 'QUESTION', 'BANK_PER_CLASS', 'GROUP_FEW', 'GROUP_MANY', 'RARE_AT',
-           'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'SAMPLING', 'StageParameters', 'chosen', 'check_groups', 'Data',
-           'check_training', 'Train', 'JointTraining', 'Joint']
+           'AUGMENT', 'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'SAMPLING', 'StageParameters', 'chosen', 'check_groups',
+           'Data', 'check_training', 'Train', 'JointTraining', 'Joint']
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0003
 from typing import ClassVar
@@ -40,6 +40,10 @@ BANK_PER_CLASS = option(200, "generated features of every class", ge=1)
 GROUP_FEW = option(0.95, "few: classes beyond this cumulative share of samples; above 1: with at most so many", gt=0)
 GROUP_MANY = option(0.75, "many: classes within this cumulative share of samples; above 1: with more", gt=0)
 RARE_AT = option(5, "a class is rare for a client that has 1 to this many samples of it", ge=1)
+_SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+AUGMENT = chosen(
+    "augmentation", "none", "random views of batches; augment: auto distorts characters, crops other images"
+)
 VIEWS = option(1, "augmented views of every image behind statistics, generators and fine-tuning", ge=1)
 KAPPA = option(20.0, "samples at which a class's own radius and the head prior weigh the same", gt=0)
 LEVEL = option("low", "where in the network features are generated", one_of=("low", "high"))
@@ -84,7 +88,6 @@ class Data(StageParameters):
         SplitOptions.make(**params)
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0030
-_SCHEDULES = ("constant", "cosine", "one_cycle", "step")
 SAMPLING = ("plain", "balanced")
 
 def check_training(
@@ -131,7 +134,8 @@ class Train(StageParameters):
     optimiser: str = option("sgd", "optimiser of local work; adamw takes no momentum", one_of=("sgd", "adamw"))
     weight_decay: float = option(0.0, "L2 penalty of sgd, decoupled decay of adamw", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0)
-    augment: bool = option(False, "random views of every batch: crop and mirror image; digits are turned and slanted")
+    augment: str = AUGMENT
+    augment_options: dict = option({}, "options of the augmentation, for example {degrees: 10}; see fedgal params")
     mixup: float = option(0.0, "blend the samples of a batch: alpha of the Beta distribution; 0 is off", ge=0)
     bn: str = option("average", "batch-norm statistics: averaged, or kept on the clients", one_of=("average", "local"))
     norm_factor: float = option(0.0, "quarantine updates longer than this many medians; 0: only if not finite", ge=0)

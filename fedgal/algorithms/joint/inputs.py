@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .networks import evaluation_mode
 from ...core.errors import FedgalError, one_of
 from ...core.random import stream
-from ...data.transforms import augmentation_for, to_float
+from ...data.augmentation import augmentation_for
+from ...data.transforms import to_float
 from ...federated.trained import TrainedRun, balanced_pool
 from ...models.networks import build_model
 from ...models.split import SplitModel
@@ -98,7 +99,7 @@ class JointInputs:
 # %% ../../../nbs/algorithms/joint/13_inputs.ipynb #5830fb42
 def joint_inputs(
     run: TrainedRun,
-    training: dict,  # parameters of `20_train`: model, head, norm, augment
+    training: dict,  # parameters of `20_train`: model, head, norm, augment, augment_options
     start: str,  # one of `STARTS`
     seed: int,
     pool_per_class: int = 0,  # samples of every class behind the arm `oracle`; 0: none
@@ -115,7 +116,7 @@ def joint_inputs(
     rows = torch.cat([of_client for of_client in run.split.train if len(of_client)])
     x = run.data.x_train[rows]
     y = run.data.y_train[rows]
-    augment = augmentation_for(run.data) if training["augment"] else None
+    augment = augmentation_for(run.data, training["augment"], training["augment_options"])
     pool = oracle_pool(run, pool_per_class, seed) if pool_per_class else None
     model = start_model(run, recipe, start, seed).to(device)
     return JointInputs(model, (x if augment else to_float(x)).to(device), y, recipe, augment, pool)
