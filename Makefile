@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: report test test-slow test-all gpu lab clean
+.PHONY: report test test-slow test-all gpu gpu-lt lab clean
 
 report: $(VENV)/ready  ## run the quickstart and print the path of its report
 	$(BIN)/fedgal run params/quickstart.yaml
@@ -20,6 +20,10 @@ test-all: $(VENV)/ready  ## every test
 
 gpu: $(VENV)/ready  ## a few minutes on a GPU: every part of the library against the CPU, one row each
 	$(BIN)/python tests/gpu.py --device cuda
+
+gpu-lt: $(VENV)/ready  ## minutes on a GPU: a published protocol on long-tailed CIFAR-10, PROTOCOL=mixup, wcdas or sfd
+	test -d artifacts/gpu_lt || $(BIN)/python tests/gpu_lt.py cut
+	FEDGAL_DATA_ROOT=artifacts/gpu_lt $(BIN)/python tests/gpu_lt.py run $(or $(PROTOCOL),mixup)
 
 lab: $(VENV)/ready  ## open JupyterLab on the tour
 	$(BIN)/fedgal lab

@@ -110,3 +110,14 @@ def test_every_part_has_a_row_and_agrees():
     assert done.returncode == 0 and "all agree" in done.stdout, done.stdout + done.stderr
     assert all(f"algorithm {name} " in done.stdout for name in ALGORITHMS)
     assert all(f"chain: {step} " in done.stdout for step in ("train", "generator", "finetune generator"))
+
+
+@pytest.mark.slow
+def test_a_published_protocol_runs_in_its_small_form():
+    "The script behind `make gpu-lt`: AutoAugment, Cutout, a WCDAS head, statistics, generators, arms."
+    script = Path(__file__).with_name("gpu_lt.py")
+    command = [sys.executable, script, "run", "wcdas", "--device", "cpu", "--small"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("%")]
+    assert rows == ["none", "refit", "refit_prior", "lda", "gaussian", "gald"]
