@@ -151,6 +151,25 @@ def ran(result, stage="") -> int:
     return sum(line.split()[:2][1:] == ["ran"] and line.startswith(stage) for line in result.stdout.splitlines() if line[:1] != " ")
 
 
+# --- the order of tests ---
+
+def pytest_collection_modifyitems(items):
+    "Notebooks last: one at a time they fill what the other files leave of the processes."
+    items.sort(key=lambda item: item.path.stem == "test_notebooks")
+
+
+def pytest_xdist_make_scheduler(config, log):
+    "A process takes a file of tests, or one notebook."
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return nodeid if file.endswith("test_notebooks.py") else file
+
+    return Scheduling(config, log)
+
+
 # --- projects ---
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def run(folder, mark, **more):
     return subprocess.Popen([sys.executable, "-m", "workers_case", str(folder)], env=env, **more)
 
 
-def result(process):
+def printed(process):
     "The last line that it prints; long work prints its progress before."
     return process.communicate()[0].decode().splitlines()[-1]
 
@@ -85,7 +85,7 @@ def test_a_parent_killed_at_random_moments(tmp_path):
     torch.set_num_threads(1)
     want, moments, killed = content_hash(*train("scaffold", "serial")), random.Random(3), 0
     start = time.monotonic()
-    assert result(run(tmp_path / "whole", "whole", stdout=subprocess.PIPE)) == want
+    assert printed(run(tmp_path / "whole", "whole", stdout=subprocess.PIPE)) == want
     seconds = time.monotonic() - start
     while killed < KILLS:
         folder, mark = tmp_path / str(killed), uuid.uuid4().hex
@@ -98,4 +98,4 @@ def test_a_parent_killed_at_random_moments(tmp_path):
         _, alive = psutil.wait_procs(marked(mark), timeout=30)
         assert not alive and not marked(mark), "a process outlives its parent"
         last = run(folder, mark, stdout=subprocess.PIPE)
-        assert result(last) == want, f"after kill {killed}"
+        assert printed(last) == want, f"after kill {killed}"
