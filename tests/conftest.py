@@ -151,6 +151,14 @@ def ran(result, stage="") -> int:
     return sum(line.split()[:2][1:] == ["ran"] and line.startswith(stage) for line in result.stdout.splitlines() if line[:1] != " ")
 
 
+def kernels_begin_with(source: str, folder: Path) -> dict:
+    "Environment of a run whose kernels, and nothing else, first execute this: a startup file of IPython."
+    startup = folder / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "fault.py").write_text(source)
+    return {"IPYTHONDIR": folder}
+
+
 # --- the order of tests ---
 
 def pytest_collection_modifyitems(items):

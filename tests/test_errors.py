@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
-from conftest import CHAIN, Project, ran
+from conftest import CHAIN, Project, kernels_begin_with, ran
 
 BAD_PARAMETERS, FAILED, BUSY = 2, 3, 4
 
@@ -384,17 +384,19 @@ def test_two_experiments_share_a_stage_that_is_running(project):
 # --- a full disk ---
 
 FULL = """
-import errno, os, sys
-if any("ipykernel" in a or "forkserver" in a for a in sys.orig_argv):        # the stage, not the runner
+def inject():
+    import errno, os
     left, real = int(os.environ["FULL_AFTER"]), os.fsync
     def fsync(fd):
-        global left
+        nonlocal left
         path = os.readlink(f"/proc/self/fd/{fd}")
         if "/artifacts/20_train/" in path and os.path.isfile(path):
             left -= 1
             if left < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(fd)
     os.fsync = fsync
+inject()
+del inject
 """
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the fault is injected through /proc")
 
@@ -403,11 +405,10 @@ linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the fault
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 7], ids=["in the second checkpoint", "in the results"])
 def test_a_full_disk_loses_nothing(after, copy, tiny, tmp_path):
-    (tmp_path / "faults").mkdir()
-    (tmp_path / "faults" / "sitecustomize.py").write_text(FULL)
+    faults = kernels_begin_with(FULL, tmp_path / "faults")
     shutil.rmtree(copy.artifacts / "20_train")
     before = copy.snapshot()
-    full = copy.fedgal("run", "tiny", env={"FULL_AFTER": after, "PYTHONPATH": f"{tmp_path / 'faults'}:{copy.home}"})
+    full = copy.fedgal("run", "tiny", env=faults | {"FULL_AFTER": after})
     message = one_line(full, FAILED)
     assert "No space left on device" in message and "resumes" in message, message
     assert not copy.folders("20_train") and copy.snapshot() == before
