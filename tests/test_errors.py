@@ -1,16 +1,20 @@
 """Bad input, damaged files, a full disk, two runs at once: one line that says what to do, an exit code, and nothing lost."""
+import contextlib
+import io
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
-from conftest import CHAIN, Project, kernels_begin_with, ran
+from conftest import CHAIN, Project, begin_fedgal, command_line, kernels_begin_with, ran
 
 BAD_PARAMETERS, FAILED, BUSY = 2, 3, 4
 
@@ -121,24 +125,25 @@ def refused(project, result):
 def refuse(project, *args): return refused(project, project.fedgal(*args))
 
 
-MANY = """
-import contextlib, io, json, sys
-from fedgal.cli import main
-def outcome(arguments):
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try: code = main(arguments)
-        except SystemExit as e: code = e.code
-    return arguments, code, out.getvalue(), err.getvalue()
-json.dump([outcome(a) for a in json.load(sys.stdin)], sys.stdout)
-"""
+def command_lines(lines, env, cwd, out, err):
+    "Command lines of fedgal, one after another in this process; it prints what came of them as JSON."
+    main = begin_fedgal(env, cwd, out, err)
+    def outcome(arguments):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as told:
+            try: code = main(arguments)
+            except SystemExit as error: code = error.code
+        return arguments, code, printed.getvalue(), told.getvalue()
+    try: print(json.dumps([outcome(line) for line in lines]), flush=True)
+    except BaseException: traceback.print_exc(); os._exit(1)
+    os._exit(0)
 
 
 def many(project, lines: dict) -> dict:
     "Command lines of fedgal, one after another in one process: name -> outcome."
-    run = subprocess.run([sys.executable, "-c", MANY], input=json.dumps([list(map(str, a)) for a in lines.values()]), cwd=project.away, env=project.env(),
-                         capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr
-    return {name: subprocess.CompletedProcess(*outcome) for name, outcome in zip(lines, json.loads(run.stdout), strict=True)}
+    process, (out, err) = project.fork(command_lines, [list(map(str, line)) for line in lines.values()])
+    process.join(400)
+    assert process.exitcode == 0, err.read_text()
+    return {name: subprocess.CompletedProcess(*outcome) for name, outcome in zip(lines, json.loads(out.read_text()), strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -317,16 +322,19 @@ def test_a_damaged_part_is_not_used(copy, tiny):
 # --- two at once ---
 
 def test_the_same_experiment_twice_at_once(project):
+    "The first is halted while the second asks."
     project.write("once", {"stages": ["10_data"], "seed": 0})
-    first = project.start("run", "once")
+    first, (_, err) = project.fork(command_line, ["run", "once"])
     try:
         end = time.monotonic() + 60
         while not (project.reports / "once" / "run.json").exists():
-            assert time.monotonic() < end and first.poll() is None
+            assert time.monotonic() < end and first.is_alive()
             time.sleep(0.01)
+        os.kill(first.pid, signal.SIGSTOP)
         assert "'once' is already running" in one_line(project.fedgal("run", "once"), BUSY)
-        out, err = first.communicate(timeout=300)
-        assert first.returncode == 0, err
+        os.kill(first.pid, signal.SIGCONT)
+        first.join(300)
+        assert first.exitcode == 0, err.read_text()
     finally: first.kill()
     assert project.json("once/run.json")["status"] == "finished"
 
