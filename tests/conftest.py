@@ -38,20 +38,26 @@ def warm():
     return context
 
 
-def begin(home, env, cwd, out, err):
+def begin(env, cwd, out, err):
     "Make the process of `warm` one that a shell would have started: its environment, its folder, its output, its path."
     for number, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear(), os.environ.update(env), os.chdir(cwd)
-    sys.path.insert(0, str(home))
+    sys.path[:0] = env["PYTHONPATH"].split(os.pathsep)
     assert not [m for m in sys.modules if m.split(".")[0] == "fedgal"]
 
 
-def command_line(arguments, home, env, cwd, out, err):
-    "`fedgal ...`; its kernels are forks of the process that it is a fork of itself, not of one that has to import the libraries again."
+def begin_fedgal(env, cwd, out, err):
+    "`begin` for the command line; its kernels are forks of the process that this one is a fork of, not of one that has to import the libraries again."
     from multiprocessing import forkserver
-    begin(home, env, cwd, out, err)
+    begin(env, cwd, out, err)
     forkserver._forkserver.ensure_running = lambda: None
     from fedgal.cli import main
+    return main
+
+
+def command_line(arguments, env, cwd, out, err):
+    "`fedgal ...`"
+    main = begin_fedgal(env, cwd, out, err)
     try: code = main(arguments)
     except SystemExit as error: code = error.code
     except BaseException: traceback.print_exc(); code = 1
@@ -110,19 +116,24 @@ class Project:
                                 stdout=options.pop("stdout", subprocess.PIPE), stderr=options.pop("stderr", subprocess.PIPE), **options)
 
     def fedgal(self, *args, env=(), **options) -> subprocess.CompletedProcess:
-        "A command line of fedgal: its exit code and what it printed. One with a path or options of its own starts from nothing."
-        if options or "PYTHONPATH" in dict(env):
+        "A command line of fedgal: its exit code and what it printed. One with options of its own starts from nothing."
+        if options:
             process = self.start(*args, env=env, **options)
             try: out, err = process.communicate(timeout=400)
             finally: process.kill()
             return subprocess.CompletedProcess(args, process.returncode, out, err)
-        files = [Path(tempfile.mkstemp(name, "fedgal-", self.home.parent)[1]) for name in ("out", "err")]
-        process = warm().Process(target=command_line, args=(list(map(str, args)), self.home, self.env(**dict(env)), self.away, *files))
-        process.start()
+        process, files = self.fork(command_line, list(map(str, args)), env=env)
         process.join(400)
         if process.is_alive(): process.kill()
         process.join()
         return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
+
+    def fork(self, function, value, env=()):
+        "A fork of `warm` that runs a function such as `command_line`, not waited for; and the files of what it prints."
+        files = [Path(tempfile.mkstemp(name, "fedgal-", self.home.parent)[1]) for name in ("out", "err")]
+        process = warm().Process(target=function, args=(value, self.env(**dict(env)), self.away, *files))
+        process.start()
+        return process, files
 
     def json(self, path: str): return json.loads((self.reports / path).read_text(encoding="utf-8"))
 
@@ -149,6 +160,33 @@ class Project:
 def ran(result, stage="") -> int:
     "How many stage runs of a `fedgal run` were computed, not cached."
     return sum(line.split()[:2][1:] == ["ran"] and line.startswith(stage) for line in result.stdout.splitlines() if line[:1] != " ")
+
+
+def kernels_begin_with(source: str, folder: Path) -> dict:
+    "Environment of a run whose kernels, and nothing else, first execute this: a startup file of IPython."
+    startup = folder / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "fault.py").write_text(source)
+    return {"IPYTHONDIR": folder}
+
+
+# --- the order of tests ---
+
+def pytest_collection_modifyitems(items):
+    "Notebooks last: one at a time they fill what the other files leave of the processes."
+    items.sort(key=lambda item: item.path.stem == "test_notebooks")
+
+
+def pytest_xdist_make_scheduler(config, log):
+    "A process takes a file of tests, or one notebook."
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return nodeid if file.endswith("test_notebooks.py") else file
+
+    return Scheduling(config, log)
 
 
 # --- projects ---

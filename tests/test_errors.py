@@ -1,16 +1,20 @@
 """Bad input, damaged files, a full disk, two runs at once: one line that says what to do, an exit code, and nothing lost."""
+import contextlib
+import io
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
-from conftest import CHAIN, Project, ran
+from conftest import CHAIN, Project, begin_fedgal, command_line, kernels_begin_with, ran
 
 BAD_PARAMETERS, FAILED, BUSY = 2, 3, 4
 
@@ -127,24 +131,25 @@ def refused(project, result):
 def refuse(project, *args): return refused(project, project.fedgal(*args))
 
 
-MANY = """
-import contextlib, io, json, sys
-from fedgal.cli import main
-def outcome(arguments):
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try: code = main(arguments)
-        except SystemExit as e: code = e.code
-    return arguments, code, out.getvalue(), err.getvalue()
-json.dump([outcome(a) for a in json.load(sys.stdin)], sys.stdout)
-"""
+def command_lines(lines, env, cwd, out, err):
+    "Command lines of fedgal, one after another in this process; it prints what came of them as JSON."
+    main = begin_fedgal(env, cwd, out, err)
+    def outcome(arguments):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as told:
+            try: code = main(arguments)
+            except SystemExit as error: code = error.code
+        return arguments, code, printed.getvalue(), told.getvalue()
+    try: print(json.dumps([outcome(line) for line in lines]), flush=True)
+    except BaseException: traceback.print_exc(); os._exit(1)
+    os._exit(0)
 
 
 def many(project, lines: dict) -> dict:
     "Command lines of fedgal, one after another in one process: name -> outcome."
-    run = subprocess.run([sys.executable, "-c", MANY], input=json.dumps([list(map(str, a)) for a in lines.values()]), cwd=project.away, env=project.env(),
-                         capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr
-    return {name: subprocess.CompletedProcess(*outcome) for name, outcome in zip(lines, json.loads(run.stdout), strict=True)}
+    process, (out, err) = project.fork(command_lines, [list(map(str, line)) for line in lines.values()])
+    process.join(400)
+    assert process.exitcode == 0, err.read_text()
+    return {name: subprocess.CompletedProcess(*outcome) for name, outcome in zip(lines, json.loads(out.read_text()), strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -323,16 +328,19 @@ def test_a_damaged_part_is_not_used(copy, tiny):
 # --- two at once ---
 
 def test_the_same_experiment_twice_at_once(project):
+    "The first is halted while the second asks."
     project.write("once", {"stages": ["10_data"], "seed": 0})
-    first = project.start("run", "once")
+    first, (_, err) = project.fork(command_line, ["run", "once"])
     try:
         end = time.monotonic() + 60
         while not (project.reports / "once" / "run.json").exists():
-            assert time.monotonic() < end and first.poll() is None
+            assert time.monotonic() < end and first.is_alive()
             time.sleep(0.01)
+        os.kill(first.pid, signal.SIGSTOP)
         assert "'once' is already running" in one_line(project.fedgal("run", "once"), BUSY)
-        out, err = first.communicate(timeout=300)
-        assert first.returncode == 0, err
+        os.kill(first.pid, signal.SIGCONT)
+        first.join(300)
+        assert first.exitcode == 0, err.read_text()
     finally: first.kill()
     assert project.json("once/run.json")["status"] == "finished"
 
@@ -390,17 +398,19 @@ def test_two_experiments_share_a_stage_that_is_running(project):
 # --- a full disk ---
 
 FULL = """
-import errno, os, sys
-if any("ipykernel" in a or "forkserver" in a for a in sys.orig_argv):        # the stage, not the runner
+def inject():
+    import errno, os
     left, real = int(os.environ["FULL_AFTER"]), os.fsync
     def fsync(fd):
-        global left
+        nonlocal left
         path = os.readlink(f"/proc/self/fd/{fd}")
         if "/artifacts/20_train/" in path and os.path.isfile(path):
             left -= 1
             if left < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(fd)
     os.fsync = fsync
+inject()
+del inject
 """
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the fault is injected through /proc")
 
@@ -409,11 +419,10 @@ linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the fault
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [4, 7], ids=["in the second checkpoint", "in the results"])
 def test_a_full_disk_loses_nothing(after, copy, tiny, tmp_path):
-    (tmp_path / "faults").mkdir()
-    (tmp_path / "faults" / "sitecustomize.py").write_text(FULL)
+    faults = kernels_begin_with(FULL, tmp_path / "faults")
     shutil.rmtree(copy.artifacts / "20_train")
     before = copy.snapshot()
-    full = copy.fedgal("run", "tiny", env={"FULL_AFTER": after, "PYTHONPATH": f"{tmp_path / 'faults'}:{copy.home}"})
+    full = copy.fedgal("run", "tiny", env=faults | {"FULL_AFTER": after})
     message = one_line(full, FAILED)
     assert "No space left on device" in message and "resumes" in message, message
     assert not copy.folders("20_train") and copy.snapshot() == before

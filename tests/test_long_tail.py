@@ -72,7 +72,7 @@ def test_clients_train_a_diffusion_model_together(copy):
     before, after = load_file(stages["20_train"] / "model.safetensors"), load_file(stages["50_finetune"] / "models.safetensors")
     for name, t in after.items():
         if name.split("/")[1].startswith("low."): assert torch.equal(t, before[name.split("/")[1]]), f"{name}: the encoder is frozen"
-    arms, stages = run("pooled", "ldmlr", generator_options={"base": 8, "multipliers": [1, 2], "sample_steps": 3}, bank_share=0.2, encoder_lr=0.1, consistency=1.0, finetune_sampling="offset", pseudo_classes="sqrt")
+    arms, stages = run("pooled", "ldmlr", generator_options={"base": 8, "multipliers": [1, 2], "steps": 4, "batch_size": 32, "sample_steps": 3}, bank_share=0.2, encoder_lr=0.1, consistency=1.0, finetune_sampling="offset", pseudo_classes="sqrt")
     assert not arms["generator"]["federated"] and arms["gaussian"]["federated"]
     sent = [r for r in json.loads((stages["40_generator"] / "ledger.json").read_text())["rows"] if r["kind"] == "features"]
     assert len(sent) == 4 and all("not federated" in r["discloses"] for r in sent)

@@ -33,7 +33,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
 SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
 def run_notebook(notebook, home, env, log):
     "Everything a fresh interpreter would do, but with the libraries that fedgal rests on already imported."
-    begin(home, env, home, log, log)
+    begin(env, home, log, log)
     from nbdev.test import test_nb
     try: passed = test_nb(str(home / "nbs" / notebook), skip_flags=["slow"], basepath=str(home), cell_timeout=300)[0]
     except BaseException: traceback.print_exc(); passed = False
