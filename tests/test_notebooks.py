@@ -13,9 +13,9 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "algorithms": "01_weights 02_soft_head 03_prototypes 04_fedgen 04a_class_gradients 05_creff",
     "algorithms/joint": "01_gradients 03_moving_geometry 06_networks 08_bank 09_losses 10_watch 11_result 12_trainer 14_arms",
     "core": "04_options 07_random 11_schedules",
-    "data": "01_parquet 10_long_tail",
+    "data": "01_parquet 09e_sharp 09f_image_ops 09g_policies 10_long_tail",
     "evaluation": "04_distances 05_fidelity 07_readouts 09_training 13_joint_results",
-    "federated": "02_local 03_clients 04_aggregate 05_ledger 07a_work 07b_result 08_loop 09_trained",
+    "federated": "02_local 03_clients 04_aggregate 05_ledger 07a_work 07b_result 08_loop 09_trained 11_setup",
     "federated/engines": "01_base 01b_serial 02_batched 04_workers",
     "finetune": "04_finetune 05_repairs 08_trained_arms 09_head_arms",
     "generators": "01_base 02_gaussian 03_align 04_safs 05_mlp 07_fedgen_net 08_fedgen 09_resample 10_latent_diffusion "

@@ -17,7 +17,7 @@ def broken(tmp_path_factory):
     "A project in which the second stage fails."
     project = Project.make(tmp_path_factory.mktemp("broken") / "project")
     nb = nbformat.read(project.stages / "20_train.ipynb", 4)
-    next(c for c in nb.cells if "fit(network" in c.source).source = BREAK
+    next(c for c in nb.cells if "result = fit(" in c.source).source = BREAK
     nbformat.write(nb, project.stages / "20_train.ipynb")
     project.write("cracked", title=None, stages=CHAIN[:3], **dict.fromkeys(("generator", "gen_steps", "bank_per_class", "finetune_rounds", "finetune_steps", "oracle_per_class")))
     project.first = project.fedgal("run", "cracked")
