@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is missing; install the project first: pip install -e .")
 
 TRAINING = {"seed": 0, "model": "cnn8", "head": "linear", "norm": "group", "local_loss": "ce", "augment": "none", "augment_options": {}}
-TRAINING |= {"batch_size": 16, "lr": 0.05, "momentum": 0.9}
+TRAINING |= {"batch_size": 16, "lr": 0.05, "momentum": 0.9, "train_sampling": "plain"}
 OPTIONS = {
     "fedprox": {"prox_mu": 0.01},
     "fedgen_pfllib": {"algorithm_options": {"steps": 5}},
