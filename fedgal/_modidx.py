@@ -3116,6 +3116,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fedgal/privacy/user_options.py'),
                                              'fedgal.privacy.user_options.StepOptions': ( 'privacy/user_options.html#stepoptions',
                                                                                           'fedgal/privacy/user_options.py'),
+                                             'fedgal.privacy.user_options.StepOptions.in_words': ( 'privacy/user_options.html#stepoptions.in_words',
+                                                                                                   'fedgal/privacy/user_options.py'),
                                              'fedgal.privacy.user_options.StepOptions.local': ( 'privacy/user_options.html#stepoptions.local',
                                                                                                 'fedgal/privacy/user_options.py'),
                                              'fedgal.privacy.user_options.UpdateUserOptions': ( 'privacy/user_options.html#updateuseroptions',

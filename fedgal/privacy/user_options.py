@@ -53,6 +53,11 @@ class StepOptions(UserOptions):
         steps, size = self.num_local_updates, self.num_data_per_local_update_step
         return LocalOptions(steps=steps, batch_size=size, lr=self.local_learning_rate)
 
+    def in_words(self) -> str:
+        "How many steps on how many data points."
+        n, size = self.num_local_updates, self.num_data_per_local_update_step
+        return f"{n} step{'s' * (n > 1)} of {size} data point{'s' * (size > 1)}"
+
 class UpdateUserOptions(StepOptions):
     "Fields of `local_update`."
 

@@ -206,9 +206,8 @@ class UpdateUser(User):
 
     def __str__(self):
         o = self.options
-        steps = f"{o.num_local_updates} steps on {o.num_data_per_local_update_step} data points each"
         who = f"user {self.clients[0].id} sends the change of its parameters"
-        return described(self, f"{who} after {steps}, learning rate {o.local_learning_rate:g}")
+        return described(self, f"{who} after {o.in_words()}, learning rate {o.local_learning_rate:g}")
 
 class AggregateClient(User):
     "Many users of whom the server sees the weighted mean of their changes."
@@ -220,10 +219,8 @@ class AggregateClient(User):
         return list(range(*self.options.user_range))
 
     def __str__(self):
-        o = self.options
-        first, last = self.clients[0].id, self.clients[-1].id
-        steps = f"{o.num_local_updates} steps on {o.num_data_per_local_update_step} data points each"
-        return described(self, f"the mean change of users {first} to {last}, weighted by data points, after {steps}")
+        who = f"the mean change of users {self.clients[0].id} to {self.clients[-1].id}, weighted by data points"
+        return described(self, f"{who}, after {self.options.in_words()}")
 
 # %% ../../nbs/privacy/12_users.ipynb #b1f0ebc2
 def described(
