@@ -19,7 +19,7 @@ BN_MODES = ("eval_public", "train_private", "train_then_restore")
 class UserOptions(Options):
     "Fields of every kind of user."
 
-    num_data_points: int = option(1, "data points of each user", ge=1)
+    num_data_points: int | None = option(1, "data points of each user; None: all that it has", ge=1)
     provide_labels: bool = option(False, "whether the message holds the sorted labels")
     provide_num_data_points: bool = option(True, "whether the message holds the number of data points")
     provide_buffers: bool = option(False, "whether the message holds the buffers after local work")
@@ -42,7 +42,7 @@ class GradientUserOptions(UserOptions):
 class StepOptions(UserOptions):
     "Fields of users that take steps."
 
-    num_data_points: int = option(4, "data points of each user", ge=1)
+    num_data_points: int | None = option(4, "data points of each user; None: all that it has", ge=1)
     num_local_updates: int = option(4, "steps of local work", ge=1)
     num_data_per_local_update_step: int = option(1, "data points in a step", ge=1)
     local_learning_rate: float = option(1e-3, "learning rate of a step", gt=0)
@@ -67,7 +67,7 @@ class AggregateOptions(StepOptions):
     "Fields of `multiuser_aggregate`."
 
     user_range: tuple[int, int] = option((0, 1000), "first user, and the first one that is left out", ge=0)
-    num_data_points: int = option(1000, "data points of each user", ge=1)
+    num_data_points: int | None = option(1000, "data points of each user; None: all that it has", ge=1)
     num_local_updates: int = option(1, "steps of local work", ge=1)
     num_data_per_local_update_step: int = option(100, "data points in a step", ge=1)
     provide_local_hyperparams: bool = option(False, "whether the message holds learning rate and steps")

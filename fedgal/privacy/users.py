@@ -106,13 +106,14 @@ class Sends:
 def data_of(
     data,  # list or mapping: user -> (inputs [N, ...], targets [N, ...])
     user: int,
-    n: int,  # data points wanted
+    n: int | None,  # data points wanted; None: all
 ) -> tuple[Tensor, Tensor]:
     "The first data points of a user; raises `FedgalError` if there are too few or no such user."
     users = sorted(data) if isinstance(data, Mapping) else range(len(data))
     if user not in users:
         raise FedgalError(f"there are no data of user {user}; users with data: {shortlist(list(users))}")
     x, y = data[user]
+    n = len(x) if n is None else n
     if min(len(x), len(y)) < n:
         raise FedgalError(f"user {user} has {min(len(x), len(y))} data points; num_data_points asks for {n}")
     return x[:n], y[:n]
@@ -145,7 +146,7 @@ def worked(task: Task, model: nn.Module, client: MultiStepClient) -> ClientUpdat
 
 def used_points(client: MultiStepClient) -> int:
     "How many data points of a client have a part in its message."
-    return min(client.n_examples, (client.config.steps or 1) * client.config.batch_size)
+    return min(client.n_examples, client.config.steps * client.config.batch_size or client.n_examples)
 
 # %% ../../nbs/privacy/12_users.ipynb #33f0995d
 class User(Sends):
@@ -161,7 +162,7 @@ class User(Sends):
         self.buffers = copy_tensors(persistent_buffers(model))  # of a server that sends none
         self.loss = LocalPrivacy(loss, o.local_diff_privacy, o.bn_mode == "eval_public", o.data_key == "input_ids")
         self.loss.prepare(self.model)
-        local = o.local() if isinstance(o, StepOptions) else LocalOptions(batch_size=o.num_data_points)
+        local = o.local() if isinstance(o, StepOptions) else LocalOptions()
         held = {k: data_of(data, k, o.num_data_points) for k in self.users(data)}
         self.clients = [self.client_type(k, x, y, local) for k, (x, y) in held.items()]
         self.queries = 0
