@@ -87,7 +87,8 @@ class Release:
         signal = ", ".join(f"{k} {v:.3g}" for k, v in self.signal_to_noise.items())
         return (
             f"class statistics, epsilon = {self.epsilon:g}, delta = {self.delta:g} ({self.unit}, {self.adjacency}), "
-            f"length at most {self.bound:g}, mu = {self.mu:.4g}; noise ({self.noise}): {blocks}; signal-to-noise: {signal}"
+            f"length at most {self.bound:g}, mu = {self.mu:.4g}; "
+            f"noise ({self.noise}): {blocks}; signal-to-noise: {signal}"
         )
 
 # %% ../../nbs/privacy/03_release.ipynb #d9030012
