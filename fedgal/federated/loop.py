@@ -67,6 +67,7 @@ def _clients_after(algorithm, state, accepted, options, keeps):
         return dict(state.own)
     return {**state.own, **{u.client: contiguous(keeps[u.client]) for u in accepted if keeps[u.client]}}
 
+# %% ../../nbs/federated/08_loop.ipynb #20b6733d
 def _mean(values):
     "Of pairs (number of examples, value); None without any."
     return sum(n * v for n, v in values) / sum(n for n, _ in values) if values else None

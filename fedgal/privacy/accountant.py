@@ -130,6 +130,26 @@ def _epsilon(charges, delta):
     sampled = [sampled_rdp(c.sigma / c.sensitivity, c.rate, c.steps) for c in charges if c.rate < 1]
     return rdp_epsilon(sum(whole + sampled), delta)
 
+def _joined(charges, charge):
+    "The charges with one more, which counts as further steps of an equal one before it."
+    for other in charges:
+        if (other.unit, other.adjacency) != (charge.unit, charge.adjacency):
+            a, b = (f"{c.unit}, {c.adjacency}" for c in (other, charge))
+            raise FedgalError(f"privacy of {a} and of {b} does not add up; keep an accountant of each")
+    last = charges[-1] if charges else None
+    if last and replace(last, steps=charge.steps) == charge:
+        return (*charges[:-1], replace(last, steps=last.steps + charge.steps))
+    return (*charges, charge)
+
+def _steps_that_fit(charges, charge, budget, delta):
+    "How many steps of a charge that is too large as a whole."
+    low, high = 0, charge.steps
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _epsilon((*charges, replace(charge, steps=middle)), delta) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
 # %% ../../nbs/privacy/01_accountant.ipynb #d9010026
 @dataclass(frozen=True)
 class Accountant:
@@ -148,27 +168,15 @@ class Accountant:
 
     def spend(self, charge: Charge) -> Accountant:
         "The accountant after a charge; raises FedgalError where the budget does not allow it."
-        for other in self.charges:
-            if (other.unit, other.adjacency) != (charge.unit, charge.adjacency):
-                a, b = (f"{c.unit}, {c.adjacency}" for c in (other, charge))
-                raise FedgalError(f"privacy of {a} and of {b} does not add up; keep an accountant of each")
-        last = self.charges[-1] if self.charges else None
-        if last and replace(last, steps=charge.steps) == charge:
-            charges = (*self.charges[:-1], replace(last, steps=last.steps + charge.steps))
-        else:
-            charges = (*self.charges, charge)
+        charges = _joined(self.charges, charge)
         if self.budget is not None and (after := _epsilon(charges, self.delta)) > self.budget * (1 + 1e-9):
             raise FedgalError(self._refusal(charge, after))
         return replace(self, charges=charges)
 
     def _refusal(self, charge, after):
-        low, high = 0, charge.steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = _epsilon((*self.charges, replace(charge, steps=middle)), self.delta) <= self.budget
-            low, high = (middle, high) if fits else (low, middle)
+        fit = _steps_that_fit(self.charges, charge, self.budget, self.delta)
         spent = f"it would bring epsilon from {self.epsilon():.4g} to {after:.4g} at delta = {self.delta:g}"
-        fitting = f"{low} of its {charge.steps} steps fit" if low else "no step of it fits"
+        fitting = f"{fit} of its {charge.steps} steps fit" if fit else "no step of it fits"
         advice = f"{fitting}; more noise or fewer rounds spend less"
         return f"privacy budget epsilon = {self.budget:g} does not allow {charge.what}: {spent}; {advice}"
 
