@@ -123,6 +123,7 @@ class Charge:
         "Of all its steps together, without what sampling saves."
         return self.sensitivity / self.sigma * math.sqrt(self.steps)
 
+# %% ../../nbs/privacy/01_accountant.ipynb #d9010031
 def _epsilon(charges, delta):
     if all(c.rate == 1 for c in charges):
         return gaussian_epsilon(math.hypot(*[c.mu for c in charges]), delta)
