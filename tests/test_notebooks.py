@@ -25,6 +25,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "models": "02_heads 04_networks 07_encode",
     "models/losses": "02_base 03_matching 04_contrastive 05_geometry 06_local",
     "pipeline": "09_kernels 14_tune",
+    "privacy": "01_accountant 03_release 04_clipping",
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",
     "report/plots": "00_style 01_axes 02_data 03_training 04_features 05_results 05a_encoders 06_differences 07_classes 08_joint",
     "stats": "03_moments 04_radius 06_prototypes 07_teachers",

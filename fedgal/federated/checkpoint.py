@@ -18,7 +18,7 @@ from .state import LastRound, State
 
 # %% ../../nbs/federated/07_checkpoint.ipynb #608640f0
 KEEP = 2  # checkpoints on disk
-_OF_UPDATE = ("client", "kind", "n_examples", "train_loss")  # what is saved of an update beside its tensors
+_OF_UPDATE = ("client", "kind", "n_examples", "train_loss", "privacy")  # what is saved of an update beside its tensors
 
 def _groups(state, last):
     "The tensors of a state by group, without what clients keep."
@@ -60,7 +60,8 @@ def _read_state(folder, files, device):
     parameters, buffers, extras = (groups.get(name, {}) for name in ("parameters", "buffers", "extras"))
     payload = ServerPayload(parameters, buffers, record["round"], extras)
     own = files.read(record["own"], device)
-    state = State(payload, tuple(record["history"]), tuple(record["ledger"]), own, groups.get("server", {}))
+    history, ledger, remembered = (tuple(record[name]) for name in ("history", "ledger", "postprocessors"))
+    state = State(payload, history, ledger, own, groups.get("server", {}), remembered)
     last = _read_last(record, groups) if record["last"] else None
     return record["identity"], state, last
 
@@ -141,6 +142,7 @@ class Checkpoints:
             "identity": self.who,
             "history": state.history,
             "ledger": state.ledger,
+            "postprocessors": state.postprocessors,
             "own": self.files.write(state.own, state.payload.round),
             "last": _last_json(last) if last else None,
         }

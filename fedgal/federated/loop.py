@@ -24,18 +24,23 @@ from .ledger import Ledger
 from .messages import ClientUpdate, payload_from
 from .postprocess import take_step
 from .result import FederationResult, delivered, judged, last_round_of_all, last_round_of_own
-from .state import FederationOptions, State, choose
+from .state import FederationOptions, State, choose, n_chosen
 from .work import Task, as_deltas, record_messages
 from ..models.losses.protocol import task_loss
 
 # %% ../../nbs/federated/08_loop.ipynb #20b6733b
-def _postprocessed(before, after, postprocessors, n_clients, seed):
-    "The merged model, its step changed by the postprocessors."
+def _merged(algorithm, state, accepted, options, seed, weights, n_expected):
+    "The mean model after the postprocessors, what these remember, numbers for the history."
+    before = state.payload
+    postprocessors = options.make_postprocessors(state.postprocessors)
+    if any(p.private for p in postprocessors):
+        weights = {u.client: 1.0 for u in accepted}
+    after = algorithm.merge(before, accepted, weights=weights, bn=options.bn)
     if not postprocessors:
-        return after
+        return after, (), {}
     step = {n: p - before.parameters[n] for n, p in after.parameters.items()}
-    step = take_step(postprocessors, step, n_clients, seed, before.round)
-    return replace(after, parameters={n: p + step[n] for n, p in before.parameters.items()})
+    step, states, numbers = take_step(postprocessors, step, accepted, n_expected, seed, before.round)
+    return replace(after, parameters={n: p + step[n] for n, p in before.parameters.items()}), states, numbers
 
 def contiguous(tensors: Tensors) -> Tensors:
     "Tensors as a checkpoint gives them back; laid out otherwise they may round otherwise."
@@ -45,17 +50,16 @@ def _plain(payload):
     parts = {name: contiguous(getattr(payload, name)) for name in ("parameters", "buffers", "extras")}
     return replace(payload, **parts)
 
-def _served(algorithm, model, state, accepted, options, seed, weights):
-    "What the server makes of a round: the next payload, what it keeps, numbers for the history."
-    payload = replace(state.payload, round=state.payload.round + 1)
+def _served(algorithm, model, state, accepted, options, seed, weights, n_expected):
+    "What the server makes of a round: next payload, what it and postprocessors keep, numbers for the history."
+    payload, states, more = replace(state.payload, round=state.payload.round + 1), state.postprocessors, {}
     if len(accepted) < options.min_clients:
-        return payload, state.server, {}
+        return payload, state.server, states, {}
     if not algorithm.personal:
-        payload = algorithm.merge(state.payload, accepted, weights=weights, bn=options.bn)
-        payload = _postprocessed(state.payload, payload, options.make_postprocessors(), len(accepted), seed)
+        payload, states, more = _merged(algorithm, state, accepted, options, seed, weights, n_expected)
     extras, server, numbers = algorithm.serve(model, state.payload, accepted, state.server, seed)
     server = contiguous(algorithm.remember(payload, server))
-    return _plain(replace(payload, extras=extras)), server, numbers
+    return _plain(replace(payload, extras=extras)), server, states, {**numbers, **more}
 
 def _clients_after(algorithm, state, accepted, options, keeps):
     "What every client keeps after a round; in one that failed nothing is averaged, and only own weights move."
@@ -63,6 +67,7 @@ def _clients_after(algorithm, state, accepted, options, keeps):
         return dict(state.own)
     return {**state.own, **{u.client: contiguous(keeps[u.client]) for u in accepted if keeps[u.client]}}
 
+# %% ../../nbs/federated/08_loop.ipynb #20b6733d
 def _mean(values):
     "Of pairs (number of examples, value); None without any."
     return sum(n * v for n, v in values) / sum(n for n, _ in values) if values else None
@@ -90,13 +95,13 @@ def run_round(
     ledger = Ledger(state.ledger)
     algorithm = options.make_algorithm()
     chosen = [clients[i] for i in choose(len(clients), options.participation, seed, payload.round)]
-    task = Task(algorithm, payload, seed, loss, options.bn, options.make_postprocessors())
+    task = Task(algorithm, payload, seed, loss, options.bn, options.make_postprocessors(state.postprocessors))
     updates, kept = zip(*engine.work(task, model, chosen, state.own), strict=True)
     keeps = {c.id: tensors for c, tensors in zip(chosen, kept, strict=True)}
     accepted, rejected = check_updates(as_deltas(chosen, updates, payload.round), payload, options.norm_factor)
     pairs = zip(chosen, updates, strict=True)
     sizes = [record_messages(ledger, algorithm, c, payload, u, options.bn) for c, u in pairs]
-    new, server, numbers = _served(algorithm, model, state, accepted, options, seed, weights)
+    new, server, states, numbers = _served(algorithm, model, state, accepted, options, seed, weights, len(chosen))
     row = {
         "round": payload.round + 1,
         **_losses(accepted),
@@ -109,7 +114,7 @@ def run_round(
         **({"engine": engine.note} if engine.note else {}),
     }
     own = _clients_after(algorithm, state, accepted, options, keeps)
-    return State(new, (*state.history, row), tuple(ledger.to_json()), own, server), accepted
+    return State(new, (*state.history, row), tuple(ledger.to_json()), own, server, states), accepted
 
 # %% ../../nbs/federated/08_loop.ipynb #ae9653de
 CHANNELS_LAST = 16  # pixels along the shorter side of an image, from which on it pays for convolutions
@@ -175,6 +180,14 @@ def start_state(
     return State(payload, own=merged, server=server)
 
 # %% ../../nbs/federated/08_loop.ipynb #af188e5a
+def _check_postprocessors(options, payload, n_clients, weights):
+    "Raise, before anything runs, for what postprocessors cannot work with."
+    postprocessors = options.make_postprocessors()
+    if weights and any(p.private for p in postprocessors):
+        raise FedgalError("with privacy all clients weigh the same, or the weights move the sensitivity; give none")
+    for p in postprocessors:
+        p.check_start(payload, n_chosen(n_clients, options.participation))
+
 def _last_round(state, accepted, base, model, clients, options, seed, engine, loss):
     "The last round with the model of every client; where each has its own, nobody trains for it."
     if options.make_algorithm().personal:
@@ -199,8 +212,8 @@ def fit(
     if not clients: raise FedgalError("a federation needs at least one client")
     algorithm = options.make_algorithm()
     model, clients = prepared(algorithm, model, clients, loss)
-    state = start_state(algorithm, model, clients, seed, own)
-    last = None
+    state, last = start_state(algorithm, model, clients, seed, own), None
+    _check_postprocessors(options, state.payload, len(clients), weights)
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     wanted = name_of(engine) if isinstance(engine, Engine) else engine
     name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss), options.rounds)

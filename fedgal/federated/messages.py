@@ -107,7 +107,8 @@ def _disclosed(update):
         return "that local training failed"
     what = "parameter change" if update.kind == "delta" else "loss gradient"
     single = ": follows from a single example" if update.n_examples == 1 else ""
-    parts = [f"{what} of n = {update.n_examples}{single}"] if update.tensors else []
+    size = f", {update.privacy}" if update.privacy else f" of n = {update.n_examples}{single}"
+    parts = [f"{what}{size}"] if update.tensors else []
     if update.buffers:
         parts.append("normalisation means and variances (buffers)")
     parts += [name for name in ("labels", "hyperparams", "statistics") if getattr(update, name) is not None]
@@ -129,6 +130,7 @@ class ClientUpdate:
     hyperparams: dict | None = None
     statistics: Tensors | None = None
     failure: str | None = None  # why there are no tensors
+    privacy: str = ""  # what protects the tensors, in words; the number of examples is then not told
 
     def __post_init__(self):
         one_of("update kind", self.kind, ("gradient", "delta"))

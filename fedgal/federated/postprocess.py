@@ -4,16 +4,38 @@
 
 # %% ../../nbs/federated/02d_postprocess.ipynb #9057a004
 from __future__ import annotations
+from dataclasses import dataclass
 import torch
 from ..core.errors import FedgalError
 from ..core.options import Options
-from ..core.random import stream
+from ..core.random import PrivacyNoise, stream
 from ..core.registry import Registry
 from ..core.tensors import Tensors
-from .messages import ClientUpdate
+from .messages import ClientUpdate, ServerPayload
 
 # %% auto #0
-__all__ = ['POSTPROCESSORS', 'Postprocessor', 'make_postprocessors', 'leave_client', 'take_step']
+__all__ = ['POSTPROCESSORS', 'Draws', 'Postprocessor', 'make_postprocessors', 'leave_client', 'take_step']
+
+# %% ../../nbs/federated/02d_postprocess.ipynb #9057a016
+@dataclass(frozen=True)
+class Draws:
+    "The random numbers of one postprocessor in a round, at one client or on the server."
+
+    seed: int
+    purpose: str
+    round: int
+    client: int = 0
+
+    def stream(self) -> torch.Generator:
+        "For anything but privacy."
+        return stream(self.seed, self.purpose, self.round, self.client)
+
+    def noise(
+        self,
+        kind: str,  # "secret", or "repeatable" by the seed
+    ) -> PrivacyNoise:
+        "For privacy."
+        return PrivacyNoise(None if kind == "secret" else self.seed, self.purpose, self.round, self.client)
 
 # %% ../../nbs/federated/02d_postprocess.ipynb #9057a006
 class Postprocessor:
@@ -21,38 +43,73 @@ class Postprocessor:
 
     Options: type[Options] = Options
     name = ""
+    private = False  # True: all clients weigh the same, and nothing but their tensors is of use to the server
 
     def __init__(self, options: Options | None = None):
         self.options = self.Options() if options is None else options
+        self.state = self.start()
 
-    def client(self, update: ClientUpdate, rng: torch.Generator) -> ClientUpdate:
+    def start(self) -> dict:  # JSON values
+        "What is remembered before the first round."
+        return {}
+
+    def check_federation(self, federation) -> None:
+        "Raise a `FedgalError` for `FederationOptions` that it cannot be combined with."
+
+    def check_start(self, payload: ServerPayload, n_expected: int) -> None:
+        "Raise a `FedgalError` for a model, or a number of clients in a round, that it cannot work with."
+
+    def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         "What leaves the client."
         return update
 
-    def server(self, step: Tensors, n_clients: int, rng: torch.Generator) -> Tensors:
-        "What is added to the model, from the mean of `n_clients` updates."
-        return step
+    def server(
+        self,
+        step: Tensors,  # the mean of `updates`
+        updates: list[ClientUpdate],  # accepted ones, at least one
+        n_expected: int,  # clients that were asked
+        draws: Draws,
+    ) -> tuple[Tensors, dict, dict]:
+        "What is added to the model, what is remembered for the next round, numbers for the history."
+        return step, self.state, {}
 
-POSTPROCESSORS = Registry("postprocessor", {})
+# %% ../../nbs/federated/02d_postprocess.ipynb #9057a017
+POSTPROCESSORS = Registry(
+    "postprocessor",
+    {
+        "client_dp": "fedgal.privacy.postprocessors:ClientDP",
+        "local_noise": "fedgal.privacy.postprocessors:LocalNoise",
+    },
+)
 
 def make_postprocessors(
     given: list[dict],  # {"name": ..., option: value}, in the order in which they act
+    states: tuple[dict, ...] = (),  # what they remember; none: as before the first round
 ) -> tuple[Postprocessor, ...]:
     "Postprocessors by name; an unknown name or option lists those that exist."
     for one in given:
         if "name" not in one: raise FedgalError(f"postprocessor {one}: which one? give its name")
-    return tuple(
+    made = tuple(
         POSTPROCESSORS.make(one["name"], values={n: v for n, v in one.items() if n != "name"}) for one in given
     )
+    for p, state in zip(made, states, strict=bool(states)):
+        p.state = state
+    return made
 
 def leave_client(postprocessors: tuple, update: ClientUpdate, seed: int, round: int) -> ClientUpdate:
     "An update after all of them, in their order; a failed one stays."
-    for p in postprocessors if not update.failure else ():
-        update = p.client(update, stream(seed, f"postprocess {p.name}", round, update.client))
+    for i, p in enumerate(postprocessors if not update.failure else ()):
+        update = p.client(update, Draws(seed, f"postprocess {i} {p.name}", round, update.client))
     return update
 
-def take_step(postprocessors: tuple, step: Tensors, n_clients: int, seed: int, round: int) -> Tensors:
+def take_step(
+    postprocessors: tuple, step: Tensors, updates: list[ClientUpdate], n_expected: int, seed: int, round: int
+) -> tuple[Tensors, tuple[dict, ...], dict]:  # the step, what each remembers, numbers for the history
     "The mean step after all of them, in their order."
-    for p in postprocessors:
-        step = p.server(step, n_clients, stream(seed, f"postprocess {p.name} server", round))
-    return step
+    states, numbers = [], {}
+    for i, p in enumerate(postprocessors):
+        draws = Draws(seed, f"postprocess {i} {p.name} server", round)
+        step, state, row = p.server(step, updates, n_expected, draws)
+        states.append(state)
+        numbers |= row
+    return step, tuple(states), numbers

@@ -80,7 +80,7 @@ def last_round_of_all(
     rest = [c for i, c in enumerate(clients) if i not in took_part]
     ledger = Ledger(state.ledger)
     algorithm = options.make_algorithm()
-    task = Task(algorithm, base, seed, loss, options.bn, options.make_postprocessors())
+    task = Task(algorithm, base, seed, loss, options.bn, options.make_postprocessors(state.postprocessors))
     late = [update for update, _ in engine.work(task, model, rest, state.own)] if rest else []
     for c, u in zip(rest, late, strict=True):
         record_messages(ledger, algorithm, c, base, u, options.bn)

@@ -37,13 +37,14 @@ class FederationOptions(Options):
 
     def check(self) -> None:
         self.make_algorithm()
-        self.make_postprocessors()
+        for p in self.make_postprocessors():
+            p.check_federation(self)
 
     def make_algorithm(self) -> Algorithm:
         return get_algorithm(self.algorithm, **self.options)
 
-    def make_postprocessors(self) -> tuple[Postprocessor, ...]:
-        return make_postprocessors(self.postprocessors)
+    def make_postprocessors(self, states: tuple[dict, ...] = ()) -> tuple[Postprocessor, ...]:
+        return make_postprocessors(self.postprocessors, states)
 
 # %% ../../nbs/federated/06a_state.ipynb #2c0b95a8
 def n_chosen(
@@ -79,6 +80,7 @@ class State:
     ledger: tuple[dict, ...] = ()  # rows of the `Ledger`
     own: dict[int, Tensors] = field(default_factory=dict)  # client -> what it keeps
     server: Tensors = field(default_factory=dict)  # what the server keeps
+    postprocessors: tuple[dict, ...] = ()  # what each remembers
 
 # %% ../../nbs/federated/06a_state.ipynb #a1b2c3d4
 @dataclass(frozen=True, eq=False)
