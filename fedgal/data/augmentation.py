@@ -30,12 +30,45 @@ class Augmentation:
     def __init__(self, options: Options | None = None):
         self.options = self.Options() if options is None else options
 
+    def draw(
+        self,
+        shape: torch.Size,  # of a batch: B, C, H, W
+        generator: torch.Generator,  # on the CPU
+    ) -> list[Tensor]:  # each [B, ...], on the CPU
+        "All random numbers behind the views of a batch."
+        raise NotImplementedError
+
+    def view(
+        self,
+        x: Tensor,  # [B, C, H, W], B > 0
+        *draws: Tensor,  # see `draw`
+    ) -> Tensor:  # [B, C, H, W] of any dtype, one view of each image
+        "The views that these random numbers stand for."
+        raise NotImplementedError
+
     def __call__(
         self,
-        x: Tensor,  # [B, C, H, W]; raises for tables
+        x: Tensor,  # [B, C, H, W], uint8 or floating point; raises for tables
         generator: torch.Generator,  # on the CPU
-    ) -> Tensor:  # like `x`, one view of each image
-        raise NotImplementedError
+    ) -> Tensor:  # like `x`
+        "One random view of each image."
+        return self.batches([x], [generator])[0]
+
+    def batches(
+        self,
+        batches: list[Tensor],  # of images of one shape
+        generators: list[torch.Generator],  # one for each batch
+    ) -> list[Tensor]:  # the views of each batch
+        "Views of several batches in one go, each from its own generator."
+        for x in batches:
+            check_images(x)
+        draws = [self.draw(x.shape, g) for x, g in zip(batches, generators, strict=True)]
+        x = torch.cat(batches)
+        if not len(x):  # a client without samples
+            return batches
+        y = self.view(x, *(torch.cat(d) for d in zip(*draws, strict=True)))
+        y = y.round() if x.dtype == torch.uint8 and y.is_floating_point() else y
+        return list(y.to(x.dtype).split([len(b) for b in batches]))
 
     def for_data(
         self,

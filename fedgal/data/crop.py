@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.options import Options, option
-from .augmentation import Augmentation, check_images
+from .augmentation import Augmentation
 
 # %% ../../nbs/data/09b_crop.ipynb #3c800a8b
 class CropOptions(Options):
@@ -29,13 +29,21 @@ class Crop(Augmentation):
     def mirrors(self) -> bool:
         return self.options.flip
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        "Views of a batch [B, C, H, W], best as uint8: padding is then black."
-        check_images(x)
+    def padding(self, h: int, w: int) -> int:
+        "Pixels on each side."
+        return min(4, round(min(h, w) / 8)) if self.options.crop is None else self.options.crop
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+        "Shifts down and to the right, and a number that says whether to mirror; each [B, 1]."
+        b, _, h, w = shape
+        shifts = torch.randint(0, 2 * self.padding(h, w) + 1, (2, b, 1), generator=generator)
+        return [*shifts, torch.rand(b, 1, generator=generator)]
+
+    def view(self, x: Tensor, dy: Tensor, dx: Tensor, chance: Tensor) -> Tensor:
+        "Best of uint8: padding is then black."
         b, c, h, w = x.shape
-        p = min(4, round(min(h, w) / 8)) if self.options.crop is None else self.options.crop
-        dy, dx = torch.randint(0, 2 * p + 1, (2, b, 1), generator=generator).to(x.device)
-        mirror = torch.rand(b, 1, generator=generator).to(x.device) < 0.5 * self.options.flip
+        p = self.padding(h, w)
+        dy, dx, mirror = (d.to(x.device) for d in (dy, dx, chance < 0.5 * self.options.flip))
         rows, columns = (torch.arange(n, device=x.device) for n in (h, w))
         columns = torch.where(mirror, w - 1 - columns, columns) + dx
         places = (rows + dy)[:, :, None] * (w + 2 * p) + columns[:, None]  # [B, H, W] in the padded image

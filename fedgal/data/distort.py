@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.options import Options, option
-from .augmentation import Augmentation, check_images
+from .augmentation import Augmentation
 
 # %% ../../nbs/data/09c_distort.ipynb #ee8e0a31
 class DistortOptions(Options):
@@ -41,12 +41,11 @@ class Distort(Augmentation):
     Options = DistortOptions
     name = "distort"
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        "Views of a batch [B, C, H, W], uint8 or floating point."
-        check_images(x)
-        if not len(x):  # a client without samples
-            return x
-        u = 2 * torch.rand(len(x), 6, generator=generator).to(x.device) - 1
-        grid = F.affine_grid(affine_maps(u, self.options), list(x.shape), align_corners=False)
-        y = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
-        return y.round().to(x.dtype) if x.dtype == torch.uint8 else y.to(x.dtype)
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+        "Numbers in [0, 1] for `affine_maps`, [B, 6]."
+        return [torch.rand(shape[0], 6, generator=generator)]
+
+    def view(self, x: Tensor, u: Tensor) -> Tensor:
+        "Bilinear, the border repeated."
+        grid = F.affine_grid(affine_maps(2 * u.to(x.device) - 1, self.options), list(x.shape), align_corners=False)
+        return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)

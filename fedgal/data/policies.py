@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from ..core.options import option
 from . import image_ops as ops
-from .augmentation import check_images
 from .crop import Crop, CropOptions
 
 # %% ../../nbs/data/09g_policies.ipynb #5b89321a
@@ -63,17 +62,21 @@ class Colour(Crop):
     Options = ColourOptions
     name = "colour"
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        "Views of a batch uint8 [B, C, H, W] of 1 or 3 channels."
-        check_images(x)
-        ops.check_pixels(x)
-        x = super().__call__(x, generator)
-        for which, level, sign in self.draws(len(x), generator):
-            x = operate(x, which, level, sign, self.options.fill)
-        middle = torch.rand(len(x), 2, generator=generator).to(x.device)
-        return ops.cutout(x, middle, self.options.cutout, self.options.fill) if self.options.cutout else x
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+        "Those of `Crop`, rounds of operations, the middle of the hole [B, 2]."
+        crop = super().draw(shape, generator)
+        rounds = self.operations(shape[0], generator)
+        return [*crop, torch.rand(shape[0], 2, generator=generator), *(d for one in rounds for d in one)]
 
-    def draws(self, n_images: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def view(self, x: Tensor, dy: Tensor, dx: Tensor, chance: Tensor, middle: Tensor, *rounds: Tensor) -> Tensor:
+        "Of uint8 images with 1 or 3 channels."
+        ops.check_pixels(x)
+        x = super().view(x, dy, dx, chance)
+        for which, level, sign in zip(rounds[0::3], rounds[1::3], rounds[2::3], strict=True):
+            x = operate(x, which, level, sign, self.options.fill)
+        return ops.cutout(x, middle.to(x.device), self.options.cutout, self.options.fill) if self.options.cutout else x
+
+    def operations(self, n_images: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
         "Rounds of operations for `operate`: which, level and sign, each [B]."
         level = torch.full((n_images,), self.options.magnitude / 30)
         rounds = []
@@ -124,7 +127,7 @@ class AutoAugment(Colour):
     Options = AutoAugmentOptions
     name = "autoaugment"
 
-    def draws(self, n_images: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def operations(self, n_images: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor]]:
         "The two halves of a random pair for `operate`: which, level and sign, each [B]."
         names = list(OPERATIONS)
         pair = torch.randint(0, len(POLICY), (n_images,), generator=generator)

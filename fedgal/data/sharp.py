@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ..core.options import option
-from .augmentation import Augmentation, check_images
+from .augmentation import Augmentation
 from .distort import DistortOptions, affine_maps
 
 # %% ../../nbs/data/09e_sharp.ipynb #850c28c6
@@ -76,14 +76,13 @@ class Sharp(Augmentation):
     Options = SharpOptions
     name = "sharp"
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        "Views of a batch [B, C, H, W], uint8 or floating point."
-        check_images(x)
-        if not len(x):  # a client without samples
-            return x
-        o = self.options
-        u = (2 * torch.rand(len(x), 7 + 2 * _KNOTS**2, generator=generator) - 1).to(x.device)
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+        "Numbers in [-1, 1] for map, threshold and knots, [B, 25]."
+        return [2 * torch.rand(shape[0], 7 + 2 * _KNOTS**2, generator=generator) - 1]
+
+    def view(self, x: Tensor, u: Tensor) -> Tensor:
+        "Drawn anew at the finer grid, and averaged."
+        o, u = self.options, u.to(x.device)
         shifts = 2 * o.warp * u[:, 7:].view(len(x), 2, -1)
         grid = places(affine_maps(u[:, :6], o), shifts, *(o.scale * n for n in x.shape[2:]))
-        y = redraw(x.float(), grid, (0.5 + o.threshold * u[:, 6]).view(-1, 1, 1, 1), o.scale)
-        return y.round().to(x.dtype) if x.dtype == torch.uint8 else y.to(x.dtype)
+        return redraw(x.float(), grid, (0.5 + o.threshold * u[:, 6]).view(-1, 1, 1, 1), o.scale)

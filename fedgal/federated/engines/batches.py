@@ -5,10 +5,12 @@
 # %% ../../../nbs/federated/engines/02_batches.ipynb #ba7d0003
 from __future__ import annotations
 from collections.abc import Callable
+from functools import partial
 import torch
 from torch import Tensor
 from ...core.random import stream
 from ...core.tensors import Tensors
+from ...data.augmentation import Augmentation
 from ...data.transforms import to_float
 from ..clients import MultiStepClient
 from ..dropout import draw_mask
@@ -61,12 +63,24 @@ def _padded(tensors):
 def _longer(t, n):
     return torch.cat([t, t.new_zeros(n - len(t), *t.shape[1:])])
 
+def _alike(shaken):
+    "Clients by what augments them and by the type of their pixels."
+    groups = {}
+    for one in shaken:
+        groups.setdefault((id(one[1].augment), one[1].x.dtype), []).append(one)
+    return groups.values()
+
 def _augmented(x, active):
-    "Random views of the batch of each client that augments, in place."
-    for of_client, (c, b, rng) in zip(x, active, strict=True):
-        if c.augment:
-            of_client[: len(b)] = c.augment(c.x[c.rows(b)], rng)
-            of_client[len(b) :] = of_client[:1]
+    "Random views of the batch of each client that augments, in place; clients that augment alike in one go."
+    shaken = [(of_client, c, b, rng) for of_client, (c, b, rng) in zip(x, active, strict=True) if c.augment]
+    for some in _alike(shaken):
+        augment = some[0][1].augment
+        batches, rngs = [c.x[c.rows(b)] for _, c, b, _ in some], [rng for *_, rng in some]
+        many = augment.batches if isinstance(augment, Augmentation) else partial(map, augment)
+        views = many(batches, rngs)
+        for (of_client, *_), view in zip(some, views, strict=True):
+            of_client[: len(view)] = view
+            of_client[len(view) :] = of_client[:1]
     return x
 
 def _masks(sizes, drops, rngs):
