@@ -2802,6 +2802,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fedgal/pipeline/execute.py'),
                                          'fedgal.pipeline.execute.StageFailed.__init__': ( 'pipeline/execute.html#stagefailed.__init__',
                                                                                            'fedgal/pipeline/execute.py'),
+                                         'fedgal.pipeline.execute._has_page': ( 'pipeline/execute.html#_has_page',
+                                                                                'fedgal/pipeline/execute.py'),
                                          'fedgal.pipeline.execute._run_notebook': ( 'pipeline/execute.html#_run_notebook',
                                                                                     'fedgal/pipeline/execute.py'),
                                          'fedgal.pipeline.execute._why': ('pipeline/execute.html#_why', 'fedgal/pipeline/execute.py'),

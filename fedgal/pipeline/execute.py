@@ -13,7 +13,7 @@ from ..core.errors import FedgalError
 from ..core.settings import root, settings
 from ..core.store import MANIFEST, load_json, save_json, verify
 from .locks import held
-from .schema import lineage, stage_path
+from .schema import STAGES, lineage, stage_path
 
 # %% ../../nbs/pipeline/10_execute.ipynb #fce12c8e
 class StageFailed(FedgalError):
@@ -35,7 +35,7 @@ def _why(error) -> str:
     return line if name in ("FedgalError", "StageFailed") else f"{name}: {line}"
 
 # %% ../../nbs/pipeline/10_execute.ipynb #28ebca34
-def _run_notebook(stage: str, out: Path, params: dict) -> None:
+def _run_notebook(stage: str, out: Path, params: dict, figures: bool) -> None:
     "Hand a stage's notebook to papermill, with the kernel of this environment."
     import logging
     import papermill as pm
@@ -55,6 +55,7 @@ def _run_notebook(stage: str, out: Path, params: dict) -> None:
             start_timeout=300,
             extra_arguments=["--IPKernelApp.log_level=50"],  # a kernel that is told to end says so as an error
             kernel_manager_class=kernel_manager(sockets),
+            **({} if figures else {"skip_cells_with_tag": "show"}),
         )
 
 # %% ../../nbs/pipeline/10_execute.ipynb #b4e67f52
@@ -62,6 +63,7 @@ def execute(
     stage: str,
     key: str,  # its cache key
     params: dict,  # stage -> {name: value}, for the stage and what it rests on
+    figures: bool = True,  # whether the cells that only show something are run
 ) -> float:  # seconds
     "Run one stage notebook; on success its artifact is complete, on failure nothing of the old state is lost."
     folder = settings().artifacts / stage
@@ -70,7 +72,7 @@ def execute(
     failed = folder / f"{key}.failed.ipynb"
     started = time.monotonic()
     try:
-        _run_notebook(stage, out, params)
+        _run_notebook(stage, out, params, figures)
     except Exception as e:
         if out.exists():
             os.replace(out, failed)
@@ -83,27 +85,35 @@ def execute(
     seconds = round(time.monotonic() - started, 2)
     os.replace(out, folder / f"{key}.ipynb")
     failed.unlink(missing_ok=True)
-    record = {"seconds": seconds, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    record = {"seconds": seconds, "started": datetime.now(UTC).isoformat(timespec="seconds"), "figures": figures}
     save_json(folder / f"{key}.run.json", record)
     return seconds
 
 # %% ../../nbs/pipeline/10_execute.ipynb #eb045a7f
+def _has_page(file: Path, record: Path, figures: bool) -> bool:
+    "Whether a stage was run from its notebook, and with its figures where they are asked for."
+    return file.is_file() and record.is_file() and (load_json(record).get("figures", True) or not figures)
+
 def ensure(
-    stage: str, key: str, params: dict
+    stage: str,
+    key: str,
+    params: dict,
+    page: bool = True,  # whether its page will be published
 ) -> tuple[str, float]:  # ("cached" | "ran", seconds of the run that made it)
     "Make sure that a stage's artifact exists and is whole; two runners of the same key take turns."
     folder = settings().artifacts / stage
     folder.mkdir(parents=True, exist_ok=True)
+    figures = page or STAGES[stage].trains
     with held(folder / f"{key}.run", f"{stage} with these parameters"):
         if not (folder / key / MANIFEST).is_file():
-            return "ran", execute(stage, key, params)
+            return "ran", execute(stage, key, params, figures)
         try:
             verify(folder / key)
         except FedgalError as e:
             raise StageFailed(f"{stage}: {e}; to compute it again: fedgal clean {stage}/{key}", stage) from None
         record = folder / f"{key}.run.json"
-        if not (record.is_file() and (folder / f"{key}.ipynb").is_file()):
-            return "ran", execute(stage, key, params)  # made by hand: no page yet
+        if not _has_page(folder / f"{key}.ipynb", record, figures):
+            return "ran", execute(stage, key, params, figures)  # made by hand, or for a sweep that does not show it
         return "cached", load_json(record)["seconds"]
 
 def run_stage(stage: str, params: dict, stage_keys: dict) -> None:

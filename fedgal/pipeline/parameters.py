@@ -20,6 +20,7 @@ class StageParameters(Options):
 
     inputs: ClassVar[tuple] = ()
     mentions: ClassVar[tuple] = ()  # parameters that name an entry of a registry without running it
+    trains: ClassVar[bool] = True  # False: its figures take longer than its numbers
 
     @classmethod
     def check_run(cls, params: dict) -> None:
@@ -59,6 +60,7 @@ def check_groups(p: StageParameters) -> None:
 class Data(StageParameters):
     "Parameters of `10_data`."
 
+    trains: ClassVar = False
     params_file: str = PARAMS_FILE
     seed: int = SEED
     dataset: str = chosen(

@@ -32,6 +32,7 @@ from fedgal.pipeline.parameters import (
 class Statistics(StageParameters):
     "Parameters of `30_statistics`."
 
+    trains: ClassVar = False
     inputs: ClassVar = ("10_data", "20_train")
 
     params_file: str = PARAMS_FILE
@@ -143,6 +144,7 @@ class Finetune(StageParameters):
 class Evaluate(StageParameters):
     "Parameters of `60_evaluate`."
 
+    trains: ClassVar = False
     inputs: ClassVar = ("10_data", "20_train", "30_statistics", "40_generator", "50_finetune")
 
     params_file: str = PARAMS_FILE
@@ -163,6 +165,7 @@ class Evaluate(StageParameters):
 class Models(StageParameters):
     "Parameters of `61_models`."
 
+    trains: ClassVar = False
     inputs: ClassVar = ("10_data", "20_train")
 
     params_file: str = PARAMS_FILE

@@ -60,7 +60,8 @@ def run_members(exp: Experiment, record: dict, jobs: int) -> None:
     began = time.monotonic()
     needs, owner = graph_of(exp)
     print(f"{exp.name}: {len(exp.members)} member{'s' * (len(exp.members) > 1)}, {len(needs)} stage runs", flush=True)
-    done = run_nodes(needs, lambda n: ensure(*n, owner[n].params), jobs, print_line, LiveLine())
+    pages = set(exp.members[0].keys.items())
+    done = run_nodes(needs, lambda n: ensure(*n, owner[n].params, n in pages), jobs, print_line, LiveLine())
     finish_members(exp, record, done)
     publish_members(exp, record)
     if exp.swept and COMPARE in exp.stages:
