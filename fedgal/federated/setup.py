@@ -64,11 +64,11 @@ def set_up(
     x, y = data.x_train.to(machine.device), data.y_train.to(machine.device)
     rows = {k: i for k, i in enumerate(split.train) if len(i)}
     federation = FederationOptions.make(**params)
-    if params["train_sampling"] == "plain":
-        clients = [MultiStepClient(k, x, y, local, augment=shake, index=i) for k, i in rows.items()]
-        return Training(network, clients, federation, loss, params["seed"])
     counts, labels = split.class_counts(), [data.y_train[i] for i in split.train]
-    draws = {k: balance_weights(labels[k], counts) for k in rows}
-    clients = [MultiStepClient(k, x, y, local, draws[k], shake, index=i) for k, i in rows.items()]
+    balanced = params["train_sampling"] == "balanced"
+    draws = {k: balance_weights(labels[k], counts) for k in rows} if balanced else {}
+    clients = [MultiStepClient(k, x, y, local, draws.get(k), shake, index=i) for k, i in rows.items()]
+    if not balanced:
+        return Training(network, clients, federation, loss, params["seed"])
     told = {k: torch.bincount(labels[k], minlength=data.n_classes) for k in rows}
     return Training(network, clients, federation, loss, params["seed"], client_weights(labels, counts), told)

@@ -7,7 +7,7 @@ __all__ = ['encoders']
 
 # %% ../../../nbs/report/plots/05a_encoders.ipynb #5ae0c004
 import numpy as np
-from scipy import stats
+from ...evaluation.significance import paired_interval
 from .axes import label_ends
 from .style import arm_colors, new_figure, percent, percent_axis, points, to_floats
 from matplotlib.figure import Figure
@@ -16,10 +16,8 @@ from matplotlib.figure import Figure
 def _mean_and_half(values):
     "Mean and half the width of its 95 % t-interval; NaN without a value, no width with one."
     v = to_floats(values)
-    v = v[np.isfinite(v)]
-    if len(v) < 2:
-        return (v[0] if len(v) else np.nan), 0.0
-    return v.mean(), stats.t.ppf(0.975, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
+    mean, (low, high), _ = paired_interval(v[np.isfinite(v)])
+    return (np.nan if mean is None else mean), (0.0 if low is None else (high - low) / 2)
 
 # %% ../../../nbs/report/plots/05a_encoders.ipynb #5ae0c008
 def _encoders_title(mean, arm, baseline):  # mean: arm -> one mean for each encoder

@@ -126,7 +126,8 @@ def _views(real, fake, seed, tsne):  # (x label, y label, real [n, 2], fake [m, 
     if not tsne:
         return views
     both = np.concatenate((real, fake))
-    z = TSNE(2, perplexity=min(30, (len(both) - 1) / 3), init="pca", random_state=seed).fit_transform(both)
+    flat = TSNE(2, perplexity=min(30, (len(both) - 1) / 3), max_iter=500, init="pca", random_state=seed)
+    z = flat.fit_transform(both)
     return [*views, ("t-SNE 1", "t-SNE 2", z[: len(real)], z[len(real) :])]
 
 def _keys(ax, colors):  # entries of the legend: a colour per class, a marker per kind
@@ -157,7 +158,7 @@ def projection(
     classes: Sequence[str] | None = None,
     counts=None,  # [C] training samples, to choose classes from head to tail
     max_classes: int = 6,
-    per_class: int = 60,  # points per class and kind
+    per_class: int = 40,  # points per class and kind
     seed: int = 0,
     tsne: bool = True,  # False: PCA alone, without the seconds that t-SNE takes
 ) -> tuple[Figure, str]:
