@@ -53,6 +53,7 @@ class Scaffold(Algorithm):
     name = "scaffold"
     reference = "Karimireddy et al., ICML 2020"
     summary = "control variates take the drift out of local gradients"
+    additive = True
     sends = "global model and control variate"
     reports = "change of its control variate"
 

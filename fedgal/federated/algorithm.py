@@ -31,6 +31,7 @@ class AlgorithmFacts:
     personal = False  # True: every client keeps its own weights, none are sent or averaged
     mixes = True  # False: what it adds to the loss compares examples by their labels, so there is no mixup
     normalised_prototypes = False  # True: the prototypes that it sends are means of features of length 1
+    additive = False  # True: of reports the server uses nothing but their weighted mean
     history_columns: tuple[str, ...] = ()  # prefixes of the numbers that `serve` adds to the history
     sends = "global model"  # what goes down, in words
     reports = ""  # what goes up beyond the change of weights, in words
@@ -57,6 +58,12 @@ class AlgorithmFacts:
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e333
 class Algorithm(AlgorithmFacts):
     "The hooks of a federated algorithm; as they stand here they are FedAvg."
+
+    @property
+    def only_averages(self) -> bool:
+        "Whether the server makes nothing of updates but their mean."
+        hooks = ("merge", "serve", "report")
+        return not self.personal and all(getattr(type(self), h) is getattr(Algorithm, h) for h in hooks)
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         "A client as this algorithm runs it, once before the first round."

@@ -14,7 +14,7 @@ from ..core.tensors import Tensors
 from .messages import ClientUpdate, ServerPayload
 
 # %% auto #0
-__all__ = ['POSTPROCESSORS', 'Draws', 'Postprocessor', 'make_postprocessors', 'leave_client', 'take_step']
+__all__ = ['POSTPROCESSORS', 'Draws', 'Postprocessor', 'make_postprocessors', 'trained_on', 'leave_client', 'take_step']
 
 # %% ../../nbs/federated/02d_postprocess.ipynb #9057a016
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Postprocessor:
     Options: type[Options] = Options
     name = ""
     private = False  # True: all clients weigh the same, and nothing but their tensors is of use to the server
+    blind = False  # True: the server sees sums over the clients of a round and nothing else
+    single = False  # True: its server hook has to see every update by itself
+    least = 1  # accepted updates that a round needs
 
     def __init__(self, options: Options | None = None):
         self.options = self.Options() if options is None else options
@@ -53,11 +56,19 @@ class Postprocessor:
         "What is remembered before the first round."
         return {}
 
+    def begin(self, clients: list[int], seed: int) -> dict:  # JSON values
+        "What is remembered before the first round, seen who could take part."
+        return self.state
+
     def check_federation(self, federation) -> None:
         "Raise a `FedgalError` for `FederationOptions` that it cannot be combined with."
 
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         "Raise a `FedgalError` for a model, or a number of clients in a round, that it cannot work with."
+
+    def data(self, client, draws: Draws):
+        "A `MultiStepClient` with the examples that it trains on."
+        return client
 
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         "What leaves the client."
@@ -66,7 +77,7 @@ class Postprocessor:
     def server(
         self,
         step: Tensors,  # the mean of `updates`
-        updates: list[ClientUpdate],  # accepted ones, at least one
+        updates: list[ClientUpdate],  # what the server sees: accepted ones, or their sum as one
         n_expected: int,  # clients that were asked
         draws: Draws,
     ) -> tuple[Tensors, dict, dict]:
@@ -79,6 +90,8 @@ POSTPROCESSORS = Registry(
     {
         "client_dp": "fedgal.privacy.postprocessors:ClientDP",
         "local_noise": "fedgal.privacy.postprocessors:LocalNoise",
+        "faults": "fedgal.privacy.faults:Faults",
+        "sum_only": "fedgal.privacy.secure_sum:SumOnly",
     },
 )
 
@@ -96,9 +109,17 @@ def make_postprocessors(
         p.state = state
     return made
 
+def trained_on(postprocessors: tuple, clients: list, seed: int, round: int) -> list:
+    "The clients with the examples that they train on in a round."
+    for i, p in enumerate(postprocessors):
+        clients = [p.data(c, Draws(seed, f"postprocess {i} {p.name} data", round, c.id)) for c in clients]
+    return clients
+
 def leave_client(postprocessors: tuple, update: ClientUpdate, seed: int, round: int) -> ClientUpdate:
     "An update after all of them, in their order; a failed one stays."
-    for i, p in enumerate(postprocessors if not update.failure else ()):
+    for i, p in enumerate(postprocessors):
+        if update.failure:
+            break
         update = p.client(update, Draws(seed, f"postprocess {i} {p.name}", round, update.client))
     return update
 

@@ -16,6 +16,7 @@ from .aggregate import check_updates, merge_buffers
 from .algorithm import Algorithm
 from .ledger import Ledger
 from .messages import ClientUpdate, ServerPayload, load_payload, payload_of
+from .postprocess import trained_on
 from .state import FederationOptions, LastRound, State, choose
 from .work import Task, as_deltas, record_messages
 
@@ -77,10 +78,11 @@ def last_round_of_all(
 ) -> tuple[State, LastRound]:
     "Let the clients that sat out the last round train too; their messages join the ledger."
     took_part = choose(len(clients), options.participation, seed, base.round)
-    rest = [c for i, c in enumerate(clients) if i not in took_part]
+    postprocessors = options.make_postprocessors(state.postprocessors)
+    rest = trained_on(postprocessors, [c for i, c in enumerate(clients) if i not in took_part], seed, base.round)
     ledger = Ledger(state.ledger)
     algorithm = options.make_algorithm()
-    task = Task(algorithm, base, seed, loss, options.bn, options.make_postprocessors(state.postprocessors))
+    task = Task(algorithm, base, seed, loss, options.bn, postprocessors)
     late = [update for update, _ in engine.work(task, model, rest, state.own)] if rest else []
     for c, u in zip(rest, late, strict=True):
         record_messages(ledger, algorithm, c, base, u, options.bn)

@@ -14,6 +14,7 @@ from ..core.options import Options, option
 from ..core.random import stream
 from ..core.tensors import Tensors
 from .aggregate import BN_POLICIES
+from .aggregation import AGGREGATIONS, Aggregation
 from .algorithm import Algorithm, get_algorithm
 from .messages import ClientUpdate, ServerPayload
 from .postprocess import Postprocessor, make_postprocessors
@@ -26,22 +27,41 @@ class FederationOptions(Options):
     participation: float = option(1.0, "share of the clients in a round", gt=0, le=1, shared="participation")
     algorithm: str = option("fedavg", "how clients are combined", shared="algorithm", registry="algorithm")
     options: dict = option({}, "options of the algorithm", shared="algorithm_options")
+    aggregation: str = option("mean", "how updates become one", shared="aggregation", registry="aggregation")
+    aggregation_options: dict = option({}, "options of the rule", shared="aggregation_options")
     norm_factor: float = option(
         0.0, "quarantine updates longer than this many medians; 0: only finite ones", ge=0, shared="norm_factor"
     )
     min_clients: int = option(1, "updates that a round needs; with fewer the model stays", ge=1, shared="min_clients")
     bn: str = option("average", "buffers: averaged, or kept on the clients", one_of=BN_POLICIES, shared="bn")
     eval_every: int = option(1, "rounds between two evaluations; the last round counts", ge=1, shared="eval_every")
-
-    postprocessors: list[dict] = option([], "what happens to updates, in order, for example {name: clip, norm: 1.0}")
+    postprocessors: list[dict] = option(
+        [], "what happens to updates, in order, for example {name: clip, norm: 1.0}", shared="postprocessors"
+    )
 
     def check(self) -> None:
-        self.make_algorithm()
+        self.make_aggregation().check_algorithm(self.make_algorithm())
         for p in self.make_postprocessors():
             p.check_federation(self)
 
+    @property
+    def least(self) -> int:
+        "Accepted updates that a round needs."
+        return max(self.min_clients, self.make_aggregation().least, *(p.least for p in self.make_postprocessors()))
+
+    def check_cohort(self, n: int) -> None:
+        "Raise where no round of `n` clients could succeed."
+        needs = {f"aggregation {self.aggregation}": self.make_aggregation().least}
+        needs |= {f"postprocessor {p.name}": p.least for p in self.make_postprocessors()}
+        for what, least in needs.items():
+            if n < least:
+                raise FedgalError(f"{what} needs {least} accepted updates a round, and a round asks {n} clients")
+
     def make_algorithm(self) -> Algorithm:
         return get_algorithm(self.algorithm, **self.options)
+
+    def make_aggregation(self) -> Aggregation:
+        return AGGREGATIONS.make(self.aggregation, values=self.aggregation_options)
 
     def make_postprocessors(self, states: tuple[dict, ...] = ()) -> tuple[Postprocessor, ...]:
         return make_postprocessors(self.postprocessors, states)

@@ -11,7 +11,6 @@ from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..core.random import PrivacyNoise
 from ..core.tensors import Tensors, l2_norm
-from ..federated.algorithm import Algorithm
 from ..federated.messages import ClientUpdate, ServerPayload
 from ..federated.postprocess import Draws, Postprocessor
 from .accountant import Accountant, Charge, gaussian_sigma
@@ -51,11 +50,6 @@ class PrivacyOptions(Options):
         "secret", "repeatable: from the seed, which protects nobody who knows it", one_of=("secret", "repeatable")
     )
 
-def _only_averages(algorithm):
-    "Whether the server makes nothing of updates but their mean."
-    hooks = ("merge", "serve", "report")
-    return not algorithm.personal and all(getattr(type(algorithm), h) is getattr(Algorithm, h) for h in hooks)
-
 def _anonymous(update, tensors, words):
     "An update without anything beside its tensors."
     if update.kind != "delta":
@@ -85,7 +79,7 @@ class Private(Postprocessor):
         return Accountant.from_json(self.state["accountant"]).spend(self.charge)
 
     def check_federation(self, federation) -> None:
-        if not _only_averages(federation.make_algorithm()):
+        if not federation.make_algorithm().only_averages:
             beyond = f"algorithm {federation.algorithm} lets the server use more of an update than the mean"
             raise FedgalError(f"{self.name}: {beyond}, which has no noise; use fedavg or fedprox")
         if federation.norm_factor:
@@ -116,8 +110,19 @@ class ClientDP(Private):
     name = "client_dp"
     adjacency = "zero-out"
 
+    @property
+    def single(self) -> bool:
+        "Whether lengths are compared with the bound on the server."
+        return self.options.quantile > 0
+
     def start(self) -> dict:
         return {**super().start(), "clip": self.options.clip}
+
+    def check_federation(self, federation) -> None:
+        super().check_federation(federation)
+        if federation.make_aggregation().single:
+            why = f"its noise is made for a mean, and aggregation {federation.aggregation} is none"
+            raise FedgalError(f"client_dp: {why}; use aggregation mean, or local_noise with this one")
 
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         super().check_start(payload, n_expected)
@@ -143,7 +148,8 @@ class ClientDP(Private):
             state["clip"] = clip * math.exp(-o.rate * (share - o.quantile))
             row = {"dp_not_clipped": share}
         std = z * clip / n_expected
-        kept = len(updates) / n_expected  # from the mean of those that came to the fixed denominator
+        answered = sum(u.n_examples for u in updates)  # each tells that it has one
+        kept = answered / n_expected  # from the mean of those that came to the fixed denominator
         step = add_noise({n: kept * t for n, t in step.items()}, std, noise)
         facts = {"dp_epsilon": accountant.epsilon(), "dp_clip": clip, "dp_noise": std, "dp_source": noise.kind}
         return step, state, {**facts, **row}
