@@ -51,6 +51,7 @@ def run_round(
     engine: Engine,
     loss: Callable = task_loss,  # (output, targets) -> [B]
     weights: dict[int, float] | None = None,  # of the clients in the average; default: their numbers of examples
+    messages: Callable | None = None,  # called with the payload and all updates as they were sent
 ) -> tuple[State, list[ClientUpdate]]:  # new state, accepted updates
     "One communication round; `state` is not changed."
     payload = state.payload
@@ -62,6 +63,8 @@ def run_round(
     task = Task(algorithm, payload, seed, loss, options.bn, postprocessors)
     updates, kept = zip(*engine.work(task, model, chosen, state.own), strict=True)
     keeps = {c.id: tensors for c, tensors in zip(chosen, kept, strict=True)}
+    if messages:
+        messages(payload, list(updates))
     look = not any(p.blind for p in postprocessors)
     accepted, rejected = check_updates(as_deltas(chosen, updates, payload.round), payload, options.norm_factor, look)
     pairs = zip(chosen, updates, strict=True)
@@ -178,6 +181,7 @@ def fit(
     on_round: Callable | None = None,  # called with the state after each round
     weights: dict[int, float] | None = None,  # of the clients in the average, by id; default: their numbers of examples
     own: dict[int, Tensors] | None = None,  # client -> what it starts from, where no weights are averaged
+    messages: Callable | None = None,  # called with payload and updates of every round, see `KeptMessages`
 ) -> FederationResult:
     "Run a federation, or what is left of it."
     if not clients: raise FedgalError("a federation needs at least one client")
@@ -199,7 +203,7 @@ def fit(
         for r in progress(range(done, options.rounds), f"resumed after round {done}: round" if done else "round"):
             base = state.payload
             final = r + 1 == options.rounds
-            state, accepted = run_round(state, model, clients, options, seed, runner, loss, weights)
+            state, accepted = run_round(state, model, clients, options, seed, runner, loss, weights, messages)
             if evaluate and (final or (r + 1) % options.eval_every == 0):
                 row = {**state.history[-1], **judged(evaluate, algorithm, model, state, clients)}
                 state = replace(state, history=(*state.history[:-1], row))
