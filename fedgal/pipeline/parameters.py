@@ -127,7 +127,7 @@ class Train(StageParameters):
     aggregation_options: dict = option({}, "options of the rule, for example {n_faulty: 2}; see fedgal params")
     postprocessors: list[dict] = option(
         [],
-        "what happens to updates, in order: client_dp, faults and others, for example [{name: client_dp, clip: 1.0}]",
+        "what happens to updates, in order, as [{name: faults}]",
         registry="postprocessor",
     )
     local_loss: str = chosen("loss", "ce", "what a client minimises; ldam needs head cosine")
