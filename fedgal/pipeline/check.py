@@ -6,7 +6,7 @@
 __all__ = ['named_entries', 'check_run']
 
 # %% ../../nbs/pipeline/07_check.ipynb #c4ec0004
-from .catalogue import entry_of, registry
+from .catalogue import entry_of, named, registry
 from .schema import STAGES, flat, schema
 
 # %% ../../nbs/pipeline/07_check.ipynb #c4ec0006
@@ -16,8 +16,8 @@ def named_entries(params: dict) -> list[tuple[str, str, str]]:  # kind, entry, p
     for stage, values in params.items():
         for row in schema(stage).values():
             if row.registry and row.name not in STAGES[stage].mentions:
-                chosen = values[row.name] if isinstance(values[row.name], list) else [values[row.name]]
-                entries |= {(row.registry, entry_of(row.registry, name)): row.name for name in chosen}
+                names = named(values[row.name])
+                entries |= {(row.registry, entry_of(row.registry, name)): row.name for name in names}
     return [(kind, name, parameter) for (kind, name), parameter in entries.items()]
 
 def check_run(params: dict) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.errors import FedgalError
 from ..core.settings import root, settings
 from ..core.store import load_json, save_json
-from .catalogue import catalogue, entry_of
+from .catalogue import catalogue, entry_of, named
 from .schema import cells, schema, stage_path
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50002
@@ -171,6 +171,5 @@ def chosen_entries(stage: str, params: dict) -> frozenset:
     for row in schema(stage).values():
         value = params.get(row.name)
         if row.registry and value is not None:
-            given = value if isinstance(value, list) else [value]
-            pairs |= {f"{row.registry}:{entry_of(row.registry, name)}" for name in given}
+            pairs |= {f"{row.registry}:{entry_of(row.registry, name)}" for name in named(value)}
     return frozenset(pairs)

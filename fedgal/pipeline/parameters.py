@@ -98,15 +98,19 @@ def check_training(
     "Raise for training that is impossible together."
     from fedgal.federated.local import LocalOptions
     from fedgal.federated.sampling import check_sampling
-    from fedgal.federated.state import FederationOptions, check_participants
+    from fedgal.federated.state import FederationOptions, check_participants, n_chosen
     from fedgal.models.losses.local import local_loss
 
     LocalOptions.make(**params)
     loss = local_loss(params["local_loss"], n_classes=2, rounds=params["rounds"])
-    algorithm = FederationOptions.make(**params).make_algorithm()
+    federation = FederationOptions.make(**params)
+    algorithm = federation.make_algorithm()
     algorithm.check_mixup(params["mixup"], loss)
     check_sampling(params["train_sampling"], algorithm)
     check_participants(params["n_clients"], params["participation"], params["min_clients"])
+    federation.check_cohort(n_chosen(params["n_clients"], params["participation"]))
+    if params["train_sampling"] != "plain" and any(p.private for p in federation.make_postprocessors()):
+        raise FedgalError("with privacy all clients weigh the same: train_sampling = plain")
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0013
 class Train(StageParameters):
@@ -121,6 +125,13 @@ class Train(StageParameters):
     norm: str = chosen("norm", "group", "normalisation layers of the resnets and fedgen")
     algorithm: str = chosen("algorithm", "fedavg", "how clients are combined")
     algorithm_options: dict = option({}, "options of the algorithm, for example {weight: 10}; see fedgal params")
+    aggregation: str = chosen("aggregation", "mean", "how updates become one; robust rules survive faulty clients")
+    aggregation_options: dict = option({}, "options of the rule, for example {n_faulty: 2}; see fedgal params")
+    postprocessors: list[dict] = option(
+        [],
+        "what happens to updates, in order, as [{name: faults}]",
+        registry="postprocessor",
+    )
     local_loss: str = chosen("loss", "ce", "what a client minimises; ldam needs head cosine")
     rounds: int = option(3, "communication rounds", ge=1)
     participation: float = option(1.0, "share of the clients in a round", gt=0, le=1)

@@ -1,0 +1,36 @@
+"""Three faulty clients of ten (NaN, sign flip, drop-out) hardly move what quickstart's training reaches."""
+import pytest
+from conftest import REPO
+
+from fedgal.core.random import prepare
+from fedgal.data.datasets import load_dataset
+from fedgal.data.split import SplitOptions, make_split
+from fedgal.evaluation.metrics import evaluate
+from fedgal.federated.loop import fit
+from fedgal.federated.setup import set_up
+from fedgal.pipeline.schema import load_params, resolve, schema
+
+pytestmark = pytest.mark.slow
+
+FAULTS = {"postprocessors": [{"name": "faults", "share": 0.3, "kinds": ["nan", "sign_flip", "dropout"]}]}
+
+
+def trained(**changes):
+    "Accuracy on the balanced test set, and the history."
+    known = {**schema("10_data"), **schema("20_train")}
+    given = {n: v for n, v in load_params(REPO / "params" / "quickstart.yaml").items() if n in known}
+    params = resolve(["10_data", "20_train"], given | changes)
+    data = load_dataset("digits")
+    split = make_split(data, SplitOptions.make(**params["10_data"]), seed=0)
+    run = set_up(data, split, params["20_train"], prepare())
+    result = fit(run.network, run.clients, run.options, run.seed, "batched", run.loss)
+    return evaluate(result.load(run.network), data.x_test, data.y_test, data.n_classes).accuracy, result.history
+
+
+def test_quarantine_keeps_quickstart_within_three_points():
+    "The mean of what is accepted; robust rules, which ignore numbers of samples, cost far more on this split."
+    clean, _ = trained(rounds=20, eval_every=20)
+    faulty, history = trained(rounds=20, eval_every=20, **FAULTS)
+    reasons = {reason for row in history for _, reason in row["rejected"]}
+    assert any("not finite" in reason for reason in reasons) and "dropped out" in reasons
+    assert faulty > clean - 0.03
