@@ -4,7 +4,6 @@
 
 # %% ../../../nbs/privacy/attacks/07_imprint.ipynb #c3070004
 from __future__ import annotations
-from math import prod
 import torch
 from torch import Tensor, nn
 from ...core.errors import FedgalError

@@ -86,7 +86,8 @@ def local_steps(
     if not (lr and steps):
         return None
     size = min(size or max(n // steps, 1), n)
-    return lr, [[(t * size + i) % n for i in range(size)] for t in range(steps)]
+    batches = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+    return lr, [batches[t % len(batches)] for t in range(steps)]
 
 def sender(
     model: nn.Module,
@@ -166,6 +167,8 @@ class Inversion(Attack):
         sign = -1 if delta and work is None else 1
         target = {name: sign * torch.stack([m.tensors[name] for m in messages]) for name in messages[0].tensors}
         target = {name: t for name, t in target.items() if t.any()}
+        if not target:
+            raise FedgalError("the message is zero in every number; there is no direction to search in")
         rng = stream(self.options.seed, "inversion")
         fixed = work is None or labels_by_step(messages[0], work) is not None
         orders = [torch.arange(n) if fixed else torch.randperm(n, generator=rng) for _ in range(self.options.restarts)]
