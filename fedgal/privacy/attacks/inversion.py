@@ -17,8 +17,8 @@ from ...models.losses.protocol import task_loss
 from .base import ATTACKS, Attack, Finding, Knowledge, examples_behind
 
 # %% auto #0
-__all__ = ['total_variation', 'cosine_distance', 'InversionOptions', 'search', 'local_steps', 'sender', 'picture_shape',
-           'labels_by_step', 'Inversion']
+__all__ = ['total_variation', 'cosine_distance', 'InversionOptions', 'search', 'best_of', 'local_steps', 'sender',
+           'picture_shape', 'labels_by_step', 'labels_of', 'Inversion']
 
 # %% ../../../nbs/privacy/attacks/06_inversion.ipynb #c2060007
 def total_variation(
@@ -47,6 +47,7 @@ class InversionOptions(Options):
     label_attack: str = option("label_counts", "finds labels that are not known", registry="attack")
     seed: int = option(0, "of the noise that searches start from", ge=0)
 
+# %% ../../../nbs/privacy/attacks/06_inversion.ipynb #c206001e
 def search(
     sent: Callable,  # (x [n, C, H, W], y [n]) -> what these examples would send
     target: Tensors,  # name -> [K, ...]: what was sent
@@ -69,6 +70,14 @@ def search(
         falls.step()
         x.data.clamp_(-1, 1)
     return x.detach(), cost(x).detach()
+
+def best_of(sent: Callable, target: Tensors, y: Tensor, start: Tensor, o: InversionOptions) -> tuple[Tensor, Tensor]:
+    "The best of all restarts for each of M messages: x [M, n, C, H, W] and its cost [M]; `y`, `start` [restarts * M]."
+    many = {name: t.repeat(o.restarts, *[1] * (t.ndim - 1)) for name, t in target.items()}
+    x, cost = search(sent, many, y, start, o)
+    m = len(x) // o.restarts
+    best = cost.view(o.restarts, m).argmin(0) * m + torch.arange(m, device=x.device)
+    return x[best], cost[best]
 
 # %% ../../../nbs/privacy/attacks/06_inversion.ipynb #c206000a
 def local_steps(
@@ -127,24 +136,24 @@ def labels_by_step(message, work) -> Tensor | None:  # [n] in the order of the s
     once = work is not None and sorted(i for batch in work[1] for i in batch) == list(range(sum(map(len, work[1]))))
     return torch.cat(list(steps)) if steps and once else None
 
+def labels_of(message, model: nn.Module, knowledge: Knowledge, work, label_attack: str) -> Tensor:  # [n]
+    "Labels that are known, or what the label attack finds."
+    if (by_step := labels_by_step(message, work)) is not None:
+        return by_step
+    given = message.labels if knowledge.labels is None else knowledge.labels
+    if given is not None:
+        return given
+    if message.kind == "delta" and work is None:
+        unknown = "labels and steps of this change of parameters are both unknown"
+        raise FedgalError(f"{unknown}; give Knowledge(labels=...) or Knowledge(lr=..., steps=...)")
+    return ATTACKS.make(label_attack)(message, model, knowledge)[0].value
+
 # %% ../../../nbs/privacy/attacks/06_inversion.ipynb #c206001d
 class Inversion(Attack):
     "Pictures whose gradient points where the update does."
 
     Options = InversionOptions
     name = "inversion"
-
-    def labels(self, message, model: nn.Module, knowledge: Knowledge, work) -> Tensor:  # [n]
-        "Labels that are known, or what the label attack finds."
-        if (by_step := labels_by_step(message, work)) is not None:
-            return by_step
-        given = message.labels if knowledge.labels is None else knowledge.labels
-        if given is not None:
-            return given
-        if message.kind == "delta" and work is None:
-            unknown = "labels and steps of this change of parameters are both unknown"
-            raise FedgalError(f"{unknown}; give Knowledge(labels=...) or Knowledge(lr=..., steps=...)")
-        return ATTACKS.make(self.options.label_attack)(message, model, knowledge)[0].value
 
     def __call__(self, message, model: nn.Module, knowledge: Knowledge = Knowledge()) -> list[Finding]:
         return self.together([message], model, knowledge)
@@ -161,7 +170,7 @@ class Inversion(Attack):
         shape, n = picture_shape(model, knowledge), examples_behind(messages[0], knowledge)
         delta = messages[0].kind == "delta"
         work = local_steps(messages[0], n, knowledge) if delta else None
-        ys = [self.labels(m, model, knowledge, work) for m in messages]
+        ys = [labels_of(m, model, knowledge, work, self.options.label_attack) for m in messages]
         if wrong := [len(y) for y in ys if len(y) != n]:
             raise FedgalError(f"{wrong[0]} labels for {n} examples; give Knowledge(labels=...) with one for each")
         sign = -1 if delta and work is None else 1
@@ -174,17 +183,10 @@ class Inversion(Attack):
         orders = [torch.arange(n) if fixed else torch.randperm(n, generator=rng) for _ in range(self.options.restarts)]
         y = torch.cat([torch.stack(ys)[:, order] for order in orders])
         start = 0.5 * torch.randn(len(orders), 1, n, *shape, generator=rng)
-        x, cost = self.best(model, target, y, start.repeat_interleave(len(ys), 1).flatten(0, 1), work)
+        device = next(model.parameters()).device
+        target, y, start = {name: t.to(device) for name, t in target.items()}, y.to(device), start.to(device)
+        sent = sender(copy.deepcopy(model).eval(), list(target), work)
+        x, cost = best_of(sent, target, y, start.repeat_interleave(len(ys), 1).flatten(0, 1), self.options)
         how = f"read as {'one gradient' if work is None else f'{len(work[1])} steps'}"
         found = [f"pictures that would send this message ({how}; {c:.2g} from it)" for c in cost.tolist()]
         return [Finding(f, p, int(y[0]) if n == 1 else None) for f, p, y in zip(found, x, ys, strict=True)]
-
-    def best(self, model: nn.Module, target: Tensors, y: Tensor, start: Tensor, work) -> tuple[Tensor, Tensor]:
-        "The best of all restarts for each of M messages: x [M, n, C, H, W] and its cost [M]."
-        restarts, device = self.options.restarts, next(model.parameters()).device
-        sent = sender(copy.deepcopy(model).eval(), list(target), work)
-        target = {name: t.to(device).repeat(restarts, *[1] * (t.ndim - 1)) for name, t in target.items()}
-        x, cost = search(sent, target, y.to(device), start.to(device), self.options)
-        m = len(x) // restarts
-        best = cost.view(restarts, m).argmin(0) * m + torch.arange(m, device=device)
-        return x[best], cost[best]
