@@ -15,15 +15,16 @@ from ..core.errors import FedgalError
 def init_weights(
     module: nn.Module,
     generator: torch.Generator,  # the only source of randomness
+    bound: float | None = None,  # of linear and convolution weights; None: by their fan in
 ) -> nn.Module:  # the same module, filled
     "Fill all parameters and buffers of `module` in place; raises FedgalError for a kind of layer without a rule."
     for name, m in module.named_modules():
         if hasattr(m, "init_from"):
             m.init_from(generator)
         elif isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-            bound = 1 / math.sqrt(m.weight[0].numel())  # numel of one output's weights = fan in
+            limit = 1 / math.sqrt(m.weight[0].numel()) if bound is None else bound  # numel of one output = fan in
             for p in m.parameters(recurse=False):
-                fill_uniform(p, bound, generator)
+                fill_uniform(p, limit, generator)
         elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             m.reset_parameters()
         elif any(v is not None for v in (*m._parameters.values(), *m._buffers.values())):
@@ -42,11 +43,12 @@ def fill_uniform(p: Tensor, bound: float, generator: torch.Generator) -> Tensor:
 def initialised(
     factory,  # () -> nn.Module
     generator: torch.Generator,  # its device is the module's device
+    bound: float | None = None,  # see `init_weights`
 ) -> nn.Module:
     "Build a module without touching the global random state and fill it from `generator`."
     with torch.random.fork_rng(devices=[]):
         module = factory()
-    return init_weights(module.to(generator.device), generator)
+    return init_weights(module.to(generator.device), generator, bound)
 
 # %% ../../nbs/models/01_init.ipynb #84194850
 def decay_groups(

@@ -32,6 +32,7 @@ class Network:
     smallest: int | None = None  # smallest height and width; None: any shape, tables too
     normalised = False  # has normalisation layers, so `norm` may be chosen
     signed = False  # its features can be below zero
+    bound: float | None = None  # initial weights are uniform in [-bound, bound]; None: by their fan in
 
     def __init__(self, options: Options | None = None):
         self.options = options or self.Options()
@@ -76,6 +77,7 @@ MODELS = Registry(
         "cnn8": "fedgal.models.plain:CNN8",
         "lenet": "fedgal.models.plain:LeNet",
         "cnn": "fedgal.models.plain:CNN",
+        "lenet_zhu": "fedgal.models.lenet_zhu:LeNetZhu",
         "resnet8": "fedgal.models.residual:ResNet8",
         "resnet8w": "fedgal.models.residual:ResNet8Wide",
         "resnet32": "fedgal.models.residual:ResNet32",
@@ -117,7 +119,7 @@ def build_model(
         dims = {"low": prod(low_shape), "high": d, "projected": out}
         return SplitModel(low, high, projector, top, in_shape, low_shape, dims, network.signed)
 
-    return initialised(assemble, generator)
+    return initialised(assemble, generator, network.bound)
 
 def _requested(name, in_shape, norm) -> Network:
     network = MODELS.make(name)

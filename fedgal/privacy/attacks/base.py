@@ -24,6 +24,7 @@ class Knowledge:
     n_examples: int | None = None  # behind the message
     earlier: object = None  # a message of the same sender before this one
     public: Tensor | None = None  # [N, ...] inputs like those of the clients
+    labels: Tensor | None = None  # [n] int64, of the examples behind the message
 
 @dataclass(frozen=True, eq=False)
 class Finding:
@@ -57,6 +58,8 @@ ATTACKS = Registry(
         "bias_sign": "fedgal.privacy.attacks.labels:BiasSign",
         "label_counts": "fedgal.privacy.attacks.labels:LabelCounts",
         "first_layer": "fedgal.privacy.attacks.first_layer:FirstLayer",
+        "inversion": "fedgal.privacy.attacks.inversion:Inversion",
+        "imprint": "fedgal.privacy.attacks.imprint:Imprint",
     },
 )
 
