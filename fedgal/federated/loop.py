@@ -54,6 +54,7 @@ def _served(algorithm, model, state, accepted, options, seed, weights, n_expecte
     "What the server makes of a round: next payload, what it and postprocessors keep, numbers for the history."
     payload, states, more = replace(state.payload, round=state.payload.round + 1), state.postprocessors, {}
     if len(accepted) < options.min_clients:
+        states = tuple(p.without_step() for p in options.make_postprocessors(states))
         return payload, state.server, states, {}
     if not algorithm.personal:
         payload, states, more = _merged(algorithm, state, accepted, options, seed, weights, n_expected)
@@ -140,12 +141,15 @@ def prepared(
     model: nn.Module,
     clients: list,  # of `MultiStepClient`
     loss: Callable = task_loss,  # (output, targets) -> [B]
+    postprocessors: tuple = (),
 ) -> tuple[nn.Module, list]:  # a copy of the model, the clients in the order of their ids
     "Model and clients as rounds run them."
     model = _laid_out(copy.deepcopy(model), clients[0].x)
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
     for c in clients:
         algorithm.check_mixup(c.config.mixup, loss)
+    for p in postprocessors:
+        clients = [p.prepare(c) for c in clients]
     return model, _on_device(clients, next(model.parameters()).device)
 
 # %% ../../nbs/federated/08_loop.ipynb #a355a635
@@ -211,7 +215,7 @@ def fit(
     "Run a federation, or what is left of it."
     if not clients: raise FedgalError("a federation needs at least one client")
     algorithm = options.make_algorithm()
-    model, clients = prepared(algorithm, model, clients, loss)
+    model, clients = prepared(algorithm, model, clients, loss, options.make_postprocessors())
     state, last = start_state(algorithm, model, clients, seed, own), None
     _check_postprocessors(options, state.payload, len(clients), weights)
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]

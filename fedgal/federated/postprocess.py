@@ -59,9 +59,17 @@ class Postprocessor:
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         "Raise a `FedgalError` for a model, or a number of clients in a round, that it cannot work with."
 
+    def prepare(self, client):
+        "A client as it works under this postprocessor, once before the first round."
+        return client
+
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         "What leaves the client."
         return update
+
+    def without_step(self) -> dict:
+        "What is remembered after a round in which too few updates came for a step."
+        return self.state
 
     def server(
         self,
@@ -79,6 +87,7 @@ POSTPROCESSORS = Registry(
     {
         "client_dp": "fedgal.privacy.postprocessors:ClientDP",
         "local_noise": "fedgal.privacy.postprocessors:LocalNoise",
+        "record_dp": "fedgal.privacy.record_dp:RecordDP",
     },
 )
 

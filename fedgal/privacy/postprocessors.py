@@ -14,10 +14,10 @@ from ..core.tensors import Tensors, l2_norm
 from ..federated.algorithm import Algorithm
 from ..federated.messages import ClientUpdate, ServerPayload
 from ..federated.postprocess import Draws, Postprocessor
-from .accountant import Accountant, Charge, gaussian_sigma
+from .accountant import Accountant, Charge, least_noise
 
 # %% auto #0
-__all__ = ['clip_update', 'add_noise', 'PrivacyOptions', 'Private', 'ClientDPOptions', 'ClientDP', 'LocalNoise']
+__all__ = ['clip_update', 'add_noise', 'PrivacyOptions', 'anonymous', 'Private', 'ClientDPOptions', 'ClientDP', 'LocalNoise']
 
 # %% ../../nbs/privacy/04_clipping.ipynb #d9040007
 def clip_update(
@@ -56,8 +56,12 @@ def _only_averages(algorithm):
     hooks = ("merge", "serve", "report")
     return not algorithm.personal and all(getattr(type(algorithm), h) is getattr(Algorithm, h) for h in hooks)
 
-def _anonymous(update, tensors, words):
-    "An update without anything beside its tensors."
+def anonymous(
+    update: ClientUpdate,
+    tensors: Tensors,
+    words: str,  # what protects them
+) -> ClientUpdate:
+    "An update without anything beside its tensors; raises `FedgalError` for a gradient."
     if update.kind != "delta":
         raise FedgalError("privacy clips changes of parameters, not gradients; let clients take local steps instead")
     told = {"labels": None, "hyperparams": None, "statistics": None, "train_loss": None}
@@ -90,11 +94,11 @@ class Private(Postprocessor):
             raise FedgalError(f"{self.name}: {beyond}, which has no noise; use fedavg or fedprox")
         if federation.norm_factor:
             raise FedgalError(f"{self.name}: norm_factor compares lengths, which are not private; set it to 0")
+        o, run = self.options, replace(self.charge, steps=self.charge.steps * federation.rounds)
         try:
-            Accountant(self.options.epsilon, self.options.delta).spend(replace(self.charge, steps=federation.rounds))
+            Accountant(o.epsilon, o.delta).spend(run)
         except FedgalError as error:
-            z = gaussian_sigma(self.options.epsilon, self.options.delta) * math.sqrt(federation.rounds)
-            least = f"{federation.rounds} rounds need noise_multiplier >= {z:.4g}"
+            least = f"{federation.rounds} rounds need noise_multiplier >= {least_noise(run, o.epsilon, o.delta):.4g}"
             raise FedgalError(f"{self.name}: {error}; {least}") from None
 
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
@@ -102,6 +106,14 @@ class Private(Postprocessor):
             advice = "use a model without BatchNorm (norm: group)"
             why = "running statistics would leave the clients without noise"
             raise FedgalError(f"{self.name}: the model has buffers ({next(iter(payload.buffers))}); {why}; {advice}")
+
+    def without_step(self) -> dict:
+        return {"accountant": self.spent().to_json()}
+
+    def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
+        accountant = self.spent()
+        row = {"dp_epsilon": accountant.epsilon(), "dp_source": draws.noise(self.options.noise).kind}
+        return step, {"accountant": accountant.to_json()}, row
 
 # %% ../../nbs/privacy/04_clipping.ipynb #d9040014
 class ClientDPOptions(PrivacyOptions):
@@ -127,9 +139,12 @@ class ClientDP(Private):
             advice = "raise count_noise or ask more clients"
             raise FedgalError(f"client_dp: with {cohort} noise_multiplier stays below {most:.4g}; {advice}")
 
+    def without_step(self) -> dict:
+        return self.state  # the server adds nothing up, so that nothing is told
+
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         words = f"clipped to length {self.state['clip']:.4g}; the server adds noise to the mean"
-        return _anonymous(update, clip_update(update.tensors, self.state["clip"]), words)
+        return anonymous(update, clip_update(update.tensors, self.state["clip"]), words)
 
     def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
         o, clip, accountant, noise = self.options, self.state["clip"], self.spent(), draws.noise(self.options.noise)
@@ -160,9 +175,4 @@ class LocalNoise(Private):
         std = 2 * o.noise_multiplier * o.clip
         noisy = add_noise(clip_update(update.tensors, o.clip), std, noise)
         words = f"clipped to length {o.clip:.4g} with noise of {std:.4g} in each number ({noise.kind})"
-        return _anonymous(update, noisy, words)
-
-    def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
-        accountant = self.spent()
-        row = {"dp_epsilon": accountant.epsilon(), "dp_source": draws.noise(self.options.noise).kind}
-        return step, {"accountant": accountant.to_json()}, row
+        return anonymous(update, noisy, words)
