@@ -27,7 +27,7 @@ class Knowledge:
     public_labels: Tensor | None = None  # [N]
     candidates: Tensor | None = None  # [T, ...] examples of which it asks whether they were used
     candidate_labels: Tensor | None = None  # [T]
-    shadows: object = None  # how generators of the attacked kind are trained: see `attacks.shadows`
+    shadows: object = None  # how generators of the attacked kind are trained: see `attacks.lira`
 
 @dataclass(frozen=True, eq=False)
 class Finding:
