@@ -98,13 +98,13 @@ class Private(Postprocessor):
         try:
             Accountant(o.epsilon, o.delta).spend(run)
         except FedgalError as error:
-            least = f"{federation.rounds} rounds need noise_multiplier >= {least_noise(run, o.epsilon, o.delta):.4g}"
-            raise FedgalError(f"{self.name}: {error}; {least}") from None
+            least = f"noise_multiplier >= {least_noise(run, o.epsilon, o.delta):.4g}"
+            raise FedgalError(f"{self.name}: {error}; {federation.rounds} rounds need {least}") from None
 
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         if payload.buffers:
-            advice = "use a model without BatchNorm (norm: group)"
             why = "running statistics would leave the clients without noise"
+            advice = "use a model without BatchNorm (norm: group)"
             raise FedgalError(f"{self.name}: the model has buffers ({next(iter(payload.buffers))}); {why}; {advice}")
 
     def without_step(self) -> dict:
@@ -121,6 +121,7 @@ class ClientDPOptions(PrivacyOptions):
     rate: float = option(0.2, "how fast the bound follows", gt=0)
     count_noise: float = option(0.05, "noise on how many are not clipped, as a share of the clients asked", gt=0)
 
+# %% ../../nbs/privacy/04_clipping.ipynb #4e3b1e87
 class ClientDP(Private):
     "DP-FedAvg: clipped updates, and noise of the server on their mean."
 

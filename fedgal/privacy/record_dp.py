@@ -133,6 +133,7 @@ def _noisy_gradients(client, weights, batches, gradients, noise, views):
         noisy = add_noise(sums, o.noise_multiplier * o.clip, noise)
         yield {n: g / (o.rate * client.n_examples) for n, g in noisy.items()}
 
+# %% ../../nbs/privacy/05_record_dp.ipynb #b0e19848
 def train_privately(
     client: RecordDPClient,
     model: nn.Module,  # scratch

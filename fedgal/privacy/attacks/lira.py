@@ -104,6 +104,7 @@ class VAEOptions(Options):
     lr: float = option(0.005, "learning rate of Adam", gt=0)
     draws: int = option(64, "samples of the posterior in a score", ge=1)
 
+# %% ../../../nbs/privacy/attacks/10b_lira.ipynb #c27b63e2
 class VAEShadows:
     "Conditional variational autoencoders, many at once; the attacked one is a stack of one."
 

@@ -107,6 +107,7 @@ class CalibratedDistance(Attack):
         scores = nearest(x, y, public.flatten(1), public_labels) - nearest(x, y, z, labels)
         return [Finding("how much nearer the bank is than public examples", scores)]
 
+# %% ../../../nbs/privacy/attacks/10_membership.ipynb #2cf49767
 class DomiasOptions(Options):
     "Options of `domias`."
 
