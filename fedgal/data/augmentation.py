@@ -13,13 +13,15 @@ from ..core.options import Options
 from ..core.registry import Registry
 
 # %% ../../nbs/data/09a_augmentation.ipynb #53be05fb
-def check_images(x: Tensor) -> None:
+def check_images(x: Tensor) -> Tensor:  # the same
     "Raise for anything but a batch of images [B, C, H, W]."
     if x.ndim != 4:
         raise FedgalError(
             f"augmentation needs images [B, C, H, W], not {list(x.shape)}; switch it off for tables and features"
         )
+    return x
 
+# %% ../../nbs/data/09a_augmentation.ipynb #53be05fc
 class Augmentation:
     "Random views of a batch of images."
 
@@ -30,39 +32,21 @@ class Augmentation:
     def __init__(self, options: Options | None = None):
         self.options = self.Options() if options is None else options
 
-    def draw(
-        self,
-        shape: torch.Size,  # of a batch: B, C, H, W
-        generator: torch.Generator,  # on the CPU
-    ) -> list[Tensor]:  # each [B, ...], on the CPU
-        "All random numbers behind the views of a batch."
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> list[Tensor]:
+        "All random numbers behind the views of a batch [B, C, H, W]; each [B, ...], on the CPU."
         raise NotImplementedError
 
-    def view(
-        self,
-        x: Tensor,  # [B, C, H, W], B > 0
-        *draws: Tensor,  # see `draw`
-    ) -> Tensor:  # [B, C, H, W] of any dtype, one view of each image
-        "The views that these random numbers stand for."
+    def view(self, x: Tensor, *draws: Tensor) -> Tensor:
+        "One view of each image [B, C, H, W], of any dtype, from the numbers of `draw`; B is not 0."
         raise NotImplementedError
 
-    def __call__(
-        self,
-        x: Tensor,  # [B, C, H, W], uint8 or floating point; raises for tables
-        generator: torch.Generator,  # on the CPU
-    ) -> Tensor:  # like `x`
-        "One random view of each image."
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        "One random view of each image [B, C, H, W], uint8 or floating point; raises for tables."
         return self.batches([x], [generator])[0]
 
-    def batches(
-        self,
-        batches: list[Tensor],  # of images of one shape
-        generators: list[torch.Generator],  # one for each batch
-    ) -> list[Tensor]:  # the views of each batch
-        "Views of several batches in one go, each from its own generator."
-        for x in batches:
-            check_images(x)
-        draws = [self.draw(x.shape, g) for x, g in zip(batches, generators, strict=True)]
+    def batches(self, batches: list[Tensor], generators: list[torch.Generator]) -> list[Tensor]:
+        "Views of several batches of images of one shape in one go, each from its own generator."
+        draws = [self.draw(check_images(x).shape, g) for x, g in zip(batches, generators, strict=True)]
         x = torch.cat(batches)
         if not len(x):  # a client without samples
             return batches
@@ -70,11 +54,8 @@ class Augmentation:
         y = y.round() if x.dtype == torch.uint8 and y.is_floating_point() else y
         return list(y.to(x.dtype).split([len(b) for b in batches]))
 
-    def for_data(
-        self,
-        data,  # a data set or a source of data: says whether its images are `characters`
-    ) -> "Augmentation | None":  # None: batches stay as they are
-        "What is used on these data; raises where characters would be mirrored."
+    def for_data(self, data) -> "Augmentation | None":
+        "What is used on a data set or source of data, None for nothing; raises where characters would be mirrored."
         if self.mirrors and data.characters:
             mistake = f"augmentation {self.name} mirrors images, and a mirrored character is another sign"
             raise FedgalError(f"{mistake}: add augment_options: {{flip: false}}, or take augment: auto")

@@ -12,7 +12,7 @@ from ..core.options import Options, option
 from ..core.registry import Registry
 from ..core.tensors import Tensors
 from .aggregate import merge_buffers
-from .algorithm import Algorithm
+from .algorithm import Algorithm, only_averages
 from .messages import ClientUpdate, ServerPayload
 
 # %% auto #0
@@ -85,7 +85,7 @@ class Robust(Aggregation):
         return self.per_faulty * self.options.n_faulty + self.beyond
 
     def check_algorithm(self, algorithm: Algorithm) -> None:
-        if not algorithm.only_averages:
+        if not only_averages(algorithm):
             beyond = f"algorithm {algorithm.name} lets the server use more of a client than a change of weights"
             raise FedgalError(f"aggregation {self.name}: {beyond}, which no rule guards; use fedavg or fedprox")
 

@@ -18,7 +18,7 @@ from .messages import ClientUpdate, ServerPayload
 from ..models.losses.protocol import check_mixup, task_loss
 
 # %% auto #0
-__all__ = ['ALGORITHMS', 'AlgorithmFacts', 'Algorithm', 'get_algorithm', 'lone_samples']
+__all__ = ['ALGORITHMS', 'AlgorithmFacts', 'Algorithm', 'only_averages', 'get_algorithm', 'lone_samples']
 
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e331
 class AlgorithmFacts:
@@ -59,12 +59,6 @@ class AlgorithmFacts:
 class Algorithm(AlgorithmFacts):
     "The hooks of a federated algorithm; as they stand here they are FedAvg."
 
-    @property
-    def only_averages(self) -> bool:
-        "Whether the server makes nothing of updates but their mean."
-        hooks = ("merge", "serve", "report")
-        return not self.personal and all(getattr(type(self), h) is getattr(Algorithm, h) for h in hooks)
-
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         "A client as this algorithm runs it, once before the first round."
         return replace(client, config=client.config.replace(prox_mu=0.0))
@@ -104,6 +98,12 @@ class Algorithm(AlgorithmFacts):
     def finish(self, model: nn.Module, payload: ServerPayload, server: Tensors) -> ServerPayload:
         "The model that is delivered after the last round."
         return payload
+
+# %% ../../nbs/federated/06_algorithm.ipynb #a951e334
+def only_averages(algorithm: Algorithm) -> bool:
+    "Whether the server makes nothing of updates but their mean."
+    same = (getattr(type(algorithm), hook) is getattr(Algorithm, hook) for hook in ("merge", "serve", "report"))
+    return not algorithm.personal and all(same)
 
 # %% ../../nbs/federated/06_algorithm.ipynb #6034a9b5
 ALGORITHMS = Registry(

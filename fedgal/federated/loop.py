@@ -109,12 +109,15 @@ def prepared(
     model: nn.Module,
     clients: list,  # of `MultiStepClient`
     loss: Callable = task_loss,  # (output, targets) -> [B]
+    postprocessors: tuple = (),
 ) -> tuple[nn.Module, list]:  # a copy of the model, the clients in the order of their ids
     "Model and clients as rounds run them."
     model = _laid_out(copy.deepcopy(model), clients[0].x)
     clients = [algorithm.prepare(c) for c in sorted(clients, key=lambda c: c.id)]
     for c in clients:
         algorithm.check_mixup(c.config.mixup, loss)
+    for p in postprocessors:
+        clients = [p.prepare(c) for c in clients]
     return model, _on_device(clients, next(model.parameters()).device)
 
 # %% ../../nbs/federated/08_loop.ipynb #a355a635
@@ -158,9 +161,11 @@ def _check_postprocessors(options, payload, n_clients, weights):
     for p in postprocessors:
         p.check_start(payload, n_chosen(n_clients, options.participation))
 
-def _begun(options, clients, seed):
-    "What postprocessors remember before the first round."
-    return tuple(p.begin([c.id for c in clients], seed) for p in options.make_postprocessors())
+def _begun(options, clients, seed, state, weights):
+    "The state with what postprocessors remember before the first round; raises for what they cannot work with."
+    begun = tuple(p.begin([c.id for c in clients], seed) for p in options.make_postprocessors())
+    _check_postprocessors(options, state.payload, len(clients), weights)
+    return replace(state, postprocessors=begun)
 
 def _last_round(state, accepted, base, model, clients, options, seed, engine, loss):
     "The last round with the model of every client; where each has its own, nobody trains for it."
@@ -186,10 +191,9 @@ def fit(
     "Run a federation, or what is left of it."
     if not clients: raise FedgalError("a federation needs at least one client")
     algorithm = options.make_algorithm()
-    model, clients = prepared(algorithm, model, clients, loss)
+    model, clients = prepared(algorithm, model, clients, loss, options.make_postprocessors())
     state, last = start_state(algorithm, model, clients, seed, own), None
-    state = replace(state, postprocessors=_begun(options, clients, seed))
-    _check_postprocessors(options, state.payload, len(clients), weights)
+    state = _begun(options, clients, seed, state, weights)
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     wanted = name_of(engine) if isinstance(engine, Engine) else engine
     name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss), options.rounds)
@@ -213,5 +217,5 @@ def fit(
                 saved.save(state, last)
             if on_round:
                 on_round(state)
-    payload = delivered(algorithm, model, state)
-    return FederationResult(payload, last, list(state.history), Ledger(state.ledger), name, reason)
+    final = delivered(algorithm, model, state)
+    return FederationResult(final, last, list(state.history), Ledger(state.ledger), name, reason)

@@ -14,7 +14,8 @@ from ..core.tensors import Tensors
 from .messages import ClientUpdate, ServerPayload
 
 # %% auto #0
-__all__ = ['POSTPROCESSORS', 'Draws', 'Postprocessor', 'make_postprocessors', 'trained_on', 'leave_client', 'take_step']
+__all__ = ['POSTPROCESSORS', 'Draws', 'PostprocessorFacts', 'Postprocessor', 'make_postprocessors', 'trained_on', 'leave_client',
+           'take_step']
 
 # %% ../../nbs/federated/02d_postprocess.ipynb #9057a016
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Draws:
         return PrivacyNoise(None if kind == "secret" else self.seed, self.purpose, self.round, self.client)
 
 # %% ../../nbs/federated/02d_postprocess.ipynb #9057a006
-class Postprocessor:
-    "Changes updates; as it stands here it changes nothing."
+class PostprocessorFacts:
+    "What a postprocessor is, what it remembers, and what it cannot work with."
 
     Options: type[Options] = Options
     name = ""
@@ -66,22 +67,31 @@ class Postprocessor:
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         "Raise a `FedgalError` for a model, or a number of clients in a round, that it cannot work with."
 
+# %% ../../nbs/federated/02d_postprocess.ipynb #9057a018
+class Postprocessor(PostprocessorFacts):
+    "Changes updates; as it stands here it changes nothing."
+
     def data(self, client, draws: Draws):
         "A `MultiStepClient` with the examples that it trains on."
+        return client
+
+    def prepare(self, client):
+        "A client as it works under this postprocessor, once before the first round."
         return client
 
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         "What leaves the client."
         return update
 
-    def server(
-        self,
-        step: Tensors,  # the mean of `updates`
-        updates: list[ClientUpdate],  # what the server sees: accepted ones, or their sum as one
-        n_expected: int,  # clients that were asked
-        draws: Draws,
-    ) -> tuple[Tensors, dict, dict]:
-        "What is added to the model, what is remembered for the next round, numbers for the history."
+    def without_step(self) -> dict:
+        "What is remembered after a round in which too few updates came for a step."
+        return self.state
+
+    def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
+        """What is added to the model, what is remembered for the next round, numbers for the history.
+
+        `step` is the mean of `updates`: the accepted ones, or their sum as one; `n_expected` clients were asked.
+        """
         return step, self.state, {}
 
 # %% ../../nbs/federated/02d_postprocess.ipynb #9057a017
@@ -92,6 +102,7 @@ POSTPROCESSORS = Registry(
         "local_noise": "fedgal.privacy.postprocessors:LocalNoise",
         "faults": "fedgal.privacy.faults:Faults",
         "sum_only": "fedgal.privacy.secure_sum:SumOnly",
+        "record_dp": "fedgal.privacy.record_dp:RecordDP",
     },
 )
 
@@ -115,6 +126,7 @@ def trained_on(postprocessors: tuple, clients: list, seed: int, round: int) -> l
         clients = [p.data(c, Draws(seed, f"postprocess {i} {p.name} data", round, c.id)) for c in clients]
     return clients
 
+# %% ../../nbs/federated/02d_postprocess.ipynb #9057a019
 def leave_client(postprocessors: tuple, update: ClientUpdate, seed: int, round: int) -> ClientUpdate:
     "An update after all of them, in their order; a failed one stays."
     for i, p in enumerate(postprocessors):

@@ -77,6 +77,7 @@ def served(
     "Next payload, what server and postprocessors keep, numbers for the history."
     payload, states, more = replace(state.payload, round=state.payload.round + 1), state.postprocessors, {}
     if seen.failure:
+        states = tuple(p.without_step() for p in options.make_postprocessors(states))
         return payload, state.server, states, {"failure": seen.failure}
     if not algorithm.personal:
         payload, states, more = _merged(algorithm, state, seen, options, seed, n_expected)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/privacy/01_accountant.ipynb #d9010004
 from __future__ import annotations
-import math
+import functools, math
 from dataclasses import asdict, dataclass, replace
 import numpy as np
 from scipy.special import log_ndtr
@@ -12,7 +12,7 @@ from ..core.errors import FedgalError, require
 
 # %% auto #0
 __all__ = ['ORDERS', 'gaussian_delta', 'zcdp_epsilon', 'gaussian_sigma', 'gaussian_epsilon', 'laplace_scale', 'rdp_epsilon',
-           'gaussian_rdp', 'sampled_rdp', 'Charge', 'Accountant']
+           'gaussian_rdp', 'sampled_rdp', 'Charge', 'Accountant', 'least_noise']
 
 # %% ../../nbs/privacy/01_accountant.ipynb #d9010007
 def _check(epsilon=1.0, delta=0.5, **positive):
@@ -92,14 +92,18 @@ def gaussian_rdp(mu: float) -> np.ndarray:  # [len(ORDERS)]
     "Rényi divergence of Gaussian answers with this mu (Mironov 2017, Corollary 3)."
     return ORDERS * mu**2 / 2
 
+@functools.cache
+def _sampled_rdp_of_a_step(noise_multiplier, rate):
+    analysis = require("opacus.accountants.analysis.rdp", "dp")
+    return analysis.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+
 def sampled_rdp(
     noise_multiplier: float,  # sigma / sensitivity
     rate: float,  # of Poisson sampling
     steps: int,
 ) -> np.ndarray:  # [len(ORDERS)]
     "Rényi divergence of Gaussian answers on random samples; needs Opacus."
-    analysis = require("opacus.accountants.analysis.rdp", "dp")
-    return analysis.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=steps, orders=ORDERS)
+    return steps * _sampled_rdp_of_a_step(noise_multiplier, rate)
 
 # %% ../../nbs/privacy/01_accountant.ipynb #d9010025
 @dataclass(frozen=True)
@@ -192,3 +196,20 @@ class Accountant:
         limit = "" if self.budget is None else f" of {self.budget:g}"
         whom = f" ({self.charges[0].unit}, {self.charges[0].adjacency})" if self.charges else ""
         return f"epsilon = {self.epsilon():.4g}{limit} at delta = {self.delta:g}{whom}"
+
+# %% ../../nbs/privacy/01_accountant.ipynb #d9010033
+def least_noise(
+    charge: Charge,  # its sigma is of no consequence
+    epsilon: float,
+    delta: float,
+) -> float:  # sigma, in the unit of the sensitivity
+    "The smallest noise with which a charge fits a budget; to three digits from above where it is sampled."
+    high = gaussian_sigma(epsilon, delta, charge.sensitivity) * math.sqrt(charge.steps)
+    if charge.rate == 1:
+        return high
+    fits = lambda sigma: _epsilon((replace(charge, sigma=sigma),), delta) <= epsilon
+    low, high = high / 1000, 2 * high
+    while high > 1.001 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

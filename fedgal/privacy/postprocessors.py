@@ -11,12 +11,13 @@ from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..core.random import PrivacyNoise
 from ..core.tensors import Tensors, l2_norm
+from ..federated.algorithm import only_averages
 from ..federated.messages import ClientUpdate, ServerPayload
 from ..federated.postprocess import Draws, Postprocessor
-from .accountant import Accountant, Charge, gaussian_sigma
+from .accountant import Accountant, Charge, least_noise
 
 # %% auto #0
-__all__ = ['clip_update', 'add_noise', 'PrivacyOptions', 'Private', 'ClientDPOptions', 'ClientDP', 'LocalNoise']
+__all__ = ['clip_update', 'add_noise', 'PrivacyOptions', 'anonymous', 'Private', 'ClientDPOptions', 'ClientDP', 'LocalNoise']
 
 # %% ../../nbs/privacy/04_clipping.ipynb #d9040007
 def clip_update(
@@ -50,8 +51,12 @@ class PrivacyOptions(Options):
         "secret", "repeatable: from the seed, which protects nobody who knows it", one_of=("secret", "repeatable")
     )
 
-def _anonymous(update, tensors, words):
-    "An update without anything beside its tensors."
+def anonymous(
+    update: ClientUpdate,
+    tensors: Tensors,
+    words: str,  # what protects them
+) -> ClientUpdate:
+    "An update without anything beside its tensors; raises `FedgalError` for a gradient."
     if update.kind != "delta":
         raise FedgalError("privacy clips changes of parameters, not gradients; let clients take local steps instead")
     told = {"labels": None, "hyperparams": None, "statistics": None, "train_loss": None}
@@ -68,8 +73,7 @@ class Private(Postprocessor):
     @property
     def charge(self) -> Charge:
         "Of one round."
-        what = f"a round of {self.name}"
-        return Charge(what, "client", self.adjacency, 1.0, self.options.noise_multiplier)
+        return Charge(f"a round of {self.name}", "client", self.adjacency, 1.0, self.options.noise_multiplier)
 
     def start(self) -> dict:
         return {"accountant": Accountant(self.options.epsilon, self.options.delta).to_json()}
@@ -79,23 +83,31 @@ class Private(Postprocessor):
         return Accountant.from_json(self.state["accountant"]).spend(self.charge)
 
     def check_federation(self, federation) -> None:
-        if not federation.make_algorithm().only_averages:
+        if not only_averages(federation.make_algorithm()):
             beyond = f"algorithm {federation.algorithm} lets the server use more of an update than the mean"
             raise FedgalError(f"{self.name}: {beyond}, which has no noise; use fedavg or fedprox")
         if federation.norm_factor:
             raise FedgalError(f"{self.name}: norm_factor compares lengths, which are not private; set it to 0")
+        o, run = self.options, replace(self.charge, steps=self.charge.steps * federation.rounds)
         try:
-            Accountant(self.options.epsilon, self.options.delta).spend(replace(self.charge, steps=federation.rounds))
+            Accountant(o.epsilon, o.delta).spend(run)
         except FedgalError as error:
-            z = gaussian_sigma(self.options.epsilon, self.options.delta) * math.sqrt(federation.rounds)
-            least = f"{federation.rounds} rounds need noise_multiplier >= {z:.4g}"
-            raise FedgalError(f"{self.name}: {error}; {least}") from None
+            least = f"noise_multiplier >= {least_noise(run, o.epsilon, o.delta):.4g}"
+            raise FedgalError(f"{self.name}: {error}; {federation.rounds} rounds need {least}") from None
 
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         if payload.buffers:
-            advice = "use a model without BatchNorm (norm: group)"
             why = "running statistics would leave the clients without noise"
+            advice = "use a model without BatchNorm (norm: group)"
             raise FedgalError(f"{self.name}: the model has buffers ({next(iter(payload.buffers))}); {why}; {advice}")
+
+    def without_step(self) -> dict:
+        return {"accountant": self.spent().to_json()}
+
+    def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
+        accountant = self.spent()
+        row = {"dp_epsilon": accountant.epsilon(), "dp_source": draws.noise(self.options.noise).kind}
+        return step, {"accountant": accountant.to_json()}, row
 
 # %% ../../nbs/privacy/04_clipping.ipynb #d9040014
 class ClientDPOptions(PrivacyOptions):
@@ -103,6 +115,21 @@ class ClientDPOptions(PrivacyOptions):
     rate: float = option(0.2, "how fast the bound follows", gt=0)
     count_noise: float = option(0.05, "noise on how many are not clipped, as a share of the clients asked", gt=0)
 
+def _check_cohort(options, n_expected):
+    "Raise for clients too few to hide how many were clipped."
+    if options.quantile and options.noise_multiplier >= (most := 2 * options.count_noise * n_expected):
+        cohort = f"{n_expected} clients a round and count_noise = {options.count_noise:g}"
+        advice = "raise count_noise or ask more clients"
+        raise FedgalError(f"client_dp: with {cohort} noise_multiplier stays below {most:.4g}; {advice}")
+
+def _not_clipped(options, clip, updates, n_expected, noise):
+    "The noisy share of updates within the bound, and what is left of the noise multiplier for the mean."
+    sigma_b = options.count_noise * n_expected
+    inside = sum((l2_norm(u.tensors) < clip * (1 - 1e-6)) - 0.5 for u in updates)
+    share = 0.5 + (inside + sigma_b * noise.normal((1,)).item()) / n_expected
+    return share, (options.noise_multiplier**-2 - (2 * sigma_b) ** -2) ** -0.5
+
+# %% ../../nbs/privacy/04_clipping.ipynb #4e3b1e87
 class ClientDP(Private):
     "DP-FedAvg: clipped updates, and noise of the server on their mean."
 
@@ -126,30 +153,25 @@ class ClientDP(Private):
 
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         super().check_start(payload, n_expected)
-        o = self.options
-        if o.quantile and o.noise_multiplier >= (most := 2 * o.count_noise * n_expected):
-            cohort = f"{n_expected} clients a round and count_noise = {o.count_noise:g}"
-            advice = "raise count_noise or ask more clients"
-            raise FedgalError(f"client_dp: with {cohort} noise_multiplier stays below {most:.4g}; {advice}")
+        _check_cohort(self.options, n_expected)
+
+    def without_step(self) -> dict:
+        return self.state  # the server adds nothing up, so that nothing is told
 
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         words = f"clipped to length {self.state['clip']:.4g}; the server adds noise to the mean"
-        return _anonymous(update, clip_update(update.tensors, self.state["clip"]), words)
+        return anonymous(update, clip_update(update.tensors, self.state["clip"]), words)
 
     def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
         o, clip, accountant, noise = self.options, self.state["clip"], self.spent(), draws.noise(self.options.noise)
         z, row = o.noise_multiplier, {}
         state = {"accountant": accountant.to_json(), "clip": clip}
         if o.quantile:
-            sigma_b = o.count_noise * n_expected
-            z = (z**-2 - (2 * sigma_b) ** -2) ** -0.5
-            inside = sum((l2_norm(u.tensors) < clip * (1 - 1e-6)) - 0.5 for u in updates)
-            share = 0.5 + (inside + sigma_b * noise.normal((1,)).item()) / n_expected
+            share, z = _not_clipped(o, clip, updates, n_expected, noise)
             state["clip"] = clip * math.exp(-o.rate * (share - o.quantile))
             row = {"dp_not_clipped": share}
         std = z * clip / n_expected
-        answered = sum(u.n_examples for u in updates)  # each tells that it has one
-        kept = answered / n_expected  # from the mean of those that came to the fixed denominator
+        kept = sum(u.n_examples for u in updates) / n_expected  # each tells one: from their mean to all that were asked
         step = add_noise({n: kept * t for n, t in step.items()}, std, noise)
         facts = {"dp_epsilon": accountant.epsilon(), "dp_clip": clip, "dp_noise": std, "dp_source": noise.kind}
         return step, state, {**facts, **row}
@@ -166,9 +188,4 @@ class LocalNoise(Private):
         std = 2 * o.noise_multiplier * o.clip
         noisy = add_noise(clip_update(update.tensors, o.clip), std, noise)
         words = f"clipped to length {o.clip:.4g} with noise of {std:.4g} in each number ({noise.kind})"
-        return _anonymous(update, noisy, words)
-
-    def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
-        accountant = self.spent()
-        row = {"dp_epsilon": accountant.epsilon(), "dp_source": draws.noise(self.options.noise).kind}
-        return step, {"accountant": accountant.to_json()}, row
+        return anonymous(update, noisy, words)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from ..core.errors import FedgalError
 from ..core.options import Options, option
+from ..federated.algorithm import only_averages
 from ..federated.aggregate import not_finite
 from ..federated.messages import ClientUpdate
 from ..federated.postprocess import Draws, Postprocessor
@@ -34,7 +35,7 @@ class SumOnly(Postprocessor):
         reasons = {
             f"algorithm {algorithm.name} sends no weights to be summed": algorithm.personal,
             f"algorithm {algorithm.name} uses messages of single clients; use fedavg, fedprox or scaffold": not (
-                algorithm.only_averages or algorithm.additive
+                only_averages(algorithm) or algorithm.additive
             ),
             f"aggregation {federation.aggregation} compares single updates; use mean": (
                 federation.make_aggregation().single

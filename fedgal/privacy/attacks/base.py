@@ -25,13 +25,17 @@ class Knowledge:
     earlier: object = None  # a message of the same sender before this one
     public: Tensor | None = None  # [N, ...] inputs like those of the clients
     labels: Tensor | None = None  # [n] int64, of the examples behind the message
+    public_labels: Tensor | None = None  # [N]
+    candidates: Tensor | None = None  # [T, ...] examples of which it asks whether they were used
+    candidate_labels: Tensor | None = None  # [T]
+    shadows: object = None  # how generators of the attacked kind are trained: see `attacks.lira`
 
 @dataclass(frozen=True, eq=False)
 class Finding:
     "One thing that an attack recovered."
 
     what: str  # in words
-    value: Tensor  # labels [n], or examples [n, ...]
+    value: Tensor  # labels [n], examples [n, ...], or a number for each candidate [T]: the higher, the surer
     label: int | None = None  # class of the examples, where it is known
 
 class Attack:
@@ -39,7 +43,7 @@ class Attack:
 
     Options: type[Options] = Options
     name = ""
-    reads = "update"  # or "statistics"
+    reads = "update"  # or "statistics", "generator", "bank"
 
     def __init__(self, options: Options | None = None):
         self.options = self.Options() if options is None else options
@@ -47,6 +51,13 @@ class Attack:
     def __call__(self, message, model: nn.Module | None = None, knowledge: Knowledge = Knowledge()) -> list[Finding]:
         "What the message gives away; raises `FedgalError` for one that it cannot read."
         raise NotImplementedError
+
+    def knows(self, knowledge: Knowledge, *names: str) -> list:
+        "Parts of the knowledge that the attack cannot do without; raises `FedgalError` for one that is missing."
+        for name in names:
+            if getattr(knowledge, name) is None:
+                raise FedgalError(f"attack {self.name} needs to know more; give Knowledge({name}=...)")
+        return [getattr(knowledge, name) for name in names]
 
 # %% ../../../nbs/privacy/attacks/01_base.ipynb #204bee69
 ATTACKS = Registry(
@@ -60,6 +71,11 @@ ATTACKS = Registry(
         "first_layer": "fedgal.privacy.attacks.first_layer:FirstLayer",
         "inversion": "fedgal.privacy.attacks.inversion:Inversion",
         "imprint": "fedgal.privacy.attacks.imprint:Imprint",
+        "projection": "fedgal.privacy.attacks.membership:Projection",
+        "distance": "fedgal.privacy.attacks.membership:CalibratedDistance",
+        "domias": "fedgal.privacy.attacks.membership:Domias",
+        "lira": "fedgal.privacy.attacks.lira:LiRA",
+        "copies": "fedgal.privacy.attacks.copying:Copies",
     },
 )
 
