@@ -15,21 +15,22 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "core": "04_options 07_random 11_schedules",
     "data": "01_parquet 09e_sharp 09f_image_ops 09g_policies 10_long_tail",
     "evaluation": "04_distances 05_fidelity 07_readouts 09_training 13_joint_results",
-    "federated": "02_local 03_clients 04_aggregate 05_ledger 07a_work 07b_result 08_loop 09_trained 11_setup",
+    "federated": "02_local 03_clients 04_aggregate 05_ledger 06c_aggregation 07a_work 07b_result 07c_server 07d_kept 08_loop 09_trained 11_setup",
     "federated/engines": "01_base 01b_serial 02_batched 04_workers",
     "finetune": "04_finetune 05_repairs 08_trained_arms 09_head_arms",
     "generators": "01_base 02_gaussian 03_align 04_safs 05_mlp 07_fedgen_net 08_fedgen 09_resample 10_latent_diffusion "
         "11_unet 12_ldmlr 13_run",
     "generators/diffusion": "01_schedule 02_samplers 03_denoiser 04_frame 05_federated",
     "": "index",
-    "models": "02_heads 04_networks 07_encode",
+    "models": "02_heads 04_networks 05a_lenet_zhu 07_encode",
     "models/losses": "02_base 03_matching 04_contrastive 05_geometry 06_local",
     "pipeline": "09_kernels 14_tune",
-    "privacy": "01_accountant 03_release 04_clipping",
+    "privacy": "01_accountant 03_release 04_clipping 05_record_dp 10_local_privacy 12_users 20_robust 21_faults 22_secure_sum",
+    "privacy/attacks": "03_statistics 04_labels 05_first_layer 06_inversion 07_imprint 09_roc 10_membership 10b_lira 11_copying 12_epsilon",
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",
     "report/plots": "00_style 01_axes 02_data 03_training 04_features 05_results 05a_encoders 06_differences 07_classes 08_joint",
     "stats": "03_moments 04_radius 06_prototypes 07_teachers",
-    "tutorials": "by_hand frozen_features own_data",
+    "tutorials": "by_hand frozen_features own_data users",
 }
 SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
 def run_notebook(notebook, home, env, log):
