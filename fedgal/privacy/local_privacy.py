@@ -32,10 +32,10 @@ def draw_noise(
     distribution: str,  # of scale 1: "laplacian" (variance 2) or "gaussian" (variance 1)
 ) -> Tensor:  # shape, type and device of `like`
     "Independent numbers from torch's global generator on the CPU, which local work sets for each client and round."
-    shape = like.shape
+    drawn = lambda: torch.empty(like.shape, device="cpu")
     if distribution == "gaussian":
-        return torch.randn(shape).to(like)
-    return (torch.empty(shape).exponential_() - torch.empty(shape).exponential_()).to(like)
+        return drawn().normal_().to(like)
+    return (drawn().exponential_() - drawn().exponential_()).to(like)
 
 # %% ../../nbs/privacy/10_local_privacy.ipynb #eb522af6
 def clipped_mean(

@@ -98,7 +98,7 @@ class Sends:
 
     def truth(self, after: Tensors) -> Truth:
         "What the message was made of."
-        owner = torch.cat([torch.full((c.n_examples,), c.id) for c in self.clients])
+        owner = torch.cat([torch.full((c.n_examples,), c.id, device="cpu") for c in self.clients])
         data, labels = (torch.cat([getattr(c, n).cpu() for c in self.clients]) for n in ("inputs", "targets"))
         return Truth(data, labels, owner, on_cpu(after))
 

@@ -53,7 +53,8 @@ def audit_epsilon(
         raise FedgalError(f"{len(inside)} runs with and {len(outside)} without the record; at least 40 of each")
     counts = lambda scores, t: (int((scores > t).sum()), len(scores))
     half = inside[::2], outside[::2]
-    trial = torch.cat(half).quantile(torch.linspace(0.02, 0.98, 25, dtype=inside.dtype)).unique()
+    shares = torch.linspace(0.02, 0.98, 25, dtype=inside.dtype, device=inside.device)
+    trial = torch.cat(half).quantile(shares).unique()
     bound = lambda t, a, b: epsilon_from_rates(counts(a, t), counts(b, t), delta, confidence)
     best = max(trial.tolist(), key=lambda t: bound(t, *half))
     rest = inside[1::2], outside[1::2]

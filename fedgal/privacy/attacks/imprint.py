@@ -52,10 +52,10 @@ def imprinted(
     if bins < 1 or len(public) < 2:
         raise FedgalError(f"an imprint needs bins and public inputs; {bins} bins and {len(public)} inputs are too few")
     x = to_float(public).cpu()
-    a = torch.randn(x.shape[1:], generator=generator)
+    a = torch.randn(x.shape[1:], generator=generator).to(x.device)
     a = a / a.norm()
     h = (x.flatten(1) @ a.flatten()).double()
-    q = torch.quantile(h, torch.arange(bins, dtype=h.dtype) / bins)
+    q = torch.quantile(h, torch.arange(bins, dtype=h.dtype, device=h.device) / bins)
     device = next(model.parameters()).device
     return ImprintedModel(model, a, q.float(), scale, gain).to(device)
 

@@ -78,7 +78,7 @@ class LabelCounts(Attack):
 def mean_prediction(model: nn.Module, n_classes: int, public: Tensor | None) -> Tensor:  # [C] float64 on the CPU
     "Mean probabilities of a model on public inputs; uniform without any."
     if public is None:
-        return torch.full((n_classes,), 1 / n_classes, dtype=torch.float64)
+        return torch.full((n_classes,), 1 / n_classes, dtype=torch.float64, device="cpu")
     reader = copy.deepcopy(model).eval()
     out = reader(to_float(public.to(next(reader.parameters()).device)))
     return getattr(out, "logits", out).double().softmax(1).mean(0).cpu()

@@ -136,7 +136,7 @@ class VAEShadows:
         gradient = vmap(grad(lambda w, *batch: -self.bound(w, *batch).mean()))
         optimiser = torch.optim.Adam(weights.values(), lr=o.lr)
         for step in range(o.steps):
-            noise, at = torch.randn(M, o.batch_size, o.latent, generator=rng), rows[:, step]
+            noise, at = torch.randn(M, o.batch_size, o.latent, generator=rng).to(x.device), rows[:, step]
             for n, g in gradient(weights, x[at], codes[at], noise).items():
                 weights[n].grad = g
             optimiser.step()
@@ -148,7 +148,7 @@ class VAEShadows:
     def score(self, stack: Tensors, x: Tensor, y: Tensor) -> Tensor:  # [M, T]
         "Mean bound of features [T, d] of classes [T]; the same noise for all networks."
         o, codes, of_all = self.options, one_hot(y, self.n_classes).float(), vmap(self.bound, (0, None, None, None))
-        noise = torch.randn(o.draws, len(x), o.latent, generator=stream(0, "posterior"))
+        noise = torch.randn(o.draws, len(x), o.latent, generator=stream(0, "posterior")).to(x.device)
         return sum(of_all(stack, x, codes, n) for n in noise) / o.draws
 
 # %% ../../../nbs/privacy/attacks/10b_lira.ipynb #b38036e0

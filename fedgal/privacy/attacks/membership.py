@@ -64,7 +64,7 @@ def nearest(
     other_labels: Tensor,  # [N]
 ) -> Tensor:  # [T], infinite where the class has no other
     "Distance to the nearest other example of the same class."
-    out = torch.full((len(x),), torch.inf, dtype=torch.float64)
+    out = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
     for c in set(y.tolist()) & set(other_labels.tolist()):
         out[y == c] = torch.cdist(x[y == c].double(), others[other_labels == c].double()).amin(1)
     return out
@@ -78,7 +78,7 @@ def log_density(
 ) -> Tensor:  # [T], minus infinity where the class has no other
     "Log of the kernel density of the other examples of a class at each row, but for a constant."
     d = x.shape[1]
-    out = torch.full((len(x),), -torch.inf, dtype=torch.float64)
+    out = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     for c in set(y.tolist()) & set(other_labels.tolist()):
         near = others[other_labels == c].double()
         h = width * len(near) ** (-1 / (d + 4))  # Scott's rule, for data of unit variance

@@ -42,7 +42,7 @@ def roc(
 ) -> tuple[Tensor, Tensor]:  # FPR and TPR at every threshold, from (0, 0) to (1, 1)
     "The curve of an attack."
     inside, outside = _split(scores, member)
-    thresholds = torch.cat([scores.double(), torch.tensor([torch.inf], dtype=torch.float64)]).unique().flip(0)
+    thresholds = torch.cat([scores.double(), scores.new_tensor([torch.inf]).double()]).unique().flip(0)
     above = lambda s: (len(s) - torch.searchsorted(s.sort().values, thresholds)) / len(s)
     return above(outside), above(inside)
 
