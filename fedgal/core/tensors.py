@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Tensors', 'gradient_norms', 'n_bytes', 'l2_norm', 'copy_tensors', 'check_schema']
+__all__ = ['Tensors', 'gradient_norms', 'n_bytes', 'l2_norm', 'copy_tensors', 'check_schema', 'join_groups', 'split_groups']
 
 # %% ../../nbs/core/08_tensors.ipynb #1ad294f2
 def gradient_norms(
@@ -57,3 +57,16 @@ def check_schema(
         if given[n].shape != t.shape:
             return f"{n} has shape {tuple(given[n].shape)}, expected {tuple(t.shape)}"
     return ""
+
+# %% ../../nbs/core/08_tensors.ipynb #7d2c9a16
+def join_groups(groups: dict[str, Tensors]) -> Tensors:
+    "Groups of tensors as one set, named `group:name`; a group's name has no colon, an empty group leaves nothing."
+    return {f"{group}:{n}": t for group, tensors in groups.items() for n, t in tensors.items()}
+
+def split_groups(tensors: Tensors) -> dict[str, Tensors]:
+    "What `join_groups` was made of."
+    groups = {}
+    for key, t in tensors.items():
+        group, name = key.split(":", 1)
+        groups.setdefault(group, {})[name] = t
+    return groups

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from ..core.errors import FedgalError
 from ..core.store import canonical, commit, load_json, load_tensors, save_json, save_tensors, sha256, verify
-from ..core.tensors import Tensors
+from ..core.tensors import Tensors, join_groups, split_groups
 from .messages import ClientUpdate, ServerPayload
 from .state import LastRound, State
 
@@ -37,12 +37,8 @@ def _last_json(last):
 
 # %% ../../nbs/federated/07_checkpoint.ipynb #76742206
 def _read_groups(file, device):
-    groups = {}
-    for key, t in load_tensors(file).items():
-        group, name = key.split(":", 1)
-        # its own memory, aligned as in the run that wrote it, or rounding may differ
-        groups.setdefault(group, {})[name] = t.to(device, copy=True)
-    return groups
+    # its own memory, aligned as in the run that wrote it, or rounding may differ
+    return split_groups({key: t.to(device, copy=True) for key, t in load_tensors(file).items()})
 
 def _read_last(record, groups):
     base = ServerPayload(groups.get("base/parameters", {}), groups.get("base/buffers", {}), record["round"] - 1)
@@ -146,8 +142,7 @@ class Checkpoints:
             "own": self.files.write(state.own, state.payload.round),
             "last": _last_json(last) if last else None,
         }
-        tensors = {f"{group}:{n}": t for group, ts in _groups(state, last).items() for n, t in ts.items()}
-        save_tensors(work / "state.safetensors", tensors)
+        save_tensors(work / "state.safetensors", join_groups(_groups(state, last)))
         save_json(work / "state.json", record)
         commit(work, self.folder / name)
         self.files.keep(_remove_old(self.folder))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from ..core.errors import FedgalError
 from ..core.store import load_meta, load_tensors, save_tensors
+from ..core.tensors import join_groups, split_groups
 from .messages import ClientUpdate, ServerPayload
 
 # %% ../../nbs/federated/07d_kept.ipynb #7c0e0007
@@ -25,7 +26,7 @@ def _flat(payload, updates):
     for u in updates:
         parts |= {f"{u.client}/{part}": getattr(u, part) or {} for part in _TENSORS}
         parts[f"{u.client}/labels"] = {} if u.labels is None else {"y": u.labels}
-    return {f"{where}:{name}": t for where, tensors in parts.items() for name, t in tensors.items()}
+    return join_groups(parts)
 
 def save_messages(
     file: Path,  # ends in .safetensors
@@ -41,10 +42,7 @@ def _has(update):
 
 def load_messages(file: Path) -> tuple[ServerPayload, list[ClientUpdate]]:
     "The messages of a round as they were sent; raises FedgalError for a file that is missing or damaged."
-    tensors, told, parts = load_tensors(file), load_meta(file), {}
-    for key, t in tensors.items():
-        where, name = key.split(":", 1)
-        parts.setdefault(where, {})[name] = t
+    parts, told = split_groups(load_tensors(file)), load_meta(file)
     payload = ServerPayload(**{p: parts.get(f"server/{p}", {}) for p in _OF_PAYLOAD}, round=told["round"])
     return payload, [_update(u, parts) for u in told["updates"]]
 

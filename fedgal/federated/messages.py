@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ServerPayload', 'looked_through', 'trainable_parameters', 'persistent_buffers', 'payload_from', 'payload_of',
-           'load_payload', 'ClientUpdate', 'failed_update', 'as_delta']
+           'load_payload', 'ClientUpdate', 'failed_update', 'lost', 'as_delta']
 
 # %% ../../nbs/federated/01_messages.ipynb #b36dbb20
 from contextlib import contextmanager
@@ -160,6 +160,11 @@ class ClientUpdate:
 def failed_update(client, reason: str) -> ClientUpdate:
     "The update of a client that had to stop."
     return ClientUpdate(client.id, "delta", {}, client.n_examples, failure=reason)
+
+def lost(update: ClientUpdate, reason: str) -> ClientUpdate:
+    "An update of which nothing arrives but the reason."
+    empty = {"labels": None, "hyperparams": None, "statistics": None, "train_loss": None}
+    return replace(update, tensors={}, buffers={}, terms={}, failure=reason, **empty)
 
 # %% ../../nbs/federated/01_messages.ipynb #aa5ba03f
 def as_delta(

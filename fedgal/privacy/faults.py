@@ -11,11 +11,11 @@ from ..core.options import Options, option
 from ..core.random import stream
 from ..core.tensors import Tensors, l2_norm
 from ..federated.clients import MultiStepClient
-from ..federated.messages import ClientUpdate
+from ..federated.messages import ClientUpdate, lost
 from ..federated.postprocess import Draws, Postprocessor
 
 # %% auto #0
-__all__ = ['PASSING', 'LASTING', 'FaultsOptions', 'deal_attackers', 'lost', 'attacked', 'flipped', 'Faults']
+__all__ = ['PASSING', 'LASTING', 'FaultsOptions', 'deal_attackers', 'attacked', 'flipped', 'Faults']
 
 # %% ../../nbs/privacy/21_faults.ipynb #cb8b794a
 PASSING = ("dropout", "straggler")  # drawn anew in each round
@@ -45,11 +45,6 @@ def deal_attackers(
     return sorted([clients[k], kind] for kind, a, b in parts for k in order[a:b])
 
 # %% ../../nbs/privacy/21_faults.ipynb #01082f80
-def lost(update: ClientUpdate, reason: str) -> ClientUpdate:
-    "An update that never arrives."
-    empty = {"labels": None, "hyperparams": None, "statistics": None, "train_loss": None}
-    return replace(update, tensors={}, buffers={}, terms={}, failure=reason, **empty)
-
 def attacked(
     tensors: Tensors,
     kind: str,  # of `LASTING`, but not label_flip

@@ -12,6 +12,7 @@ from ..core.options import Options, option
 from ..core.tensors import Tensors
 from ..federated.local import total
 from ..federated.messages import trainable_parameters
+from ..models.init import mixing_layers
 from ..models.losses.protocol import Batch, LocalLoss, as_local_loss
 
 # %% auto #0
@@ -75,8 +76,7 @@ def private_gradient(losses: Tensor, weights: Tensors, options: LocalPrivacyOpti
 
 def check_clipping(model: nn.Module, batchwise: bool, evaluating: bool) -> None:
     "Raise where examples of a batch see each other, so that none has a gradient of its own."
-    norm = nn.modules.batchnorm._BatchNorm
-    mixing = [name for name, m in model.named_modules() if isinstance(m, norm)]
+    mixing = mixing_layers(model)
     if batchwise:
         raise FedgalError("per_example_clipping needs a loss without a term between the examples of a batch")
     if mixing and not evaluating:

@@ -21,7 +21,7 @@ from ..federated.local import arithmetic, one_batch, total
 from ..federated.messages import ClientUpdate, ServerPayload, load_payload, trainable_parameters
 from ..federated.postprocess import Draws
 from ..federated.steps import Steps
-from ..models.init import undecayed_names
+from ..models.init import mixing_layers, undecayed_names
 from ..models.losses.protocol import Batch, LocalLoss, as_local_loss, task_loss
 from .accountant import Charge
 from .postprocessors import Private, PrivacyOptions, add_noise, anonymous
@@ -106,9 +106,8 @@ def check_single(
     client: MultiStepClient,
 ) -> None:
     "Raise where examples of a client see each other, so that none has a gradient of its own."
-    mixing = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     reasons = {
-        "a layer that mixes the examples of a batch (use norm: group)": mixing,
+        "a layer that mixes the examples of a batch (use norm: group)": mixing_layers(model),
         "a loss with a term between the examples of a batch": loss.batchwise,
         "a loss that knows the client's classes": loss.context(client) is not None,
         "a loss that draws something for whole batches": loss.draws(client, [], 0, 0) is not None,

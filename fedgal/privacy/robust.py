@@ -10,13 +10,18 @@ from ..core.options import option
 from ..federated.aggregation import Robust, RobustOptions
 
 # %% auto #0
-__all__ = ['Median', 'TrimmedMean', 'krum_scores', 'Krum', 'MultiKrumOptions', 'MultiKrum', 'GeometricOptions',
-           'geometric_median', 'GeometricMedian']
+__all__ = ['coordinate_median', 'Median', 'TrimmedMean', 'krum_scores', 'Krum', 'MultiKrumOptions', 'MultiKrum',
+           'GeometricOptions', 'geometric_median', 'GeometricMedian']
 
 # %% ../../nbs/privacy/20_robust.ipynb #6d7cee49
 def _largest_last(rows):
     "Each column sorted; what is no number counts as the largest."
     return torch.where(rows.isnan(), torch.inf, rows).sort(dim=0).values
+
+def coordinate_median(rows: Tensor) -> Tensor:  # [n, d] -> [d]
+    "The median of every coordinate; of an even number of rows the mean of the middle two."
+    ordered, n = _largest_last(rows), len(rows)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 class Median(Robust):
     "The median of every coordinate; of an even number of clients the mean of the middle two."
@@ -26,8 +31,7 @@ class Median(Robust):
     reference = "Yin et al., ICML 2018"
 
     def combine(self, rows: Tensor) -> tuple[Tensor, dict]:
-        ordered, n = _largest_last(rows), len(rows)
-        return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, {}
+        return coordinate_median(rows), {}
 
 class TrimmedMean(Robust):
     "The mean of every coordinate without its smallest and largest numbers."
@@ -109,5 +113,4 @@ class GeometricMedian(Robust):
     reference = "Pillutla et al., IEEE TSP 2022"
 
     def combine(self, rows: Tensor) -> tuple[Tensor, dict]:
-        start = Median(self.options).combine(rows)[0]
-        return geometric_median(rows, start, self.options.smoothing, self.options.steps), {}
+        return geometric_median(rows, coordinate_median(rows), self.options.smoothing, self.options.steps), {}

@@ -9,7 +9,7 @@ from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..federated.algorithm import only_averages
 from ..federated.aggregate import not_finite
-from ..federated.messages import ClientUpdate
+from ..federated.messages import ClientUpdate, lost
 from ..federated.postprocess import Draws, Postprocessor
 
 # %% auto #0
@@ -51,7 +51,6 @@ class SumOnly(Postprocessor):
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         "Nobody else can look for a NaN, so the client does."
         if broken := not_finite(update):
-            nothing = {"statistics": None, "labels": None, "hyperparams": None, "train_loss": None}
-            return replace(update, tensors={}, buffers={}, terms={}, failure=f"{broken}, as it saw itself", **nothing)
+            return lost(update, f"{broken}, as it saw itself")
         words = f"{update.privacy}, " if update.privacy else ""
         return replace(update, privacy=f"{words}masked: the server sees the sum over the round")

@@ -38,6 +38,7 @@ class Finding:
     value: Tensor  # labels [n], examples [n, ...], or a number for each candidate [T]: the higher, the surer
     label: int | None = None  # class of the examples, where it is known
 
+# %% ../../../nbs/privacy/attacks/01_base.ipynb #eec9b6f7
 class Attack:
     "Reads one kind of message."
 
@@ -51,6 +52,11 @@ class Attack:
     def __call__(self, message, model: nn.Module | None = None, knowledge: Knowledge = Knowledge()) -> list[Finding]:
         "What the message gives away; raises `FedgalError` for one that it cannot read."
         raise NotImplementedError
+
+    def check_type(self, message, kind: type, what: str) -> None:
+        "Raise `FedgalError` for a message that is not of a kind."
+        if not isinstance(message, kind):
+            raise FedgalError(f"attack {self.name} reads {what}, not {type(message).__name__}")
 
     def knows(self, knowledge: Knowledge, *names: str) -> list:
         "Parts of the knowledge that the attack cannot do without; raises `FedgalError` for one that is missing."

@@ -11,7 +11,7 @@ from ...core.errors import FedgalError
 from ...core.options import Options, option
 from ...generators.base import Bank
 from .base import Attack, Finding, Knowledge
-from .membership import candidates_of, nearest
+from .membership import candidates_of, features_of, nearest
 
 # %% auto #0
 __all__ = ['memorisation_distance', 'authentic', 'mann_whitney', 'copying_test', 'copying_score', 'CopiesOptions', 'Copies']
@@ -81,11 +81,10 @@ class Copies(Attack):
     def __call__(
         self, message: Bank, model: nn.Module | None = None, knowledge: Knowledge = Knowledge()
     ) -> list[Finding]:
-        if not isinstance(message, Bank):
-            raise FedgalError(f"attack {self.name} reads a bank of features, not {type(message).__name__}")
+        z, classes = features_of(self, message)
         x, y = candidates_of(self, knowledge)
         public, labels = self.knows(knowledge, "public", "public_labels")
-        near = nearest(x, y, message.z, message.y)
+        near = nearest(x, y, z, classes)
         found = near < self.options.share * nearest(x, y, public.flatten(1), labels)
         words = f"a generated feature lies nearer than {self.options.share:g} of the way to any public example"
         return [Finding(words, x[row][None], int(y[row])) for row in found.nonzero()[:, 0].tolist()]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...core.errors import FedgalError
 from ...core.options import Options, option
 from .base import Attack, Finding, Knowledge, examples_behind
-from .labels import part
+from .labels import weight_and_bias
 
 # %% auto #0
 __all__ = ['first_linear', 'common_input', 'FirstLayerOptions', 'FirstLayer']
@@ -46,8 +46,7 @@ class FirstLayer(Attack):
     name = "first_layer"
 
     def __call__(self, message, model: nn.Module, knowledge: Knowledge = Knowledge()) -> list[Finding]:
-        layer = first_linear(model)
-        weight, bias = (part(message.tensors, f"{layer}.{n}".lstrip(".")) for n in ("weight", "bias"))
+        weight, bias = weight_and_bias(message.tensors, first_linear(model))
         if examples_behind(message, knowledge) == 1:
             return [Finding("the example, exactly", common_input(weight, bias)[None])]
         rows = bias.abs() > self.options.active * bias.abs().amax()

@@ -10,7 +10,7 @@ from ...core.errors import FedgalError
 from ...core.options import Options, option
 from ...data.transforms import to_float
 from .base import Attack, Finding, Knowledge
-from .labels import part
+from .labels import weight_and_bias
 
 # %% auto #0
 __all__ = ['ImprintedModel', 'imprinted', 'expected_alone', 'imprint_of', 'ImprintOptions', 'Imprint']
@@ -87,7 +87,7 @@ class Imprint(Attack):
 
     def __call__(self, message, model: nn.Module, knowledge: Knowledge = Knowledge()) -> list[Finding]:
         layer = imprint_of(model)
-        weight, bias = (part(message.tensors, f"{layer}.{n}") for n in ("weight", "bias"))
+        weight, bias = weight_and_bias(message.tensors, layer)
         inside, delta = (torch.cat([t[:-1] - t[1:], t[-1:]]) for t in (weight, bias))  # [k, d], [k]
         full = delta.abs() > self.options.empty * delta.abs().amax()
         shape = model.get_submodule(layer.rpartition(".")[0]).in_shape

@@ -13,7 +13,7 @@ from ...data.transforms import to_float
 from .base import Attack, Finding, Knowledge, examples_behind, mean_gradient
 
 # %% auto #0
-__all__ = ['last_layer', 'part', 'rounded_counts', 'IDLG', 'BiasSign', 'LabelCounts', 'mean_prediction']
+__all__ = ['last_layer', 'part', 'weight_and_bias', 'rounded_counts', 'IDLG', 'BiasSign', 'LabelCounts', 'mean_prediction']
 
 # %% ../../../nbs/privacy/attacks/04_labels.ipynb #f3fe5b6e
 def last_layer(
@@ -30,6 +30,10 @@ def part(tensors: Tensors, name: str) -> Tensor:
     if name not in tensors:
         raise FedgalError(f"the attack reads {name}, which is not in the message")
     return tensors[name].double()
+
+def weight_and_bias(tensors: Tensors, layer: str) -> tuple[Tensor, Tensor]:  # [k, d], [k]
+    "What was sent of a linear layer, as float64; raises `FedgalError` if it was not sent."
+    return tuple(part(tensors, f"{layer}.{n}".lstrip(".")) for n in ("weight", "bias"))
 
 def rounded_counts(
     wanted: Tensor,  # [C] real numbers

@@ -14,7 +14,8 @@ from .base import Attack, Finding, Knowledge
 from ...stats.class_statistics import ClassStatistics
 
 # %% auto #0
-__all__ = ['RIDGE', 'candidates_of', 'Projection', 'nearest', 'log_density', 'CalibratedDistance', 'DomiasOptions', 'Domias']
+__all__ = ['RIDGE', 'candidates_of', 'Projection', 'nearest', 'log_density', 'features_of', 'CalibratedDistance', 'DomiasOptions',
+           'Domias']
 
 # %% ../../../nbs/privacy/attacks/10_membership.ipynb #eac23cc7
 RIDGE = 0.03  # of the mean variance, added to every direction: public examples may hardly vary in some
@@ -57,6 +58,13 @@ class Projection(Attack):
         return [Finding("how far the sum of its class points at it, in standard deviations", scores)]
 
 # %% ../../../nbs/privacy/attacks/10_membership.ipynb #e4899a35
+def _within_classes(x, y, others, other_labels, empty, value):
+    "A value of each row and the others of its class; `empty` where there are none."
+    out = torch.full((len(x),), empty, dtype=torch.float64, device=x.device)
+    for c in set(y.tolist()) & set(other_labels.tolist()):
+        out[y == c] = value(x[y == c].double(), others[other_labels == c].double())
+    return out
+
 def nearest(
     x: Tensor,  # [T, d]
     y: Tensor,  # [T]
@@ -64,10 +72,7 @@ def nearest(
     other_labels: Tensor,  # [N]
 ) -> Tensor:  # [T], infinite where the class has no other
     "Distance to the nearest other example of the same class."
-    out = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
-    for c in set(y.tolist()) & set(other_labels.tolist()):
-        out[y == c] = torch.cdist(x[y == c].double(), others[other_labels == c].double()).amin(1)
-    return out
+    return _within_classes(x, y, others, other_labels, torch.inf, lambda rows, near: torch.cdist(rows, near).amin(1))
 
 def log_density(
     x: Tensor,  # [T, d]
@@ -78,19 +83,19 @@ def log_density(
 ) -> Tensor:  # [T], minus infinity where the class has no other
     "Log of the kernel density of the other examples of a class at each row, but for a constant."
     d = x.shape[1]
-    out = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
-    for c in set(y.tolist()) & set(other_labels.tolist()):
-        near = others[other_labels == c].double()
+
+    def density(rows, near):
         h = width * len(near) ** (-1 / (d + 4))  # Scott's rule, for data of unit variance
-        square = torch.cdist(x[y == c].double(), near).square() / (2 * h * h)
-        out[y == c] = torch.logsumexp(-square, 1) - math.log(len(near)) - d * math.log(h)
-    return out
+        square = torch.cdist(rows, near).square() / (2 * h * h)
+        return torch.logsumexp(-square, 1) - math.log(len(near)) - d * math.log(h)
+
+    return _within_classes(x, y, others, other_labels, -torch.inf, density)
 
 # %% ../../../nbs/privacy/attacks/10_membership.ipynb #6c31beb5
-def _bank(attack, message):
-    if not isinstance(message, Bank):
-        raise FedgalError(f"attack {attack.name} reads a bank of features, not {type(message).__name__}")
-    return message.z.double(), message.y
+def features_of(attack: Attack, bank: Bank) -> tuple[Tensor, Tensor]:  # [N, d] float64, [N]
+    "Features of a bank with their classes; raises `FedgalError` for anything else."
+    attack.check_type(bank, Bank, "a bank of features")
+    return bank.z.double(), bank.y
 
 class CalibratedDistance(Attack):
     "Membership from a bank: how much nearer it comes to a candidate than public examples do."
@@ -101,7 +106,7 @@ class CalibratedDistance(Attack):
     def __call__(
         self, message: Bank, model: nn.Module | None = None, knowledge: Knowledge = Knowledge()
     ) -> list[Finding]:
-        z, labels = _bank(self, message)
+        z, labels = features_of(self, message)
         x, y = candidates_of(self, knowledge)
         public, public_labels = self.knows(knowledge, "public", "public_labels")
         scores = nearest(x, y, public.flatten(1), public_labels) - nearest(x, y, z, labels)
@@ -124,7 +129,7 @@ class Domias(Attack):
     def __call__(
         self, message: Bank, model: nn.Module | None = None, knowledge: Knowledge = Knowledge()
     ) -> list[Finding]:
-        z, labels = _bank(self, message)
+        z, labels = features_of(self, message)
         x, y = candidates_of(self, knowledge)
         public, public_labels = self.knows(knowledge, "public", "public_labels")
         mean, inverse = _of_public(self, knowledge, x, y)

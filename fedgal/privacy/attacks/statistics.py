@@ -36,11 +36,6 @@ def samples_of_few(s: ClassStatistics) -> list[Finding]:
     return found
 
 # %% ../../../nbs/privacy/attacks/03_statistics.ipynb #ae432b32
-def _checked(message, name):
-    if not isinstance(message, ClassStatistics):
-        raise FedgalError(f"attack {name} reads class statistics, not {type(message).__name__}")
-    return message
-
 class FewSamples(Attack):
     "Samples of classes that have one or two."
 
@@ -50,7 +45,8 @@ class FewSamples(Attack):
     def __call__(
         self, message: ClassStatistics, model: nn.Module | None = None, knowledge: Knowledge = Knowledge()
     ) -> list[Finding]:
-        return samples_of_few(_checked(message, self.name))
+        self.check_type(message, ClassStatistics, "class statistics")
+        return samples_of_few(message)
 
 class Differencing(Attack):
     "Samples that came between two messages of the same sender."
@@ -63,4 +59,6 @@ class Differencing(Attack):
     ) -> list[Finding]:
         if knowledge.earlier is None:
             raise FedgalError("differencing needs a message before this one; give Knowledge(earlier=...)")
-        return samples_of_few(_checked(message, self.name) - _checked(knowledge.earlier, self.name))
+        for one in (message, knowledge.earlier):
+            self.check_type(one, ClassStatistics, "class statistics")
+        return samples_of_few(message - knowledge.earlier)
