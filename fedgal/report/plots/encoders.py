@@ -9,7 +9,7 @@ __all__ = ['encoders']
 import numpy as np
 from ...evaluation.significance import paired_interval
 from .axes import label_ends
-from .style import arm_colors, new_figure, percent, percent_axis, points, to_floats
+from .style import arm_colors, new_figure, percent, percent_axis, to_floats
 from matplotlib.figure import Figure
 
 # %% ../../../nbs/report/plots/05a_encoders.ipynb #5ae0c006
@@ -23,8 +23,8 @@ def _mean_and_half(values):
 def _encoders_title(mean, arm, baseline):  # mean: arm -> one mean for each encoder
     if arm not in mean or baseline not in mean:
         return "Arms on encoders from weak to strong"
-    gain = mean[arm] - mean[baseline]
-    return f"{arm} against {baseline}: {points(gain[0])} on the weakest encoder, {points(gain[-1])} on the strongest"
+    weak, strong = (f"{100 * (mean[arm] - mean[baseline])[i]:+.1f} points" for i in (0, -1))
+    return f"{arm} against {baseline}: {weak} on the weakest encoder, {strong} on the strongest"
 
 def encoders(
     values: dict,  # encoder, from weak to strong -> {arm: one value per seed}
