@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMS_FILE', 'SEED', 'EXPERIMENT', 'TITLE', 'QUESTION', 'BANK_PER_CLASS', 'GROUP_FEW', 'GROUP_MANY', 'RARE_AT',
            'AUGMENT', 'VIEWS', 'KAPPA', 'LEVEL', 'GENERATOR', 'SAMPLING', 'StageParameters', 'chosen', 'check_groups',
-           'Data', 'check_training', 'Train', 'JointTraining', 'Joint']
+           'Data', 'check_kept', 'check_training', 'Train', 'JointTraining', 'Joint']
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0003
 from typing import ClassVar
@@ -92,6 +92,16 @@ class Data(StageParameters):
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0030
 SAMPLING = ("plain", "balanced")
 
+def check_kept(
+    rounds: list[int],  # counted from 1
+    federation,  # `FederationOptions`
+) -> None:
+    "Raise for messages that cannot be kept."
+    if wrong := [r for r in rounds if not 1 <= r <= federation.rounds]:
+        raise FedgalError(f"keep_messages = {rounds}: round {wrong[0]} is not one of 1 to {federation.rounds}")
+    if rounds and (blind := [p.name for p in federation.make_postprocessors() if p.blind]):
+        raise FedgalError(f"keep_messages: under {blind[0]} nobody sees a single message; leave one of the two out")
+
 def check_training(
     params: dict,  # of `10_data` and `20_train`
 ) -> None:
@@ -109,6 +119,7 @@ def check_training(
     check_sampling(params["train_sampling"], algorithm)
     check_participants(params["n_clients"], params["participation"], params["min_clients"])
     federation.check_cohort(n_chosen(params["n_clients"], params["participation"]))
+    check_kept(params["keep_messages"], federation)
     if params["train_sampling"] != "plain" and any(p.private for p in federation.make_postprocessors()):
         raise FedgalError("with privacy all clients weigh the same: train_sampling = plain")
 
@@ -154,6 +165,7 @@ class Train(StageParameters):
     norm_factor: float = option(0.0, "quarantine updates longer than this many medians; 0: only if not finite", ge=0)
     min_clients: int = option(1, "accepted updates that a round needs; with fewer the model stays", ge=1)
     eval_every: int = option(1, "rounds between two looks at the validation data", ge=1)
+    keep_messages: list[int] = option([], "rounds whose messages are kept, to be read by 80_audit")
 
     @classmethod
     def check_run(cls, params: dict) -> None:

@@ -21,6 +21,7 @@ class Knowledge:
 
     lr: float | None = None  # learning rate of local work
     steps: int | None = None  # of local work
+    momentum: float | None = None  # of local work; None: as the message says, or none
     n_examples: int | None = None  # behind the message
     earlier: object = None  # a message of the same sender before this one
     public: Tensor | None = None  # [N, ...] inputs like those of the clients
@@ -97,18 +98,20 @@ def mean_gradient(
     message,  # has kind, tensors and hyperparams: a `ClientUpdate` or what a user shared
     knowledge: Knowledge = Knowledge(),
 ) -> Tensors:
-    "The mean gradient over local steps; raises `FedgalError` for a delta of unknown learning rate or steps."
+    """The mean gradient over local steps, of which momentum lets the early ones count more.
+    Raises `FedgalError` for a delta of unknown learning rate or steps.
+    """
     if message.kind == "gradient":
         return message.tensors
     told = message.hyperparams or {}
     lr, steps = knowledge.lr or told.get("lr"), knowledge.steps or told.get("steps")
-    if told.get("momentum"):
-        raise FedgalError("the message is a change under momentum, not a sum of gradients; use another attack")
     if not lr:
         raise FedgalError("the message is a change of parameters; to read a gradient give Knowledge(lr=...)")
     if not steps:
         raise FedgalError("the message is a change after an unknown number of steps; give Knowledge(steps=...)")
-    return {n: t / (-lr * steps) for n, t in message.tensors.items()}
+    beta = told.get("momentum", 0.0) if knowledge.momentum is None else knowledge.momentum
+    weight = sum((1 - beta**k) / (1 - beta) for k in range(1, steps + 1))  # of all gradients in the change
+    return {n: t / (-lr * weight) for n, t in message.tensors.items()}
 
 def examples_behind(message, knowledge: Knowledge = Knowledge()) -> int:
     "How many examples a message is made of; raises `FedgalError` if neither it nor the attacker says."
