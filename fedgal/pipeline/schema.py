@@ -29,6 +29,7 @@ STAGES = Registry(
         "50_finetune": "fedgal.pipeline.parameters_features:Finetune",
         "60_evaluate": "fedgal.pipeline.parameters_features:Evaluate",
         "61_models": "fedgal.pipeline.parameters_features:Models",
+        "80_audit": "fedgal.pipeline.parameters_features:Audit",
         "90_compare": "fedgal.pipeline.parameters_features:Compare",
     },
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLIC', 'EXACT', 'free_rows', 'Candidates', 'candidates_at', 'sent_statistics', 'recovered', 'read_few',
-           'read_members', 'read_sums', 'read_bank', 'read_generator']
+           'chance_of_auc', 'read_members', 'read_sums', 'read_bank', 'read_generator']
 
 # %% ../../nbs/privacy/32_read_features.ipynb #e0320004
 import math
@@ -123,6 +123,11 @@ def read_few(
     return Reading(message, "few_samples", "share of the samples", found / total, 0.0, found > 0, words, epsilon)
 
 # %% ../../nbs/privacy/32_read_features.ipynb #e032000d
+def chance_of_auc(member: Tensor) -> float:  # [T] bool
+    "The AUC that scores without any meaning exceed in one case of forty (Mann-Whitney)."
+    m, n = int(member.sum()), int((~member).sum())
+    return 0.5 + 1.96 * math.sqrt((m + n + 1) / (12 * m * n))
+
 def read_members(
     message: str,  # in words
     attack: Attack,
@@ -134,14 +139,12 @@ def read_members(
     "Whether an attack tells members from others."
     scores = attack(sent, None, knowledge or candidates.known())[0].value.cpu()
     row = membership_row(scores, candidates.member)
+    chance = chance_of_auc(candidates.member)
     shares = [k for k in row if k.startswith("TPR") and "," not in k]
-    if not shares:
-        n = int((~candidates.member).sum())
-        raise FedgalError(f"{n} others are too few to tell a false alarm rate of 1 % from 0; audit more data")
-    told = "; ".join(f"{row[k]:.1%} [{row[f'{k}, from']:.1%}, {row[f'{k}, to']:.1%}] ({k})" for k in shares)
-    words = f"members found: {told}; AUC {row['AUC']:.2f}"
-    low = row[f"{shares[0]}, from"]
-    return Reading(message, attack.name, shares[0], row[shares[0]], 0.01, low > 0.01, words, epsilon), scores
+    told = [f"{row[k]:.1%} [{row[f'{k}, from']:.1%}, {row[f'{k}, to']:.1%}] ({k})" for k in shares]
+    words = "; ".join([f"AUC {row['AUC']:.2f} (by chance up to {chance:.2f})", *told])
+    leaks = row["AUC"] > chance or any(row[f"{k}, from"] > rate for k, rate in zip(shares, (0.01, 0.001), strict=False))
+    return Reading(message, attack.name, "AUC", row["AUC"], 0.5, leaks, words, epsilon), scores
 
 def read_sums(message: str, total: ClassStatistics, candidates: Candidates, epsilon: float = math.inf):
     "Membership from the sums of all clients together: a reading and the scores."

@@ -39,7 +39,8 @@ def stops_at(
     if not any(r.leaks for r in readings):
         return math.inf
     failing = math.nan
-    for r in sorted((r for r in readings if math.isfinite(r.epsilon)), key=lambda r: r.epsilon):
+    read = [r for r in readings if math.isfinite(r.epsilon) and not math.isnan(r.value)]
+    for r in sorted(read, key=lambda r: r.epsilon):
         if r.leaks:
             break
         failing = r.epsilon

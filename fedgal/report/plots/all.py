@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['arm_colors', 'image_grid', 'long_tail', 'client_heatmap', 'learning_curves', 'loss_curves', 'server_losses',
            'training_curves', 'client_spread', 'bytes_by_kind', 'radii', 'teacher_map', 'fidelity_bars', 'projection',
-           'group_bars', 'arms_spread', 'levels', 'encoders', 'reliability', 'forest', 'per_class', 'gain_heatmap']
+           'group_bars', 'arms_spread', 'levels', 'encoders', 'reliability', 'forest', 'per_class', 'gain_heatmap',
+           'reconstructions', 'rocs', 'budgets']
 
 # %% ../../../nbs/report/plots/09_all.ipynb #478507fd
+from .audit import budgets, reconstructions, rocs
 from .classes import gain_heatmap, per_class
 from .data import client_heatmap, image_grid, long_tail, teacher_map
 from .differences import forest
@@ -47,4 +49,7 @@ _all_ = [
     forest,
     per_class,
     gain_heatmap,
+    reconstructions,
+    rocs,
+    budgets,
 ]
