@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 from ..core.errors import FedgalError
+from ..core.own_code import code_files, local_modules
 from ..core.settings import root, settings
 from ..core.store import load_json, save_json
 from .catalogue import catalogue, entry_of, named
@@ -19,7 +20,8 @@ from .schema import cells, schema, stage_path
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50002
 _SHOWS = ("fedgal.report", "fedgal.pipeline", "fedgal.cli", "fedgal._modidx")
-_WORDS = tuple(f"fedgal.core.{name}" for name in ("errors", "text", "progress", "show", "settings", "cells"))
+_IN_CORE = ("errors", "text", "progress", "show", "settings", "cells", "own_code")
+_WORDS = tuple(f"fedgal.core.{name}" for name in _IN_CORE)
 
 def computes(module: str) -> bool:
     "Whether a module can change a result."
@@ -116,12 +118,30 @@ def _memo(folder: Path) -> _Memo:
     return _Memo(folder)
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50006
-@cache
+def _own_modules(targets) -> dict[str, Path]:
+    "The user's modules behind classes of their own, as they lie there now."
+    found = {}
+    for module in {target.partition(":")[0] for target in targets}:
+        found |= local_modules(module) or {module: code_files(module)[0]}
+    return {module: path for module, path in found.items() if path.is_file()}
+
 def reached(
     modules: frozenset[str],  # dotted names that code imports
-    chosen: frozenset = frozenset(),  # "kind:name" of registry entries
+    chosen: frozenset = frozenset(),  # "kind:name" of registry entries; the name of one's own is `module:Class`
 ) -> dict:  # "modules": module -> hash, "entries": "kind:name" -> target
     "Everything that a computation rests on: modules, followed through their imports, and the entries it uses."
+    own = {name: name.partition(":")[2] for name in chosen if name.count(":") == 2}
+    sources = {m: p.read_text(encoding="utf-8") for m, p in _own_modules(own.values()).items()}
+    reads = [_reads(ast.parse(source), module.rpartition(".")[0]) for module, source in sources.items()]
+    imports = frozenset().union(*(names for names, _ in reads))
+    texts = frozenset().union(*(words for _, words in reads))
+    found = _library(frozenset(modules | imports), frozenset(chosen - own.keys() | texts))
+    hashes = {module: code_hash(source) for module, source in sources.items()}
+    return {"modules": dict(sorted((found["modules"] | hashes).items())), "entries": found["entries"] | own}
+
+@cache
+def _library(modules: frozenset[str], chosen: frozenset) -> dict:
+    "The same for code of the library, which stays as it is while a process lives."
     tables = {f"{kind}:{n}": t for kind, table in catalogue().items() for n, t in table.entries.items()}
     entries = {name: tables[name] for name in chosen if name in tables}
     todo = set(modules) | {t.partition(":")[0] for t in entries.values()}
