@@ -13,7 +13,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 from ..core.errors import FedgalError
 from ..core.own_code import code_files, local_modules
-from ..core.settings import root, settings
+from ..core.settings import library, settings
 from ..core.store import load_json, save_json
 from .catalogue import catalogue, entry_of, named
 from .schema import cells, schema, stage_path
@@ -75,7 +75,7 @@ def _all_of(entry: str) -> str:
 
 @cache
 def _module_file(name: str) -> Path | None:
-    path = root() / (name.replace(".", "/") + ".py")
+    path = library() / (name.replace(".", "/") + ".py")
     return path if path.is_file() else None
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce5000a
@@ -83,7 +83,7 @@ class _Memo:
     "What was found out about modules, kept in a file: every stage of a run reads the same ones."
 
     def __init__(self, folder: Path):
-        rules = (root() / "fedgal" / "pipeline" / "code.py").read_bytes()
+        rules = (library() / "fedgal" / "pipeline" / "code.py").read_bytes()
         own = hashlib.sha256(rules).hexdigest()[:16]
         self.file = folder / f"{own}.json"  # another rule, another file
         self.new = False
@@ -100,7 +100,7 @@ class _Memo:
 
     def _row(self, path):
         source = Path(path).read_text(encoding="utf-8")
-        package = ".".join(Path(path).relative_to(root()).parent.parts)
+        package = ".".join(Path(path).relative_to(library()).parent.parts)
         tag = hashlib.sha256(f"{package}\n{source}".encode()).hexdigest()
         if tag not in self.rows:
             self.rows[tag] = [code_hash(source), *map(sorted, _reads(ast.parse(source), package))]

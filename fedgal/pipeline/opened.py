@@ -13,17 +13,16 @@ import pandas as pd
 from ..core.errors import FedgalError, did_you_mean
 from ..core.names import spelt
 from ..core.random import Runtime, prepare
-from ..core.settings import settings
+from ..core.settings import report_names, report_of, settings
 from ..core.store import MANIFEST, by_first, load_json, load_tensors, verify
 
 # %% ../../nbs/pipeline/16_open.ipynb #46853091
 def load_record(name: str) -> dict:
     "`run.json` of an experiment; an unknown name lists those that are close."
-    path = settings().reports / name / "run.json"
+    path = report_of(name) / "run.json"
     if not path.is_file():
-        known = sorted(p.parent.name for p in settings().reports.glob("*/run.json"))
-        close = did_you_mean(name, known)
-        raise FedgalError(f"no experiment {name!r} in {settings().reports}{close}; `fedgal list` shows what there is")
+        close = did_you_mean(name, report_names())
+        raise FedgalError(f"no experiment {name!r} has run{close}; `fedgal list` shows what there is")
     return load_json(path)
 
 def matching(members: list[dict], chosen: dict, name: str) -> list[dict]:
