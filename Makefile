@@ -25,8 +25,8 @@ gpu-lt: $(VENV)/ready  ## minutes on a GPU: a published protocol on long-tailed 
 	test -d artifacts/gpu_lt || $(BIN)/python tests/gpu_lt.py cut
 	FEDGAL_DATA_ROOT=artifacts/gpu_lt $(BIN)/python tests/gpu_lt.py run $(or $(PROTOCOL),mixup)
 
-lab: $(VENV)/ready  ## open JupyterLab on the tour
-	$(BIN)/fedgal lab
+lab: $(VENV)/ready  ## open JupyterLab on the tour; LAB_ARGS='--no-browser --port 8899' are its options
+	$(BIN)/fedgal lab $(LAB_ARGS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

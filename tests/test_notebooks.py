@@ -24,13 +24,13 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "": "index",
     "models": "02_heads 04_networks 05a_lenet_zhu 07_encode",
     "models/losses": "02_base 03_matching 04_contrastive 05_geometry 06_local",
-    "pipeline": "09_kernels 14_tune",
+    "pipeline": "09_kernels 14_tune 16_open 18_script",
     "privacy": "01_accountant 03_release 04_clipping 05_record_dp 10_local_privacy 12_users 20_robust 21_faults 22_secure_sum",
     "privacy/attacks": "03_statistics 04_labels 05_first_layer 06_inversion 07_imprint 09_roc 10_membership 10b_lira 11_copying 12_epsilon",
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",
     "report/plots": "00_style 01_axes 02_data 03_training 04_features 05_results 05a_encoders 06_differences 07_classes 08_joint",
     "stats": "03_moments 04_radius 06_prototypes 07_teachers",
-    "tutorials": "by_hand frozen_features own_data users",
+    "tutorials": "by_hand frozen_features own_data own_parts users",
 }
 SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
 def run_notebook(notebook, home, env, log):

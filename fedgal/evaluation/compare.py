@@ -8,7 +8,7 @@ __all__ = ['load_runs', 'check_comparable', 'varied', 'cells_of', 'merge_rows', 
 # %% ../../nbs/evaluation/14_compare.ipynb #4fb635c5
 from collections.abc import Sequence
 from ..core.errors import FedgalError
-from ..core.settings import settings
+from ..core.settings import report_of, settings
 from ..core.store import canonical, load_json
 from ..core.names import member_name
 from .significance import holm, paired_comparison
@@ -20,7 +20,7 @@ def load_runs(
 ) -> tuple[list[dict], list[str]]:  # metrics of finished runs, names of the others
     "Read the metrics of several runs; a folder without them is a failed run."
     if len(set(folders)) < len(folders): raise FedgalError(f"a run is named twice among {', '.join(folders)}")
-    paths = {f: settings().reports / f / "metrics.json" for f in folders}
+    paths = {f: report_of(f) / "metrics.json" for f in folders}
     runs = [load_json(p) for p in paths.values() if p.is_file()]
     if not runs:
         where = f"has a metrics.json below {settings().reports}"

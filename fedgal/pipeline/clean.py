@@ -8,7 +8,7 @@ __all__ = ['used_nodes', 'removable', 'results_in', 'is_running', 'clean']
 # %% ../../nbs/pipeline/15_clean.ipynb #a4b4f4b7
 import shutil
 from pathlib import Path
-from ..core.errors import FedgalError
+from ..core.errors import FedgalError, did_you_mean
 from ..core.settings import settings
 from ..core.store import MANIFEST, load_json
 from .locks import is_held
@@ -55,18 +55,26 @@ def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(f.stat().st_size for f in files if f.is_file())
 
-def clean(what: str | None = None, everything: bool = False) -> int:  # bytes
-    "Remove artifacts that no published experiment uses, those of a stage or one result, or all."
+def clean(
+    what: str | None = None,  # "20_train", "20_train/<key>"; None: what no report uses
+    everything: bool = False,
+    dry: bool = False,  # only say what would be removed
+) -> tuple[int, list[Path]]:  # bytes, and what is removed
+    "Remove artifacts that no report uses, those of a stage or one result, or all."
     artifacts = settings().artifacts
     busy = [path.parent.name for path in settings().reports.glob("*/run.json") if is_running(path.parent.name)]
     if busy: raise FedgalError(f"experiment {busy[0]!r} is running; clean when it has ended")
-    used = used_nodes(settings().reports, artifacts)
-    removed = 0
-    for path in results_in(artifacts):
-        if removable(path, artifacts, what, everything, used):
-            removed += _size(path)
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    return removed
+    used = used_nodes(settings().reports, artifacts) | used_nodes(settings().published, artifacts)
+    found = results_in(artifacts)
+    gone = [path for path in found if removable(path, artifacts, what, everything, used)]
+    if what and not gone:
+        stages = sorted({path.relative_to(artifacts).parts[0] for path in found})
+        close = did_you_mean(what, stages)
+        raise FedgalError(f"no artifacts of {what!r}{close}; there are some of: {', '.join(stages)}")
+    n_bytes = sum(_size(path) for path in gone)
+    for path in [] if dry else gone:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return n_bytes, gone

@@ -12,14 +12,16 @@ from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 from ..core.errors import FedgalError
-from ..core.settings import root, settings
+from ..core.own_code import code_files, local_modules
+from ..core.settings import library, settings
 from ..core.store import load_json, save_json
 from .catalogue import catalogue, entry_of, named
 from .schema import cells, schema, stage_path
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50002
 _SHOWS = ("fedgal.report", "fedgal.pipeline", "fedgal.cli", "fedgal._modidx")
-_WORDS = tuple(f"fedgal.core.{name}" for name in ("errors", "text", "progress", "show", "settings", "cells"))
+_IN_CORE = ("errors", "text", "progress", "show", "settings", "cells", "own_code")
+_WORDS = tuple(f"fedgal.core.{name}" for name in _IN_CORE)
 
 def computes(module: str) -> bool:
     "Whether a module can change a result."
@@ -73,7 +75,7 @@ def _all_of(entry: str) -> str:
 
 @cache
 def _module_file(name: str) -> Path | None:
-    path = root() / (name.replace(".", "/") + ".py")
+    path = library() / (name.replace(".", "/") + ".py")
     return path if path.is_file() else None
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce5000a
@@ -81,7 +83,7 @@ class _Memo:
     "What was found out about modules, kept in a file: every stage of a run reads the same ones."
 
     def __init__(self, folder: Path):
-        rules = (root() / "fedgal" / "pipeline" / "code.py").read_bytes()
+        rules = (library() / "fedgal" / "pipeline" / "code.py").read_bytes()
         own = hashlib.sha256(rules).hexdigest()[:16]
         self.file = folder / f"{own}.json"  # another rule, another file
         self.new = False
@@ -98,7 +100,7 @@ class _Memo:
 
     def _row(self, path):
         source = Path(path).read_text(encoding="utf-8")
-        package = ".".join(Path(path).relative_to(root()).parent.parts)
+        package = ".".join(Path(path).relative_to(library()).parent.parts)
         tag = hashlib.sha256(f"{package}\n{source}".encode()).hexdigest()
         if tag not in self.rows:
             self.rows[tag] = [code_hash(source), *map(sorted, _reads(ast.parse(source), package))]
@@ -116,12 +118,30 @@ def _memo(folder: Path) -> _Memo:
     return _Memo(folder)
 
 # %% ../../nbs/pipeline/06_code.ipynb #0ce50006
-@cache
+def _own_modules(targets) -> dict[str, Path]:
+    "The user's modules behind classes of their own, as they lie there now."
+    found = {}
+    for module in {target.partition(":")[0] for target in targets}:
+        found |= local_modules(module) or {module: code_files(module)[0]}
+    return {module: path for module, path in found.items() if path.is_file()}
+
 def reached(
     modules: frozenset[str],  # dotted names that code imports
-    chosen: frozenset = frozenset(),  # "kind:name" of registry entries
+    chosen: frozenset = frozenset(),  # "kind:name" of registry entries; the name of one's own is `module:Class`
 ) -> dict:  # "modules": module -> hash, "entries": "kind:name" -> target
     "Everything that a computation rests on: modules, followed through their imports, and the entries it uses."
+    own = {name: name.partition(":")[2] for name in chosen if name.count(":") == 2}
+    sources = {m: p.read_text(encoding="utf-8") for m, p in _own_modules(own.values()).items()}
+    reads = [_reads(ast.parse(source), module.rpartition(".")[0]) for module, source in sources.items()]
+    imports = frozenset().union(*(names for names, _ in reads))
+    texts = frozenset().union(*(words for _, words in reads))
+    found = _library(frozenset(modules | imports), frozenset(chosen - own.keys() | texts))
+    hashes = {module: code_hash(source) for module, source in sources.items()}
+    return {"modules": dict(sorted((found["modules"] | hashes).items())), "entries": found["entries"] | own}
+
+@cache
+def _library(modules: frozenset[str], chosen: frozenset) -> dict:
+    "The same for code of the library, which stays as it is while a process lives."
     tables = {f"{kind}:{n}": t for kind, table in catalogue().items() for n, t in table.entries.items()}
     entries = {name: tables[name] for name in chosen if name in tables}
     todo = set(modules) | {t.partition(":")[0] for t in entries.values()}

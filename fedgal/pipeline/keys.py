@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from ..core.errors import FedgalError
-from ..core.settings import device_class, root, settings
+from ..core.settings import device_class, library, report_of, root, settings
 from ..core.store import canonical, load_json, save_json, sha256
 from .catalogue import registry
 from .code import chosen_entries, code_hash, reached, stage_code
@@ -58,7 +58,7 @@ def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
         present = [f for f in places(split_file) if f.is_file()]
         files |= {f"split_file/{split_file}": f for f in reversed(present)}
     for name in params.get("experiments", []):
-        files[f"experiments/{name}"] = settings().reports / name / "metrics.json"
+        files[f"experiments/{name}"] = report_of(name) / "metrics.json"
     return {name: _file_hash(f) for name, f in files.items() if f.is_file()}
 
 # %% ../../nbs/pipeline/06a_keys.ipynb #326c4528
@@ -105,11 +105,9 @@ def hashed_params(stage: str, params: dict) -> dict:
 # %% ../../nbs/pipeline/06a_keys.ipynb #0ce50018
 def check_same_code() -> None:
     "Raise where the imported library is not the one in the project's root."
-    import fedgal
-
-    running = Path(fedgal.__file__).resolve().parent
+    running = library() / "fedgal"
     here = (root() / "fedgal").resolve()
-    if running != here:
+    if here.is_dir() and running != here:
         apart = f"fedgal is imported from {running}, but the project's root holds {here}"
         cure = f"run `pip install -e {root()}` or set FEDGAL_ROOT"
         raise FedgalError(f"{apart}: results would be filed under code that did not make them; {cure}")

@@ -12,7 +12,7 @@ from typing import ClassVar
 from pydantic.fields import FieldInfo
 from ..core.errors import FedgalError
 from ..core.options import Options, option
-from .catalogue import names
+from .catalogue import choices
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0006
 class StageParameters(Options):
@@ -29,7 +29,7 @@ class StageParameters(Options):
 # %% ../../nbs/pipeline/02_parameters.ipynb #ae81bd98
 def chosen(kind: str, default: str | list[str], help: str) -> FieldInfo:
     "A parameter that names an entry of a registry, or several."
-    return option(default, help, registry=kind, one_of=lambda: names(kind))
+    return option(default, help, registry=kind, one_of=lambda: choices(kind))
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0007
 PARAMS_FILE = option("", "start from this experiment in params/, for example quickstart", text=True)

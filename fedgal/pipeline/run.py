@@ -17,6 +17,7 @@ from .execute import ensure
 from .keys import keys
 from .nodes import LiveLine, print_line, run_nodes
 from .plan import COMPARE, Experiment, plan
+from .project import check_places
 from .record import entry_of, new_record, published_pages, refuse_other
 from .schema import inputs, resolve, schema
 
@@ -99,6 +100,7 @@ def run(
 ) -> dict:  # the run record that is also in reports/<experiment>/run.json
     "Run an experiment from start to published pages; what is already done is taken from the cache."
     exp = plan(file, overrides, name)
+    check_places()
     os.environ.setdefault("OMP_NUM_THREADS", str(settings().threads))  # inherited by the kernels
     home = settings().reports / exp.name
     refuse_other(home, exp)

@@ -107,6 +107,8 @@ def load_params(path: Path) -> dict:
         raise FedgalError(
             f"{path}: no such params file{did_you_mean(path.stem, known)}; in params/: {', '.join(known)}"
         ) from None
+    except IsADirectoryError:
+        raise FedgalError(f"{path}: is a folder; name a params file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         raise FedgalError(

@@ -92,11 +92,14 @@ def tune(
 
 # %% ../../nbs/pipeline/14_tune.ipynb #19816654
 def write_setting(
-    path: Path,  # a settings.ini
+    path: Path,  # a settings file, or where one will be
     key: str,
     value: str,
 ) -> None:
-    "Change one value in a settings file and leave everything else as it is."
-    text, n = re.subn(rf"(?m)^{key}\s*=.*$", f"{key} = {value}", Path(path).read_text(encoding="utf-8"))
-    if n != 1: raise FedgalError(f"{path}: expected one line `{key} = …`, found {n}")
-    write_bytes(path, text.encode())
+    "Change one value in a settings file, or add it, and leave everything else as it is."
+    text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else "[fedgal]\n"
+    line = f"{key} = {value}"
+    text, n = re.subn(rf"(?m)^{key}\s*=.*$", line, text)
+    if n > 1 or "[fedgal]" not in text:
+        raise FedgalError(f"{path}: expected [fedgal] and at most one line `{key} = …`; mend or remove the file")
+    write_bytes(path, (text if n else f"{text.rstrip()}\n{line}\n").encode())

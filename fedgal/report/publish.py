@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from markupsafe import escape
 from ..core.errors import FedgalError
-from ..core.settings import root, settings
+from ..core.settings import library, settings
 from .card import compute_seconds
 from ..core.store import MANIFEST, canonical, load_json, save_json, sha256, write_bytes
 
@@ -134,7 +134,7 @@ def _draw(exp, record, entry, ready, home):
 # %% ../../nbs/report/08_publish.ipynb #b2d47f16
 def _drawn_by():
     "The files that the look of a page depends on."
-    room = root() / "fedgal" / "report"
+    room = library() / "fedgal" / "report"
     return sorted([*room.glob("*.py"), *(room / "assets").iterdir()])
 
 def _digest(record):
