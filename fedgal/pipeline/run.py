@@ -100,6 +100,7 @@ def run(
     "Run an experiment from start to published pages; what is already done is taken from the cache."
     exp = plan(file, overrides, name)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings().threads))  # inherited by the kernels
+    os.environ.setdefault("FEDGAL_VECTOR", "1")  # figures as SVG too, see `fedgal.core.show`
     home = settings().reports / exp.name
     refuse_other(home, exp)
     with alone(exp.name):
