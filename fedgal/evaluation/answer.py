@@ -10,7 +10,7 @@ __all__ = ['share_of_gap', 'cell_answer', 'headroom_lines', 'answer', 'compariso
 import pandas as pd
 from ..core.names import spelt
 from .compare import varied
-from .contests import in_points, p_text, verdicts
+from .contests import in_points, p_text
 from .headroom import headroom, headroom_points, headroom_text, headroom_verdict, headrooms
 from .labels import pooled, shorten
 from .significance import gap_closed, paired_interval
@@ -82,18 +82,10 @@ def answer(
     failed: list[str],
     rows: list[dict],  # of `rows_of`
     cells: list[tuple[dict, dict]],  # of `cells_of`
-    announced: list[dict],  # of `contests_of`
     baseline: str,
-    question: str = "",
 ) -> list[str]:  # Markdown, one paragraph each
-    "Question, verdicts on announced contests, headroom, setup, what is not federated, and every cell's generator."
-    lines = [f"**Question.** {question}"] if question else []
-    if announced:
-        named = "**Answer.** Pairs of rows that were named before the run: mean difference in balanced accuracy"
-        verdict = "\n".join(f"* {v}" for v in verdicts(announced))
-        lines.append(f"{named} with its 95 % interval, paired by seed.\n\n{verdict}")
-    lines += headroom_lines(cells)
-    lines.append(_setup(runs, failed, baseline))
+    "Setup, headroom, what is not federated, and every cell's generator."
+    lines = [_setup(runs, failed, baseline), *headroom_lines(cells)]
     if any(pooled(r) for r in rows):
         together = "A row marked so has at least one run that took samples or features of the clients together"
         lines.append(f"**Not federated.** {together}; no federation could run it, and it is no equal of the others.")

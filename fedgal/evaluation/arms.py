@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['judge_arms', 'added_up', 'recalls', 'arm_summaries', 'share_closed', 'arm_shown', 'arms_table', 'clients_table',
-           'own_models_table', 'readout_table', 'class_table', 'bytes_sent', 'cost_table', 'total_bytes',
+           'as_shown', 'own_models_table', 'readout_table', 'class_table', 'bytes_sent', 'cost_table', 'total_bytes',
            'message_table', 'generator_facts']
 
 # %% ../../nbs/evaluation/11_arms.ipynb #604e9b2d
@@ -13,6 +13,7 @@ from operator import add
 from pathlib import Path
 import pandas as pd
 import torch
+from pandas.io.formats.style import Styler
 from torch import Tensor
 from ..core.store import load_json
 from .clients import arm_summary
@@ -96,6 +97,20 @@ def clients_table(arms: dict[str, dict]) -> pd.DataFrame:  # one row an arm
     rows = {arm: {column: a["clients"][key] for column, key in columns.items()} for arm, a in arms.items()}
     return pd.DataFrame(rows).T
 
+def as_shown(
+    table: pd.DataFrame,  # fractions; gains in columns whose names end in "gain", whole numbers, texts
+) -> Styler:
+    "Accuracies and shares in percent, gains in points."
+
+    def points(v):
+        return f"{100 * v:+.1f} points"
+
+    gains = {c: points for c in table if str(c).endswith("gain")}
+    shares = {c: "{:.1%}" for c in table.columns.difference(list(gains)) if table[c].dtype == float}
+    return table.rename(columns=lambda c: c.replace("harm_rate", "harmed")).style.format(
+        {c.replace("harm_rate", "harmed"): f for c, f in (gains | shares).items()}, na_rep="–"
+    )
+
 def own_models_table(of_clients: dict[str, dict]) -> pd.DataFrame:  # one row an arm
     "Means of the readouts of clients' own models, and the worst client on its own classes."
     rows = {
@@ -143,7 +158,7 @@ def cost_table(
 ) -> pd.DataFrame:  # one row a step that sent anything, in bytes
     "Bytes of every step before fine-tuning, and of every arm."
     before = {step: n for step, n in sent.items() if any(n.values())}
-    return pd.DataFrame(before | {f"fine-tuning: {a}": x["bytes"] for a, x in arms.items() if a != "none"}).T
+    return pd.DataFrame(before | {f"fine-tuning, {a}": x["bytes"] for a, x in arms.items() if a != "none"}).T
 
 def total_bytes(
     sent: dict[str, dict],

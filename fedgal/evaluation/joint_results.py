@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loss_rows', 'describe_arms', 'describe_alarms', 'radius_table', 'evaluate_arms', 'recall_table', 'arm_records',
-           'arm_table', 'describe_result', 'scored_arms', 'bank_fidelity', 'save_arms']
+           'arm_table', 'joint_answer', 'describe_result', 'scored_arms', 'bank_fidelity', 'save_arms']
 
 # %% ../../nbs/evaluation/13_joint_results.ipynb #dcb5adab
 from pathlib import Path
@@ -22,6 +22,7 @@ from .fidelity import Fidelity, fidelity
 from ..generators.base import Bank
 from ..stats.radius import measured_radius
 from .clients import arm_summary
+from .contests import in_points
 from .headroom import headroom_sentence, run_headroom
 from .metrics import EvalResult, evaluate
 from ..stats.space import Space
@@ -132,23 +133,30 @@ def arm_table(
     return pd.DataFrame({arm: {label: a[n] for label, n in _COLUMNS.items()} for arm, a in arms.items()}).T
 
 # %% ../../nbs/evaluation/13_joint_results.ipynb #f35e8ab6
+def joint_answer(
+    arms: dict[str, dict],  # of `arm_records`
+) -> str:  # Markdown
+    "What joint training came to against the arms without generated features and without diffusion."
+    accuracy = {arm: record["balanced_accuracy"] for arm, record in arms.items()}
+    joint, few = accuracy.get("joint"), "One seed says little about differences of a few points."
+    if joint is None:
+        return f"**Answer.** There is no joint training to judge. {few}"
+    rivals = [(arm, joint - accuracy[arm]) for arm in ("refit", "joint_gaussian") if accuracy.get(arm) is not None]
+    versus = ", ".join(f"{in_points(d, [None, None], ' points')} against `{arm}`" for arm, d in rivals)
+    return f"**Answer.** `joint` reaches {100 * joint:.1f} %{': ' * bool(versus)}{versus}. {few}"
+
 def describe_result(
-    question: str,  # that the experiment asks; may be empty
     setup: str,  # of `setup_sentence`
     arms: dict[str, dict],  # of `arm_records`
     at_chance: list[str] = (),  # arms that are no better than guessing
 ) -> str:  # Markdown
-    "Question, setup, balanced accuracies and headroom, and how far one seed reaches."
+    "Setup, balanced accuracies and headroom."
     accuracy = {arm: record["balanced_accuracy"] for arm, record in arms.items()}
     numbers = ", ".join(f"`{arm}` {'–' if v is None else f'{100 * v:.1f} %'}" for arm, v in accuracy.items())
-    opening = f"**Question.** {question}\n\n" if question else ""
     measured = run_headroom(accuracy)
     room = f" {headroom_sentence(measured)}" if measured["seeds"] else ""
     warning = f" Not better than guessing, or not finite: {', '.join(at_chance)}." if at_chance else ""
-    return (
-        f"{opening}{setup}\n\n**Result of this run.** Balanced accuracy: {numbers}.{room} "
-        f"One seed says little about differences of a few points.{warning}"
-    )
+    return f"{setup}\n\nBalanced accuracy: {numbers}.{room}{warning}"
 
 # %% ../../nbs/evaluation/13_joint_results.ipynb #9b8e013e
 def scored_arms(

@@ -102,6 +102,7 @@ def run(
     exp = plan(file, overrides, name)
     check_places()
     os.environ.setdefault("OMP_NUM_THREADS", str(settings().threads))  # inherited by the kernels
+    os.environ.setdefault("FEDGAL_VECTOR", "1")  # figures as SVG too, see `fedgal.core.show`
     home = settings().reports / exp.name
     refuse_other(home, exp)
     with alone(exp.name):

@@ -17,6 +17,7 @@ from nbconvert.filters.markdown_mistune import (
     MathInlineParser,
 )
 from ..core.errors import FedgalError
+from ..core.show import VECTOR
 from .mathml import mathml
 from .style import HUES
 from .sanitise import clean_html
@@ -113,7 +114,7 @@ def _text(text, label="Output", limit=12, kind=""):
     return fold(f"{label}, {lines} line{'s' * (lines > 1)}", preformatted(text), last[:120], kind)
 
 # %% ../../nbs/report/03_cells.ipynb #698a05b0
-def _picture(mime, data, meta, where):
+def _picture(mime, data, meta, where, drawn=""):
     "An embedded picture; its description and size come from the metadata that `show` wrote."
     alt = meta.get("alt")
     size = [meta.get("width"), meta.get("height")]
@@ -122,8 +123,9 @@ def _picture(mime, data, meta, where):
     data = base64.b64encode(data.encode()).decode() if mime == "image/svg+xml" else re.sub(r"\s", "", data)
     sized = all(isinstance(v, int) and v > 0 for v in size)
     attributes = Markup(' width="{}" height="{}"').format(*size) if sized else ""
-    figure = Markup('<figure tabindex="0"><img src="data:{};base64,{}" alt="{}"{}></figure>')
-    return figure.format(mime, data, alt.strip(), attributes)
+    vector = Markup(' data-svg="{}"').format(drawn) if drawn else ""
+    figure = Markup('<figure tabindex="0"{}><img src="data:{};base64,{}" alt="{}"{}></figure>')
+    return figure.format(vector, mime, data, alt.strip(), attributes)
 
 def _failure(out):
     "An exception as one line with its traceback folded."
@@ -158,7 +160,7 @@ def output_html(
     data = out.get("data", {})
     for mime in (m for m in _FORMS if m in data):
         if mime.startswith("image/"):
-            return _picture(mime, data[mime], out.get("metadata", {}).get(mime, {}), where)
+            return _picture(mime, data[mime], out.get("metadata", {}).get(mime, {}), where, data.get(VECTOR, ""))
         if mime == "text/plain":
             return Markup("") if data[mime].startswith("<Figure size") else _text(data[mime], limit=40)
         if shown := _rich(mime, data[mime], where):

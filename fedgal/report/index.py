@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from urllib.parse import quote
 from ..core.errors import FedgalError
-from .card import card_facts, compute_seconds
+from .card import card_facts, card_line, compute_seconds
 from .cells import fold, preformatted
 from .templates import fill, write_page
 from ..core.store import load_json
@@ -145,7 +145,8 @@ def failure_page(
     verb = _VERBS.get(run.get("status"), "Not finished")
     stages = [(s["stage"], s["href"], False) for s in run.get("stages") or [] if s.get("href")]
     facts = {k: run.get(k) for k in ("experiment", "params_file", "started", "seconds", "versions")}
-    card = fill("card.html.jinja", facts=card_facts(facts | {"git": (run.get("git") or "")[:12]}), parameters=[])
+    facts |= {"git": (run.get("git") or "")[:12]}
+    card = fill("card.html.jinja", facts=card_facts(facts), brief=card_line(facts), parameters=[])
     return write_page(
         fill(
             "stopped.html.jinja",

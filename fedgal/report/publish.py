@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from markupsafe import escape
 from ..core.errors import FedgalError
+from ..core.cells import read_cell
 from ..core.settings import library, settings
 from .card import compute_seconds
 from ..core.store import MANIFEST, canonical, load_json, save_json, sha256, write_bytes
@@ -117,6 +118,15 @@ def _notebook(entry):
     "The executed notebook of a stage run."
     return settings().artifacts / entry["stage"] / f"{entry['key']}.ipynb"
 
+def _declared():
+    "What the `parameters` cells of all stages say."
+    rows = {}
+    for path in sorted((root() / "nbs" / "stages").glob("*.ipynb")):
+        cells = load_json(path)["cells"]
+        tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        rows |= read_cell("".join(tagged[0]["source"])) if tagged else {}
+    return rows
+
 def _draw(exp, record, entry, ready, home):
     "Render the page of one stage."
     from fedgal.report.exporter import render
@@ -129,7 +139,8 @@ def _draw(exp, record, entry, ready, home):
     nav += [(_label(other["stage"]), other["href"], other is entry) for other in ready]
     title = record["title"] if front else f"{record['title']} · {_label(entry['stage'])}"
     question = record.get("question", "") if front else ""
-    render(_notebook(entry), title, nav, _card(exp, record, entry), home / entry["href"], question)
+    card = _card(exp, record, entry)
+    render(_notebook(entry), title, nav, card, home / entry["href"], question, _declared())
 
 # %% ../../nbs/report/08_publish.ipynb #b2d47f16
 def _drawn_by():
@@ -192,7 +203,7 @@ def _copy_comparison(record, home):
 
 # %% ../../nbs/report/08_publish.ipynb #9b3ef148
 _EARLIER = re.compile(r'<p class="earlier">.*?</p>\n?', re.S)
-_HEAD = re.compile(r"<h1\b[^>]*>.*?</h1>(?:\s*<blockquote>.*?</blockquote>)?\n?", re.S)
+_HEAD = re.compile(r"<h1\b[^>]*>.*?</h1>(?:\s*(?:<blockquote>.*?</blockquote>|<p class=.lede.>.*?</p>))?\n?", re.S)
 
 def mark_earlier(
     page: Path,  # a published page

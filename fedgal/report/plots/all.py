@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['arm_colors', 'image_grid', 'long_tail', 'client_heatmap', 'learning_curves', 'loss_curves', 'server_losses',
            'training_curves', 'client_spread', 'bytes_by_kind', 'radii', 'teacher_map', 'fidelity_bars', 'projection',
-           'group_bars', 'arms_spread', 'levels', 'encoders', 'reliability', 'forest', 'per_class', 'gain_heatmap',
-           'reconstructions', 'rocs', 'budgets']
+           'group_bars', 'arms_spread', 'levels', 'encoders', 'reliability', 'contests', 'forest', 'per_class',
+           'gain_heatmap', 'reconstructions', 'rocs', 'budgets']
 
 # %% ../../../nbs/report/plots/09_all.ipynb #478507fd
 from .audit import budgets, reconstructions, rocs
 from .classes import gain_heatmap, per_class
 from .data import client_heatmap, image_grid, long_tail, teacher_map
-from .differences import forest
+from .differences import contests, forest
 from .encoders import encoders
 from .features import fidelity_bars, projection, radii
 from .results import arms_spread, group_bars, levels, reliability
@@ -46,6 +46,7 @@ _all_ = [
     levels,
     encoders,
     reliability,
+    contests,
     forest,
     per_class,
     gain_heatmap,
