@@ -66,6 +66,8 @@ ENGINES = Registry(
         "serial": "fedgal.federated.engines.serial:Serial",
         "batched": "fedgal.federated.engines.batched:Batched",
         "workers": "fedgal.federated.engines.workers:Workers",
+        "flower": "fedgal.federated.engines.flower:Flower",
+        "nodes": "fedgal.federated.engines.nodes:Nodes",
     },
 )
 
