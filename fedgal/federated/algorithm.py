@@ -85,6 +85,18 @@ class Algorithm(AlgorithmFacts):
         "The model of the next round."
         return aggregate(payload, updates, weights, bn)
 
+    def refine(
+        self,
+        model: nn.Module,
+        payload: ServerPayload,
+        merged: ServerPayload,
+        updates: list[ClientUpdate],
+        server: Tensors,
+        seed: int,
+    ) -> tuple[ServerPayload, dict]:
+        "The merged model after the server's own training, where it has data for that; numbers for the history."
+        return merged, {}
+
     def serve(
         self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
     ) -> tuple[Tensors, Tensors, dict]:
@@ -102,7 +114,8 @@ class Algorithm(AlgorithmFacts):
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e334
 def only_averages(algorithm: Algorithm) -> bool:
     "Whether the server makes nothing of updates but their mean."
-    same = (getattr(type(algorithm), hook) is getattr(Algorithm, hook) for hook in ("merge", "serve", "report"))
+    hooks = ("merge", "refine", "serve", "report")
+    same = (getattr(type(algorithm), hook) is getattr(Algorithm, hook) for hook in hooks)
     return not algorithm.personal and all(same)
 
 # %% ../../nbs/federated/06_algorithm.ipynb #6034a9b5
@@ -119,6 +132,8 @@ ALGORITHMS = Registry(
         "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining",
         "creff": "fedgal.algorithms.creff:CReFF",
         "denoiser": "fedgal.generators.diffusion.federated:DenoiserAveraging",
+        "a2v": "fedgal.algorithms.a2v.averaging:AdapterAveraging",
+        "a2v_local": "fedgal.algorithms.a2v.averaging:KeptModels",
     },
 )
 
