@@ -71,6 +71,7 @@ def from_list(path: Path) -> list[Recording]:
     name = _column(found, ("filename", "file", "path"), path)
     return [Recording(r[name], r[category], _fold(r, path), _reader(path, r[name])) for r in rows]
 
+# %% ../../nbs/data/19_audio.ipynb #a680aab0
 def _fold(row, path):
     text = (row.get("fold") or "0").strip()
     if not text.isdigit():
@@ -180,6 +181,7 @@ class AudioSource(DataSource):
             r = all_of[i]
             yield torch.from_numpy(mono(decode(r.read(), r.name), self.spec.seconds, r.name)[0])
 
+# %% ../../nbs/data/19_audio.ipynb #dc5e105f
 def held_out_fold(fold: Tensor, name: str) -> int | None:  # None: there are no folds
     "The fold that is the test set: the last one."
     folds = fold.unique().tolist()
@@ -227,6 +229,7 @@ class SoundFolder(SoundFile):
     def recordings(self, name):
         return from_list(self.path(name))
 
+# %% ../../nbs/data/19_audio.ipynb #fbf3bd83
 class Esc10(SoundFile):
     "ESC-10: K. J. Piczak, ACM Multimedia 2015, CC BY."
 

@@ -57,6 +57,7 @@ class MadeSounds(AudioSource):
         made = [(kind, i) for kind in KINDS for i in range(self.per_class)]
         return [Recording(f"{kind}{i}.wav", kind, 1 + i % 5, lambda k=kind, i=i: sound(k, i)) for kind, i in made]
 
+# %% ../../nbs/data/20_sounds.ipynb #386927c6
 def sound(
     kind: str,  # of `KINDS`
     i: int,  # which clip

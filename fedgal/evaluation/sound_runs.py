@@ -59,6 +59,7 @@ class JudgedGenerators:
         }
         return pd.DataFrame(shown).T
 
+# %% ../../nbs/evaluation/19_sound_runs.ipynb #7f09bd59
 def first_run(params: dict, nodes: Nodes, mode: str, checkpoint: Path, engine: str = "auto") -> JudgedGenerators | None:
     "Train and judge the generators; None where there are none."
     if mode == "none":
@@ -121,6 +122,7 @@ class PairedRuns:
         how = f"{100 * sum(b) / len(b):.1f} % with samples, {100 * sum(a) / len(a):.1f} % without"
         return f"**Result.** Held-out clips that find their text: {how}; {100 * mean:+.1f} points ({told}): {worth}."
 
+# %% ../../nbs/evaluation/19_sound_runs.ipynb #f804c6ba
 def paired_runs(
     params: dict, nodes: Nodes, generators: list[ClientGenerator], checkpoint: Path, engine: str = "auto"
 ) -> PairedRuns:
@@ -179,6 +181,7 @@ def save_first(stage, nodes: Nodes, judged: JudgedGenerators | None, adapters, s
     save_json(work / "metrics.json", metrics | {"feature_spec": nodes.spec.to_dict()})
     return metrics
 
+# %% ../../nbs/evaluation/19_sound_runs.ipynb #d14d0db7
 def save_second(stage, nodes: Nodes, runs: PairedRuns, split) -> dict:
     "Write the artifact of run 2; returns its metrics."
     n, arms = len(nodes.classes), {}

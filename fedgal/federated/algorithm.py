@@ -18,7 +18,7 @@ from .messages import ClientUpdate, ServerPayload
 from ..models.losses.protocol import check_mixup, task_loss
 
 # %% auto #0
-__all__ = ['ALGORITHMS', 'AlgorithmFacts', 'Algorithm', 'only_averages', 'get_algorithm', 'lone_samples']
+__all__ = ['ALGORITHMS', 'AlgorithmFacts', 'ClientHooks', 'Algorithm', 'only_averages', 'get_algorithm', 'lone_samples']
 
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e331
 class AlgorithmFacts:
@@ -56,8 +56,8 @@ class AlgorithmFacts:
         return self.reports
 
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e333
-class Algorithm(AlgorithmFacts):
-    "The hooks of a federated algorithm; as they stand here they are FedAvg."
+class ClientHooks(AlgorithmFacts):
+    "What clients do beside the training that all algorithms share."
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         "A client as this algorithm runs it, once before the first round."
@@ -80,6 +80,10 @@ class Algorithm(AlgorithmFacts):
     ) -> tuple[Tensors | None, Tensors]:
         "What a client sends beyond its update, and what it keeps; `payload` is what it started from."
         return None, {}
+
+# %% ../../nbs/federated/06_algorithm.ipynb #dd55bde4
+class Algorithm(ClientHooks):
+    "The hooks of a federated algorithm; as they stand here they are FedAvg."
 
     def merge(self, payload: ServerPayload, updates: list[ClientUpdate], weights=None, bn="average") -> ServerPayload:
         "The model of the next round."

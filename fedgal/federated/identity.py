@@ -151,6 +151,7 @@ def _settings(client, of):
     names = [f.name for f in fields(client)] if is_dataclass(client) else sorted(vars(client))
     return {"class": of(type(client)), **{n: of(getattr(client, n)) for n in names if n not in data}}
 
+# %% ../../nbs/federated/06b_identity.ipynb #5eaf685f
 def identity(
     payload: ServerPayload,  # before the first round
     clients: list,

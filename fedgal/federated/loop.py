@@ -174,6 +174,12 @@ def _last_round(state, accepted, base, model, clients, options, seed, engine, lo
         return state, last_round_of_own(state, clients)
     return last_round_of_all(state, accepted, base, model, clients, options, seed, engine, loss)
 
+# %% ../../nbs/federated/08_loop.ipynb #30ccf6f1
+def _result(algorithm, model, state, last, engine, reason):
+    final, history = delivered(algorithm, model, state), list(state.history)
+    return FederationResult(final, last, history, Ledger(state.ledger), engine, reason)
+
+
 # %% ../../nbs/federated/08_loop.ipynb #7a5c0013
 def fit(
     model: nn.Module,  # where it starts; not changed
@@ -194,8 +200,8 @@ def fit(
     if not clients: raise FedgalError("a federation needs at least one client")
     algorithm = options.make_algorithm()
     model, clients = prepared(algorithm, model, clients, loss, options.make_postprocessors())
-    state, last = start_state(algorithm, model, clients, seed, own, held), None
-    state = _begun(options, clients, seed, state, weights)
+    start = start_state(algorithm, model, clients, seed, own, held)
+    state, last = _begun(options, clients, seed, start, weights), None
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     wanted = name_of(engine) if isinstance(engine, Engine) else engine
     name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss), options.rounds)
@@ -219,5 +225,4 @@ def fit(
                 saved.save(state, last)
             if on_round:
                 on_round(state)
-    final = delivered(algorithm, model, state)
-    return FederationResult(final, last, list(state.history), Ledger(state.ledger), name, reason)
+    return _result(algorithm, model, state, last, name, reason)

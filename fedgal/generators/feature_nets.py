@@ -12,7 +12,7 @@ from ..core.registry import Registry
 from ..core.tensors import Tensors
 
 # %% auto #0
-__all__ = ['FEATURE_NETS', 'VAEOptions', 'GANOptions', 'joined', 'ConditionedVAEGenerator', 'VAEGenerator',
+__all__ = ['FEATURE_NETS', 'VAEOptions', 'GANOptions', 'joined', 'ConditionedVAE', 'ConditionedVAEGenerator', 'VAEGenerator',
            'MultiModalVAEGenerator', 'GANGenerator']
 
 # %% ../../nbs/generators/16_feature_nets.ipynb #0fc0c824
@@ -47,11 +47,9 @@ def joined(
     return out + (told if y is None else told[y])
 
 # %% ../../nbs/generators/16_feature_nets.ipynb #5d19db15
-class ConditionedVAEGenerator(nn.Module):
-    "A VAE of features [S, input_dim] told a condition [S, visual_dim]."
+class ConditionedVAE(nn.Module):
+    "A VAE of features [S, input_dim] told a condition [S, visual_dim]: encoder and decoder."
 
-    Options = VAEOptions
-    name = "cvae"
     slope = 0.2  # of the leaky ReLU; 0: ReLU
 
     def __init__(
@@ -71,11 +69,6 @@ class ConditionedVAEGenerator(nn.Module):
         self.decoder = nn.ModuleList([nn.Linear(latent_dim + told, h), nn.Linear(h, h)])
         self.out = nn.Linear(h, n)
 
-    @classmethod
-    def build(cls, shape: tuple[int, int], visual_dim: int, options: VAEOptions) -> nn.Module:
-        "For features of a shape and conditions of a width."
-        return cls(shape[1], options.hidden_dim, options.latent_dim, visual_dim, shape[0], options)
-
     def _hidden(self, layers, x, v, y):
         act = lambda h: F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
         return act(layers[1](act(joined(layers[0], x, v, y))))
@@ -89,6 +82,18 @@ class ConditionedVAEGenerator(nn.Module):
         "Features of latents [B, latent_dim]."
         out = self.out(self._hidden(self.decoder, z, v, y))
         return (out.tanh() if self.options.objective == "reference" else out).unflatten(1, self.shape)
+
+# %% ../../nbs/generators/16_feature_nets.ipynb #18457b75
+class ConditionedVAEGenerator(ConditionedVAE):
+    "The same with its objective, as a client trains it."
+
+    Options = VAEOptions
+    name = "cvae"
+
+    @classmethod
+    def build(cls, shape: tuple[int, int], visual_dim: int, options: VAEOptions) -> nn.Module:
+        "For features of a shape and conditions of a width."
+        return cls(shape[1], options.hidden_dim, options.latent_dim, visual_dim, shape[0], options)
 
     def forward(self, x: Tensor, v: Tensor | None = None, y: Tensor | None = None, noise: Tensor | None = None):
         "Reconstruction, mean and log variance; without noise that of the mean."

@@ -89,6 +89,7 @@ def node_losses(updates: list[ClientUpdate]) -> dict:
     "The training loss of every client, for the history; nothing where only their sum is seen."
     return {"losses": {str(u.client): u.train_loss for u in updates if u.client >= 0}}
 
+# %% ../../../nbs/algorithms/a2v/01_averaging.ipynb #e4dd2a3c
 class KeptModels(Local):
     "Every client trains its own generator or adapter; nothing is sent."
 

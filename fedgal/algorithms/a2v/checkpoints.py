@@ -111,6 +111,11 @@ def load_generators(
             if not stem.with_suffix(suffix).is_file():
                 raise missing(stem.with_suffix(suffix), command)
     records = [load_json(stem.with_suffix(".json")) for stem in stems.values()]
+    for u, record in zip(stems, records, strict=True):
+        names = [training.nodes.classes[c] for c in u.classes]
+        if record["generator_classes"] != names:
+            then = f"{', '.join(record['generator_classes'])} then, {', '.join(names)} now"
+            raise FedgalError(f"{stems[u]}: client {u.client} has other classes ({then}); divide as in run 1")
     return [_load(u, stem, training) for u, stem in stems.items()], records
 
 def _load(unit, stem, training) -> ClientGenerator:
@@ -121,6 +126,7 @@ def _load(unit, stem, training) -> ClientGenerator:
     residual: Tensor = groups["residual"]["residual"].to(device)
     return ClientGenerator(unit, training.name, net.to(device).eval().requires_grad_(False), residual)
 
+# %% ../../../nbs/algorithms/a2v/04_checkpoints.ipynb #d3bb7438
 def saved_scaler(folder: Path) -> Tensors | None:  # None: nothing is saved there
     "Mean and spread with which the generators of a folder were trained."
     files = [p for p in sorted(folder.glob("client_*_generator*.safetensors")) if "_round_" not in p.stem]

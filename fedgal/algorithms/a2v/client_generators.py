@@ -23,7 +23,7 @@ from ...models.losses.protocol import Batch, LocalLoss
 
 # %% auto #0
 __all__ = ['GRANULARITIES', 'Unit', 'units_of', 'Making', 'ClientGenerator', 'with_residual', 'TrainedGenerators',
-           'GeneratorTraining', 'one_at_a_time']
+           'GeneratorPlan', 'GeneratorTraining', 'one_at_a_time']
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #65576f8f
 GRANULARITIES = ("unified", "per_class", "per_group")
@@ -133,9 +133,10 @@ class TrainedGenerators:
     ledger: object  # of the federation: nothing was sent
     engine: str
 
+# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #92c45d03
 @dataclass(frozen=True, eq=False)
-class GeneratorTraining:
-    "How client generators are trained."
+class GeneratorPlan:
+    "Which generators there are, of what form, and how they are trained."
 
     nodes: Nodes
     name: str = "cvae"  # an entry of `FEATURE_NETS`
@@ -162,6 +163,10 @@ class GeneratorTraining:
         "The clips that a generator is trained on."
         index = self.nodes.index[unit.client]
         return index[torch.isin(self.nodes.y[index], torch.tensor(unit.classes, device=index.device))]
+
+# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #3169416a
+class GeneratorTraining(GeneratorPlan):
+    "The training of all of them."
 
     def clients(self) -> list[MultiStepClient]:
         x, y = self.nodes.x, self.nodes.y

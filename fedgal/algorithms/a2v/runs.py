@@ -87,6 +87,7 @@ def text_error(model: Adapter, nodes: Nodes) -> float:
     "Mean squared distance of held-out clips from the text of their class."
     return (model(nodes.x_test) - nodes.texts[nodes.y_test]).square().mean().item()
 
+# %% ../../../nbs/algorithms/a2v/05_runs.ipynb #b7868a39
 @torch.inference_mode()
 def retrieval(model: Adapter, nodes: Nodes) -> float:
     "Share of held-out clips whose nearest class text is the right one."

@@ -51,6 +51,7 @@ def generator_training(params: dict, nodes: Nodes, objective: str | None = None,
     noise, rounds = p["generator_augmentation_noise"], rounds or p["rounds"]
     return GeneratorTraining(nodes, p["feature_net"], options, local, rounds, **how, noise=noise, seed=p["seed"])
 
+# %% ../../../nbs/algorithms/a2v/06_setup.ipynb #9b9ed194
 def adapter_training(params: dict, nodes: Nodes, seed: int | None = None, server: bool = False) -> AdapterTraining:
     "The training of adapters; `server`: with global training after averaging."
     p = params
