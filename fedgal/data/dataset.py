@@ -29,6 +29,7 @@ class Dataset:
     classes: tuple[str, ...]  # names, in the order of the labels
     sha256: str  # of the source's pixels and labels
     characters: bool = False  # images whose mirror image belongs to no class
+    features: dict | None = None  # of sounds: the `FeatureSpec` of what is in x
 
     @property
     def n_classes(self) -> int:

@@ -77,6 +77,7 @@ PARTITIONS = Registry(
         "dirichlet": "fedgal.data.dirichlet:Dirichlet",
         "ways": "fedgal.data.ways:Ways",
         "file": "fedgal.data.split_file:SplitFile",
+        "groups": "fedgal.data.groups:Groups",
         "flwr:*": "fedgal.data.flower:Flower",
     },
 )
@@ -84,7 +85,7 @@ PARTITIONS = Registry(
 def partition(
     y: Tensor,  # int64 [N]
     n_clients: int,
-    kind: str,  # 'iid', 'dirichlet', 'ways', 'file', or 'flwr:<PartitionerName>'
+    kind: str,  # 'iid', 'dirichlet', 'ways', 'file', 'groups', or 'flwr:<PartitionerName>'
     seed: int,
     **options,  # of all kinds; those that the chosen kind does not have change nothing
 ) -> list[Tensor]:  # ascending indices into `y`, one tensor per client; no index twice

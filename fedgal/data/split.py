@@ -128,7 +128,7 @@ class SplitOptions(Options):
     shots: int = option(100, "ways: examples per class of a client", ge=1, shared="shots")
     stdev: int = option(1, "ways: spread of both", ge=0, shared="stdev")
     shots_max: int | None = option(None, "ways: examples of a class reserved per client", ge=0, shared="shots_max")
-    partitioner: dict = option({}, "flwr: further arguments of the partitioner", shared="partitioner")
+    partitioner: dict = option({}, "flwr: further arguments; groups: group -> classes", shared="partitioner")
     split_file: str | None = option(None, "JSON file; replaces profile and partition", shared="split_file")
     val_fraction: float = option(0.2, "share of each class on each client", ge=0, lt=1, shared="val_fraction")
 
@@ -185,7 +185,7 @@ def make_split(
     some = share_of(len(y), o.fraction, seed)
     some = some[at_most(y[some], o.max_per_class, seed)]
     chosen = some[long_tail_indices(y[some], o.imbalance, seed, o.shuffle_classes)]
-    way = PARTITIONS.make(o.kind, **dict(o))
+    way = PARTITIONS.make(o.kind, **dict(o), classes=list(dataset.classes))
     parts = [chosen[part] for part in way(y[chosen], o.n_clients, seed)]
     train, val = validation_split(y, parts, o.val_fraction, seed)
     protocol = _protocol(dataset, o, way.facts(parts))

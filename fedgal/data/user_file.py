@@ -7,12 +7,23 @@ __all__ = ['USER_FILE', 'UserFile']
 
 # %% ../../nbs/data/06_user_file.ipynb #1c09609d
 from pathlib import Path
+from .audio import SOUND_FILE
 from .parquet import read_cached
 from .sources import DataSource, find_file, places
 
 # %% ../../nbs/data/06_user_file.ipynb #4d09a346
 def _test_file(train):
     return train.with_name(train.name.replace("train", "test"))
+
+def _has_sounds(path):
+    "Whether a parquet file holds recordings; one that is damaged is told when it is read."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return "audio" in pq.read_schema(path).names
+    except (pa.ArrowException, OSError):
+        return False
 
 class UserFile(DataSource):
     "A parquet file of images or of a table, and its test file where there is one."
@@ -25,6 +36,9 @@ class UserFile(DataSource):
 
     def fetch(self, name):
         find_file(name)
+
+    def load(self, name):
+        return SOUND_FILE.load(name) if _has_sounds(find_file(name)) else super().load(name)
 
     def files(self, name):
         candidates = places(name)

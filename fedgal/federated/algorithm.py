@@ -18,7 +18,7 @@ from .messages import ClientUpdate, ServerPayload
 from ..models.losses.protocol import check_mixup, task_loss
 
 # %% auto #0
-__all__ = ['ALGORITHMS', 'AlgorithmFacts', 'Algorithm', 'only_averages', 'get_algorithm', 'lone_samples']
+__all__ = ['ALGORITHMS', 'AlgorithmFacts', 'ClientHooks', 'Algorithm', 'only_averages', 'get_algorithm', 'lone_samples']
 
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e331
 class AlgorithmFacts:
@@ -56,8 +56,8 @@ class AlgorithmFacts:
         return self.reports
 
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e333
-class Algorithm(AlgorithmFacts):
-    "The hooks of a federated algorithm; as they stand here they are FedAvg."
+class ClientHooks(AlgorithmFacts):
+    "What clients do beside the training that all algorithms share."
 
     def prepare(self, client: MultiStepClient) -> MultiStepClient:
         "A client as this algorithm runs it, once before the first round."
@@ -81,9 +81,25 @@ class Algorithm(AlgorithmFacts):
         "What a client sends beyond its update, and what it keeps; `payload` is what it started from."
         return None, {}
 
+# %% ../../nbs/federated/06_algorithm.ipynb #dd55bde4
+class Algorithm(ClientHooks):
+    "The hooks of a federated algorithm; as they stand here they are FedAvg."
+
     def merge(self, payload: ServerPayload, updates: list[ClientUpdate], weights=None, bn="average") -> ServerPayload:
         "The model of the next round."
         return aggregate(payload, updates, weights, bn)
+
+    def refine(
+        self,
+        model: nn.Module,
+        payload: ServerPayload,
+        merged: ServerPayload,
+        updates: list[ClientUpdate],
+        server: Tensors,
+        seed: int,
+    ) -> tuple[ServerPayload, dict]:
+        "The merged model after the server's own training, where it has data for that; numbers for the history."
+        return merged, {}
 
     def serve(
         self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
@@ -102,7 +118,8 @@ class Algorithm(AlgorithmFacts):
 # %% ../../nbs/federated/06_algorithm.ipynb #a951e334
 def only_averages(algorithm: Algorithm) -> bool:
     "Whether the server makes nothing of updates but their mean."
-    same = (getattr(type(algorithm), hook) is getattr(Algorithm, hook) for hook in ("merge", "serve", "report"))
+    hooks = ("merge", "refine", "serve", "report")
+    same = (getattr(type(algorithm), hook) is getattr(Algorithm, hook) for hook in hooks)
     return not algorithm.personal and all(same)
 
 # %% ../../nbs/federated/06_algorithm.ipynb #6034a9b5
@@ -119,6 +136,8 @@ ALGORITHMS = Registry(
         "fedgen_pfllib": "fedgal.algorithms.fedgen:FedGenPFLTraining",
         "creff": "fedgal.algorithms.creff:CReFF",
         "denoiser": "fedgal.generators.diffusion.federated:DenoiserAveraging",
+        "a2v": "fedgal.algorithms.a2v.averaging:AdapterAveraging",
+        "a2v_local": "fedgal.algorithms.a2v.averaging:KeptModels",
     },
 )
 

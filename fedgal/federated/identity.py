@@ -151,6 +151,7 @@ def _settings(client, of):
     names = [f.name for f in fields(client)] if is_dataclass(client) else sorted(vars(client))
     return {"class": of(type(client)), **{n: of(getattr(client, n)) for n in names if n not in data}}
 
+# %% ../../nbs/federated/06b_identity.ipynb #5eaf685f
 def identity(
     payload: ServerPayload,  # before the first round
     clients: list,
@@ -161,6 +162,7 @@ def identity(
     weights: dict[int, float] | None = None,
     own: dict[int, Tensors] | None = None,  # what clients start from, if not from the payload
     model: nn.Module | None = None,  # for its structure and the parameters that are not trained
+    held: Tensors | None = None,  # data of the server
 ) -> dict:  # JSON values
     "What a run depends on; equal identities give equal bytes."
     of = _Description().of
@@ -178,4 +180,5 @@ def identity(
         "local": [fingerprint(_settings(c, of)) for c in clients],
         "weights": None if weights is None else sorted(weights.items()),
         "client data": _data(clients),
+        "server data": _digest((held or {})[n] for n in sorted(held or {})),
     }

@@ -135,12 +135,13 @@ def start_state(
     clients: list,
     seed: int,
     own: dict[int, Tensors] | None = None,  # see `fit`
+    held: Tensors | None = None,  # see `fit`
 ) -> State:
     "The state before the first round; raises FedgalError for start tensors that cannot be used."
     _check_start(algorithm, own)
     device = next(model.parameters()).device
     extras, server, keeps = algorithm.start(model, clients, seed)
-    extras, server = ({n: t.to(device) for n, t in part.items()} for part in (extras, server))
+    extras, server = ({n: t.to(device) for n, t in part.items()} for part in (extras, {**server, **(held or {})}))
     payload = plain(replace(payload_from(model), extras=extras))
     schema = {**payload.parameters, **payload.buffers}
     starts = {}
@@ -173,6 +174,12 @@ def _last_round(state, accepted, base, model, clients, options, seed, engine, lo
         return state, last_round_of_own(state, clients)
     return last_round_of_all(state, accepted, base, model, clients, options, seed, engine, loss)
 
+# %% ../../nbs/federated/08_loop.ipynb #30ccf6f1
+def _result(algorithm, model, state, last, engine, reason):
+    final, history = delivered(algorithm, model, state), list(state.history)
+    return FederationResult(final, last, history, Ledger(state.ledger), engine, reason)
+
+
 # %% ../../nbs/federated/08_loop.ipynb #7a5c0013
 def fit(
     model: nn.Module,  # where it starts; not changed
@@ -187,18 +194,19 @@ def fit(
     weights: dict[int, float] | None = None,  # of the clients in the average, by id; default: their numbers of examples
     own: dict[int, Tensors] | None = None,  # client -> what it starts from, where no weights are averaged
     messages: Callable | None = None,  # called with payload and updates of every round, see `KeptMessages`
+    held: Tensors | None = None,  # data of the server, for an algorithm that trains on them
 ) -> FederationResult:
     "Run a federation, or what is left of it."
     if not clients: raise FedgalError("a federation needs at least one client")
     algorithm = options.make_algorithm()
     model, clients = prepared(algorithm, model, clients, loss, options.make_postprocessors())
-    state, last = start_state(algorithm, model, clients, seed, own), None
-    state = _begun(options, clients, seed, state, weights)
+    start = start_state(algorithm, model, clients, seed, own, held)
+    state, last = _begun(options, clients, seed, start, weights), None
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     wanted = name_of(engine) if isinstance(engine, Engine) else engine
     name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss), options.rounds)
     if checkpoint:
-        who = identity(state.payload, clients, options, seed, kind_of(engine, name), loss, weights, own, model)
+        who = identity(state.payload, clients, options, seed, kind_of(engine, name), loss, weights, own, model, held)
         saved = Checkpoints(checkpoint, who)
         state, last = saved.load(next(model.parameters()).device) or (state, None)
     done = state.payload.round
@@ -217,5 +225,4 @@ def fit(
                 saved.save(state, last)
             if on_round:
                 on_round(state)
-    final = delivered(algorithm, model, state)
-    return FederationResult(final, last, list(state.history), Ledger(state.ledger), name, reason)
+    return _result(algorithm, model, state, last, name, reason)

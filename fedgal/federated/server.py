@@ -81,6 +81,8 @@ def served(
         return payload, state.server, states, {"failure": seen.failure}
     if not algorithm.personal:
         payload, states, more = _merged(algorithm, state, seen, options, seed, n_expected)
+        payload, numbers = algorithm.refine(model, state.payload, payload, seen.updates, state.server, seed)
+        more = {**more, **numbers}
     extras, server, numbers = algorithm.serve(model, state.payload, seen.updates, state.server, seed)
     server = contiguous(algorithm.remember(payload, server))
     return plain(replace(payload, extras=extras)), server, states, {**numbers, **more}

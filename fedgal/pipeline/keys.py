@@ -57,6 +57,10 @@ def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
     if split_file := params.get("split_file"):
         present = [f for f in places(split_file) if f.is_file()]
         files |= {f"split_file/{split_file}": f for f in reversed(present)}
+    if params.get("use_pretrained_generators") and not params.get("generator_training_mode"):
+        folder = settings().artifacts / "a2v" / params["generator_checkpoint_dir"]
+        latest = [f for f in folder.glob("client_*_generator*.safetensors") if "_round_" not in f.stem]
+        files |= {f"generators/{f.name}": f for f in latest}
     for name in params.get("experiments", []):
         files[f"experiments/{name}"] = report_of(name) / "metrics.json"
     return {name: _file_hash(f) for name, f in files.items() if f.is_file()}

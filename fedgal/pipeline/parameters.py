@@ -79,7 +79,7 @@ class Data(StageParameters):
     shots: int = option(100, "samples per class of a client, for partition ways", ge=1)
     stdev: int = option(1, "spread of ways and shots between clients", ge=0)
     shots_max: int = option(0, "samples of a class reserved per client, for partition ways; 0: shots + stdev", ge=0)
-    partitioner: dict = option({}, "further arguments of a flwr partitioner")
+    partitioner: dict = option({}, "further arguments of a flwr partitioner; of groups: {group: [its classes]}")
     split_file: str = option("", "JSON file with a list of sample indices per client; replaces profile and partition")
     val_fraction: float = option(0.1, "share of every class of a client that is kept for validation", ge=0, lt=1)
 

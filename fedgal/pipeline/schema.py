@@ -23,10 +23,12 @@ STAGES = Registry(
     {
         "10_data": "fedgal.pipeline.parameters:Data",
         "20_train": "fedgal.pipeline.parameters:Train",
+        "22_a2v_train": "fedgal.pipeline.parameters_a2v:A2VTrain",
         "25_joint": "fedgal.pipeline.parameters:Joint",
         "30_statistics": "fedgal.pipeline.parameters_features:Statistics",
         "40_generator": "fedgal.pipeline.parameters_features:Generate",
         "50_finetune": "fedgal.pipeline.parameters_features:Finetune",
+        "52_a2v_use": "fedgal.pipeline.parameters_a2v:A2VUse",
         "60_evaluate": "fedgal.pipeline.parameters_features:Evaluate",
         "61_models": "fedgal.pipeline.parameters_features:Models",
         "80_audit": "fedgal.pipeline.parameters_features:Audit",

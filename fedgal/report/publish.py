@@ -76,10 +76,9 @@ def plan_pages(
     return PagePlan(hrefs, () if fresh else tuple(ready), "", tuple(stale), digest)
 
 # %% ../../nbs/report/08_publish.ipynb #a25af64c
-_TITLES = {
-    "25_joint": "Result",
-    "60_evaluate": "Result",
-    "61_models": "Result",
+_TITLES = dict.fromkeys(("25_joint", "60_evaluate", "61_models"), "Result") | {
+    "22_a2v_train": "Run 1",
+    "52_a2v_use": "Run 2",
     "80_audit": "Audit",
     "90_compare": "Comparison",
 }
