@@ -12,7 +12,7 @@ from pathlib import Path
 from markupsafe import escape
 from ..core.errors import FedgalError
 from ..core.cells import read_cell
-from ..core.settings import library, settings
+from ..core.settings import library, root, settings
 from .card import compute_seconds
 from ..core.store import MANIFEST, canonical, load_json, save_json, sha256, write_bytes
 
