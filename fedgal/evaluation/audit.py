@@ -132,6 +132,7 @@ class _Features:
         except FedgalError as reason:
             self.audit.readings.append(does_not_fit(message, "lira", reason))
 
+# %% ../../nbs/evaluation/20_audit.ipynb #b11a2537
 def audit_features(
     inputs: GeneratorInputs,
     generators: dict[str, tuple[Generator, Bank]],  # "gaussian", "generator": as `40_generator` left them

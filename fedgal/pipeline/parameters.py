@@ -139,9 +139,7 @@ class Train(StageParameters):
     aggregation: str = chosen("aggregation", "mean", "how updates become one; robust rules survive faulty clients")
     aggregation_options: dict = option({}, "options of the rule, for example {n_faulty: 2}; see fedgal params")
     postprocessors: list[dict] = option(
-        [],
-        "what happens to updates, in order, as [{name: faults}]",
-        registry="postprocessor",
+        [], "what happens to updates, in order, as [{name: faults}]", registry="postprocessor"
     )
     local_loss: str = chosen("loss", "ce", "what a client minimises; ldam needs head cosine")
     rounds: int = option(3, "communication rounds", ge=1)

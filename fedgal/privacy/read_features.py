@@ -59,6 +59,7 @@ class Candidates:
         pairs = {"candidates": self.z, "candidate_labels": self.y}
         return Knowledge(**pairs, public=self.public, public_labels=self.public_labels)
 
+# %% ../../nbs/privacy/32_read_features.ipynb #09ac21e6
 def candidates_at(
     run: TrainedRun,
     level: str,

@@ -136,6 +136,7 @@ def _first_layer(pairs, model, epsilon):
     words = f"{len(lone)} single examples with {value:.0f} dB"
     return Reading("update", "first_layer", "PSNR in dB", value, 0.0, value > 30, words, epsilon)
 
+# %% ../../nbs/privacy/31_read_updates.ipynb #94e259b9
 def read_updates(
     training: Training,
     kept: KeptMessages,
