@@ -43,7 +43,7 @@ from ..privacy.release import repaired
 class AuditPlan:
     "How hard an attacker tries, and which budgets are tried against it."
 
-    clients: int = 3  # whose pictures are searched for, the smallest first
+    clients: int = 3  # whose pictures are searched for, the smallest first; under a budget of the smallest alone
     steps: int = 500  # of that search
     shadows: int = 32  # of likelihood ratios
     epsilons: tuple[float, ...] = ()
@@ -99,7 +99,7 @@ def audit_updates(
                 audit.readings += [does_not_fit("update", r.attack, reason, epsilon) for r in audit.readings]
                 return audit
             of_update[epsilon] = judge(model)
-            audit.readings += read_updates(training, messages, public, plan.clients, attack, epsilon)[0]
+            audit.readings += read_updates(training, messages, public, 1, attack, epsilon)[0]
     return audit
 
 # %% ../../nbs/evaluation/20_audit.ipynb #e035000d
