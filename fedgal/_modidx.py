@@ -4177,6 +4177,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'fedgal.privacy.read_updates.senders': ( 'privacy/read_updates.html#senders',
                                                                                       'fedgal/privacy/read_updates.py')},
             'fedgal.privacy.readings': { 'fedgal.privacy.readings.Reading': ('privacy/readings.html#reading', 'fedgal/privacy/readings.py'),
+                                         'fedgal.privacy.readings._end': ('privacy/readings.html#_end', 'fedgal/privacy/readings.py'),
                                          'fedgal.privacy.readings._sentence': ( 'privacy/readings.html#_sentence',
                                                                                 'fedgal/privacy/readings.py'),
                                          'fedgal.privacy.readings._stop': ('privacy/readings.html#_stop', 'fedgal/privacy/readings.py'),

@@ -81,10 +81,10 @@ def leak_table(
             {
                 "message": message,
                 "attack": attack,
-                "what it finds": first.said,
                 "leaks": "–" if math.isnan(first.value) else "yes" if first.leaks else "no",
                 "stops at epsilon": stop,
                 "cost (points)": cost,
+                "what it finds": first.said,
             }
         )
     return pd.DataFrame(table).set_index(["message", "attack"])
@@ -104,6 +104,11 @@ def _sentence(message, quiet, loud):
         fits = f"nothing was found by {tried}" if tried else "no attack fits"
         return f"**{message[0].upper()}{message[1:]}**: {fits}."
     found = "; ".join(f"{row['what it finds']} (`{attack}`)" for attack, row in loud)
-    stops = {row["stops at epsilon"]: row["cost (points)"] for _, row in loud}
-    ends = ", ".join(f"{at} ({c} points of balanced accuracy)" if c != "–" else at for at, c in stops.items())
-    return f"**{message[0].upper()}{message[1:]}**: {found}. It stops at epsilon: {ends}."
+    ends = "; ".join(_end(attack, row["stops at epsilon"], row["cost (points)"]) for attack, row in loud)
+    return f"**{message[0].upper()}{message[1:]}**: {found}. {ends}."
+
+def _end(attack, at, cost):
+    "Where an attack fails, in words."
+    if cost == "–":
+        return f"`{attack}` stops {at}" if at.startswith("not at") else f"where `{attack}` stops was {at}"
+    return f"`{attack}` stops at epsilon {at}, for {cost} points of balanced accuracy"
