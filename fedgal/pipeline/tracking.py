@@ -76,6 +76,7 @@ class Wandb(Tracker):
     def end(self):
         self.run.finish()
 
+# %% ../../nbs/pipeline/21_tracking.ipynb #d381c395
 class TensorBoard(Tracker):
     "Event files, which `tensorboard --logdir` reads."
 
