@@ -28,29 +28,7 @@ def params_file(given: str) -> Path:
     named = root() / "params" / f"{given.removesuffix('.yaml').removeprefix('params/')}.yaml"
     return path if path.is_file() or not named.is_file() else named
 
-# %% ../nbs/cli.ipynb #d6e7134f
-def cmd_run(args) -> int:
-    "run every stage of an experiment and publish its report"
-    from fedgal.pipeline.execute import StageFailed
-    from fedgal.pipeline.run import Busy, run
-
-    overrides = _overrides(args.p or [])
-    if args.dry_run:
-        return _print_plan(params_file(args.file), overrides, args.name)
-    try:
-        record = run(params_file(args.file), overrides, args.name, args.jobs)
-    except Busy as e:
-        return _say(e, 4)
-    except StageFailed as e:
-        _say(e, 3)
-        if e.notebook:
-            print(f"executed so far: {_short(e.notebook)}", file=sys.stderr)
-        print("finished stages are kept; after mending the cause the same command goes on from there", file=sys.stderr)
-        return 3
-    page = settings().reports / record["experiment"] / "index.html"
-    print(f"{record['experiment']}: {record['seconds']:.1f} s\n{_short(page)}")
-    return 0
-
+# %% ../nbs/cli.ipynb #d6e7134e
 def _overrides(pairs) -> dict:
     "The values of `-p`, read as YAML."
     values = {}
@@ -76,6 +54,29 @@ def _print_plan(file, overrides, name) -> int:
         shown = f"  {keys[0]}" if len(keys) == 1 else ""
         print(f"  {stage:<14} {len(cached):4} cached {len(keys) - len(cached):4} to run{shown}")
     print("nothing was run" + ("" if len(there) < len(nodes) else "; all of it is in the store"))
+    return 0
+
+# %% ../nbs/cli.ipynb #d6e7134f
+def cmd_run(args) -> int:
+    "run every stage of an experiment and publish its report"
+    from fedgal.pipeline.execute import StageFailed
+    from fedgal.pipeline.run import Busy, run
+
+    overrides = _overrides(args.p or [])
+    if args.dry_run:
+        return _print_plan(params_file(args.file), overrides, args.name)
+    try:
+        record = run(params_file(args.file), overrides, args.name, args.jobs)
+    except Busy as e:
+        return _say(e, 4)
+    except StageFailed as e:
+        _say(e, 3)
+        if e.notebook:
+            print(f"executed so far: {_short(e.notebook)}", file=sys.stderr)
+        print("finished stages are kept; after mending the cause the same command goes on from there", file=sys.stderr)
+        return 3
+    page = settings().reports / record["experiment"] / "index.html"
+    print(f"{record['experiment']}: {record['seconds']:.1f} s\n{_short(page)}")
     return 0
 
 def _short(path):
@@ -198,6 +199,7 @@ def cmd_status(args) -> int:
             print(f"  {s['stage']:<16} {s['status']:<8} {as_duration(s['seconds']):>12}  {s['key']}")
     return 0
 
+# %% ../nbs/cli.ipynb #a2bef6ed
 def _watch(name: str | None, pause: float = 2.0) -> int:
     "Lines that are printed anew until the run has ended."
     from fedgal.pipeline.watch import run_state, watch_lines
@@ -214,7 +216,6 @@ def _watch(name: str | None, pause: float = 2.0) -> int:
         if run_state(record) != "running":
             return 0 if run_state(record) == "finished" else 3
         time.sleep(pause)
-
 
 # %% ../nbs/cli.ipynb #c1100011
 def experiments() -> list[dict]:  # name, title, question, runs, state

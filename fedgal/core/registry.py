@@ -37,6 +37,10 @@ OWN = {  # kinds of which a params file may name a class of one's own -> what th
     "generator": "fedgal.generators.base:Generator",
 }
 
+def _is_own(kind, name) -> bool:
+    "Whether a name is `module:Class`, code of the user's, and the kind takes that."
+    return kind in OWN and isinstance(name, str) and re.fullmatch(_TARGET, name) is not None
+
 def _checked(kind, name, target) -> str:
     if not (isinstance(target, str) and re.fullmatch(_TARGET, target)):
         raise FedgalError(f"{kind} {name!r}: its entry is 'package.module:Class', not {target!r}")
@@ -67,21 +71,16 @@ class Table:
         return len(self.names)
 
     def __contains__(self, name) -> bool:
-        return _entry_name(self.names, name) is not None or self.is_own(name)
-
-    def is_own(self, name) -> bool:
-        "Whether a name is `module:Class`, code of the user's, and the kind takes that."
-        return self.kind in OWN and isinstance(name, str) and re.fullmatch(_TARGET, name) is not None
+        return _entry_name(self.names, name) is not None or _is_own(self.kind, name)
 
     def entry(self, name: str) -> str:
         "The entry that a name chooses: the one it is called, the first pattern that it fits, or a class of one's own."
-        if self.is_own(name):
-            return name
-        return _entry_name(self.names, name) or unknown_name(self.kind, name, self)
+        own = name if _is_own(self.kind, name) else None
+        return own or _entry_name(self.names, name) or unknown_name(self.kind, name, self)
 
     def target(self, name: str) -> str:
         "The text of an entry; an unknown name lists those that exist."
-        return name if self.is_own(name) else self.entries[self.entry(name)]
+        return name if _is_own(self.kind, name) else self.entries[self.entry(name)]
 
     def module(self, name: str) -> str:
         "The dotted module of an entry, which is not imported."
@@ -136,7 +135,7 @@ class Registry(Table):
         _claim(self)
 
     def __getitem__(self, name: str) -> object:
-        if self.is_own(name):
+        if _is_own(self.kind, name):
             return own_class(self.kind, name)
         try:
             return _load(self.target(name))

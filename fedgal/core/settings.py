@@ -47,7 +47,13 @@ def engine_names() -> tuple[str, ...]:
 # %% ../../nbs/core/02_settings.ipynb #02540665
 def _choices() -> dict[str, tuple[str, ...]]:
     arithmetic = ("auto", "fp32", "tf32", "bf16")
-    return {"device": ("auto", "cpu", "cuda"), "precision": arithmetic, "engine": engine_names()}
+    trackers = ("none", *catalogue()["tracker"])
+    return {
+        "device": ("auto", "cpu", "cuda"),
+        "precision": arithmetic,
+        "engine": engine_names(),
+        "tracker": trackers,
+    }
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,6 +68,7 @@ class Settings:
     precision: str = "auto"
     engine: str = "auto"
     jobs: int = 0  # 0: see `default_jobs`
+    tracker: str = "none"
 
     def __post_init__(self):
         for key, allowed in _choices().items():

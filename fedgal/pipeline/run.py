@@ -20,6 +20,7 @@ from .plan import COMPARE, Experiment, plan
 from .project import check_places
 from .record import entry_of, new_record, published_pages, refuse_other
 from .schema import inputs, resolve, schema
+from .tracking import track, tracker
 
 # %% ../../nbs/pipeline/13_run.ipynb #519a976f
 def _compare(exp, record):
@@ -101,6 +102,7 @@ def run(
     "Run an experiment from start to published pages; what is already done is taken from the cache."
     exp = plan(file, overrides, name)
     check_places()
+    tracker()  # one that is not installed is told now
     os.environ.setdefault("OMP_NUM_THREADS", str(settings().threads))  # inherited by the kernels
     os.environ.setdefault("FEDGAL_VECTOR", "1")  # figures as SVG too, see `fedgal.core.show`
     home = settings().reports / exp.name
@@ -112,6 +114,7 @@ def run(
             jobs = jobs or settings().jobs or default_jobs()
             os.environ["FEDGAL_AT_ONCE"] = str(min(jobs, len(exp.members)))  # each stage has its share of the cores
             run_members(exp, record, jobs)
+            track(exp.name)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             record |= {"status": status, "error": record.get("error") or str(error)}

@@ -49,6 +49,7 @@ def class_statistics(
     p = resolve(["30_statistics"], params | {"seed": seed})["30_statistics"]
     return collect_statistics(run, level, Ledger(), p["rff_dim"], p["views"], seed, p["moments"].get(level))
 
+# %% ../../nbs/pipeline/18_script.ipynb #ac2b8e1e
 def fit_generator(
     run,  # a `TrainedRun`
     generator: str = "gaussian",  # see `fedgal params generator`, or `module:Class`
