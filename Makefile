@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: report test test-slow test-all gpu gpu-lt lab clean
+.PHONY: report test test-slow test-all gpu gpu-lt lab docs clean
 
 report: $(VENV)/ready  ## run the quickstart and print the path of its report
 	$(BIN)/fedgal run params/quickstart.yaml
@@ -27,6 +27,9 @@ gpu-lt: $(VENV)/ready  ## minutes on a GPU: a published protocol on long-tailed 
 
 lab: $(VENV)/ready  ## open JupyterLab on the tour; LAB_ARGS='--no-browser --port 8899' are its options
 	$(BIN)/fedgal lab $(LAB_ARGS)
+
+docs: $(VENV)/ready  ## write the documentation to docs/index.html
+	$(BIN)/fedgal docs
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['params_file', 'cmd_run', 'parameter_groups', 'cmd_params', 'cmd_status', 'experiments', 'cmd_list', 'cmd_report',
-           'lab_command', 'cmd_lab', 'cmd_clean', 'cmd_init', 'cmd_publish', 'cmd_export', 'cmd_sync', 'cmd_tune',
-           'parser', 'cmd_completion', 'main']
+           'lab_command', 'cmd_lab', 'cmd_clean', 'cmd_init', 'cmd_publish', 'cmd_export', 'cmd_sync', 'cmd_compare',
+           'cmd_docs', 'cmd_tune', 'parser', 'cmd_completion', 'main']
 
 # %% ../nbs/cli.ipynb #cdc44a93
 import argparse, json, signal, subprocess, sys, time
@@ -15,7 +15,7 @@ import fedgal
 from .core.errors import FedgalError, did_you_mean
 from .core.settings import LOCAL, report_names, report_of, root, settings
 from .core.options import describe
-from .core.text import as_duration
+from .core.text import as_bytes, as_duration
 from .core.store import MANIFEST, load_json, save_json, write_bytes
 from .core.registry import OWN
 from .pipeline.catalogue import catalogue, names, registry
@@ -355,6 +355,29 @@ def cmd_sync(args) -> int:
     print("written: " + ", ".join(written) if written else "nothing to do: notebooks and declarations agree")
     return 0
 
+# %% ../nbs/cli.ipynb #d0c50002
+def cmd_compare(args) -> int:
+    "put published experiments side by side: parameters that differ, arms, differences where seeds pair"
+    from fedgal.evaluation.side_by_side import as_page, as_text, side_by_side
+    from fedgal.report.publish import publish_text
+
+    parts = side_by_side(args.experiments)
+    page = settings().reports / "_compare" / f"{'--'.join(args.experiments)}.html"
+    publish_text(as_page(parts, args.experiments), " and ".join(args.experiments), page)
+    print(f"{as_text(parts)}\n\n{_short(page)}")
+    return 0
+
+# %% ../nbs/cli.ipynb #d0c50001
+def cmd_docs(args) -> int:
+    "write the documentation as pages that need no server: lessons, parameters, registries, search"
+    from fedgal.report.docs import build, dead_links
+
+    out = Path(args.out).resolve() if args.out else root() / "docs"
+    pages, dead = build(out), dead_links(out)
+    size = sum(page.stat().st_size for page in pages)
+    print(f"{len(pages)} pages, {as_bytes(size)}\n{_short(out / 'index.html')}")
+    return _say(f"{len(dead)} links lead nowhere: {'; '.join(dead[:3])}", 1) if dead else 0
+
 # %% ../nbs/cli.ipynb #6ec9e10f
 def cmd_tune(args) -> int:
     "time engines and threads for an experiment and write the fastest to settings.local.ini"
@@ -443,6 +466,8 @@ def parser() -> argparse.ArgumentParser:
     add("tune", cmd_tune).add_argument("file", nargs="?", default="quickstart", help="experiment to tune for")
     add("sync", cmd_sync)
     add("completion", cmd_completion)
+    add("compare", cmd_compare).add_argument("experiments", nargs="+", help="two or more of those in `fedgal status`")
+    add("docs", cmd_docs).add_argument("out", nargs="?", help="folder of the pages; default docs")
     return top
 
 # %% ../nbs/cli.ipynb #c4fffdc6

@@ -13,6 +13,7 @@ from .compare import varied
 from .contests import in_points, p_text
 from .headroom import headroom, headroom_points, headroom_text, headroom_verdict, headrooms
 from .labels import pooled, shorten
+from .sentence import answer_sentence
 from .significance import gap_closed, paired_interval
 
 # %% ../../nbs/evaluation/17_answer.ipynb #827f85e9
@@ -201,5 +202,6 @@ def comparison_record(
         "headroom": headrooms(cells),
         "rows": rows,
         "contests": announced,
+        "answer": answer_sentence(rows, announced),
         "failed": failed,
     }

@@ -114,13 +114,22 @@ def _text(text, label="Output", limit=12, kind=""):
     return fold(f"{label}, {lines} line{'s' * (lines > 1)}", preformatted(text), last[:120], kind)
 
 # %% ../../nbs/report/03_cells.ipynb #698a05b0
-def _picture(mime, data, meta, where, drawn=""):
-    "An embedded picture; its description and size come from the metadata that `show` wrote."
-    alt = meta.get("alt")
+def _size(mime, data):
+    "Half of the pixels of a PNG, which `show` draws for screens of double density."
+    if mime != "image/png" or len(data) < 64:
+        return [None, None]
+    head = base64.b64decode(data[:64])
+    return [int.from_bytes(head[i : i + 4], "big") // 2 for i in (16, 20)]
+
+def _picture(mime, data, meta, where, drawn="", plain=None):
+    "An embedded picture; its description and size come from `show`: metadata, or the plain text once they are cleaned."
+    alt = meta.get("alt", plain)
     size = [meta.get("width"), meta.get("height")]
     if not isinstance(alt, str) or not alt.strip():
         raise FedgalError(f"{where}: a figure has no text alternative; use show(fig, alt=...)")
     data = base64.b64encode(data.encode()).decode() if mime == "image/svg+xml" else re.sub(r"\s", "", data)
+    if size == [None, None] and alt == plain:
+        size = _size(mime, data)
     sized = all(isinstance(v, int) and v > 0 for v in size)
     attributes = Markup(' width="{}" height="{}"').format(*size) if sized else ""
     vector = Markup(' data-svg="{}"').format(drawn) if drawn else ""
@@ -160,7 +169,9 @@ def output_html(
     data = out.get("data", {})
     for mime in (m for m in _FORMS if m in data):
         if mime.startswith("image/"):
-            return _picture(mime, data[mime], out.get("metadata", {}).get(mime, {}), where, data.get(VECTOR, ""))
+            meta, plain = out.get("metadata", {}).get(mime, {}), data.get("text/plain", "<")
+            said = None if plain.startswith("<") else plain
+            return _picture(mime, data[mime], meta, where, data.get(VECTOR, ""), said)
         if mime == "text/plain":
             return Markup("") if data[mime].startswith("<Figure size") else _text(data[mime], limit=40)
         if shown := _rich(mime, data[mime], where):

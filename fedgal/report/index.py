@@ -6,12 +6,13 @@
 __all__ = ['ARMS', 'TESTED', 'GROUPS', 'STATES', 'collect', 'index_page', 'failure_page']
 
 # %% ../../nbs/report/07_index.ipynb #58a7d3e9
-import math
+import base64, math, re
 from pathlib import Path
 from urllib.parse import quote
 from ..core.errors import FedgalError
 from .card import card_facts, card_line, compute_seconds
 from .cells import fold, preformatted
+from .overview import gains, overview
 from .templates import fill, write_page
 from ..core.store import load_json
 
@@ -49,7 +50,8 @@ def _read_run(folder):
     "One row of the index from a run's directory."
     run = load_json(folder / "run.json")
     metrics = _load(folder, "metrics.json")
-    rows = _load(folder, "comparison.json").get("rows", [])
+    comparison = _load(folder, "comparison.json")
+    rows = comparison.get("rows", [])
     if not isinstance(run, dict) or run.get("status") not in STATES:
         raise FedgalError(f"run.json: status must be one of {', '.join(STATES)}")
     arms = {
@@ -67,7 +69,14 @@ def _read_run(folder):
         "bytes": traffic["up"] + traffic["down"] if traffic else None,
         "arms": {a: _over(settings, "balanced_accuracy") for a, settings in arms.items()},
         "groups": {g: _over(arms[TESTED], g) for g in GROUPS},
+        "gains": gains(rows or _as_rows(metrics)),
+        "answer": re.sub(r"\*\*Answer\.\*\* |[`*]", "", comparison.get("answer") or ""),
     }
+
+def _as_rows(metrics):
+    "The arms of one run in the form of a comparison's rows."
+    arms = {arm: a.get("balanced_accuracy") for arm, a in metrics.get("arms", {}).items()}
+    return [{"arm": arm, "params": {}, "balanced_accuracy": {"values": [v]}} for arm, v in arms.items()]
 
 # %% ../../nbs/report/07_index.ipynb #a12d42d8
 def collect(
@@ -102,12 +111,15 @@ def index_page(
     "The list of all experiments, sorted by name."
     rows = sorted(experiments, key=lambda r: r["name"])
     explained = "; ".join(f"{arm}: {what}" for arm, what in ARMS.items()) + "."
+    drawn = overview([(r["title"], r["gains"]) for r in rows if r.get("gains")])
+    figure = {"src": base64.b64encode(drawn[0].encode()).decode(), "alt": drawn[1]} if drawn else None
     return write_page(
         fill(
             "index.html.jinja",
             title=title,
             summary=_summary(rows),
             rows=rows,
+            figure=figure,
             arms=ARMS,
             explained=explained,
             tested=TESTED,

@@ -14,7 +14,7 @@ import fedgal
 from ..core.errors import FedgalError
 from ..core.text import as_bytes, as_duration, as_percent, as_value
 from .sanitise import page_problems, safe_link
-from .style import asset, stylesheet
+from .style import asset, script, script_sources, stylesheet
 from ..core.store import write_bytes
 
 # %% ../../nbs/report/05_templates.ipynb #9b8e9643
@@ -34,6 +34,7 @@ def set_up(
     env.autoescape = True
     env.filters |= {"link": safe_link, "value": as_value, "percent": as_percent, "size": as_bytes, "span": as_duration}
     env.globals |= {"css": Markup(stylesheet()), "version": fedgal.__version__, "nav": (), "width": ""}
+    env.globals |= {"script_sources": Markup(script_sources()), "scripts": (Markup(script("sort")),)}
     return env
 
 @cache
@@ -52,9 +53,10 @@ def fill(
 def write_page(
     page: str,  # HTML
     out: Path | None = None,  # file to write; None: return the text
+    soup=None,  # the page as a tree, where it is our own, which saves reading it again
 ) -> Path | str:  # `out`, or the page
     "Check a page, then write or return it; raises `FedgalError` for one that runs or loads something."
-    if problems := page_problems(page):
+    if problems := page_problems(soup or page):
         listed = "; ".join(sorted(set(problems))[:3])
         raise FedgalError(f"{out or 'page'}: a report loads and runs nothing, but: {listed}")
     if out is None:

@@ -1,0 +1,66 @@
+"""The documentation is whole: every link leads somewhere, names that it gives exist, and it is light enough to be published."""
+import json
+import re
+
+import pytest
+from conftest import REPO
+
+GUIDES = sorted((REPO / "nbs" / "tutorials").glob("from_*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch, tmp_path):
+    for name, value in {"ROOT": REPO, "ARTIFACTS": tmp_path / "artifacts"}.items(): monkeypatch.setenv(f"FEDGAL_{name}", str(value))
+
+
+def rows_of(path):
+    "The cells of the tables in a guide: name there, name here, note."
+    text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    return [r for r in rows if r[1] != "here"]
+
+
+def known_names():
+    "Parameters, options, entries, commands, stages, and what modules define."
+    from fedgal.cli import parser
+    from fedgal.core.registry import catalogue
+    from fedgal.report.lessons import lessons
+    from fedgal.report.reference import entry_options, stage_parameters
+    [commands] = [a.choices.keys() for a in parser()._actions if a.choices]
+    names = {f"fedgal {c}" for c in commands} | {n for rows in stage_parameters().values() for n in rows} | set(stage_parameters())
+    for kind, table in catalogue().items():
+        names |= {kind, *table.entries}
+        if kind != "stage": names |= {row.name for entry in table.entries for row in entry_options(kind, entry)}
+    every = lessons()
+    sources = "".join(p.read_text(encoding="utf-8") for p in (REPO / "fedgal").rglob("*.py"))
+    return names | {n for le in every for n in le.names} | set(re.findall(r"def (\w+)\(self", sources)) | {"metrics.json", "comparison.json", "device", "sweep"}
+
+
+@pytest.mark.slow
+def test_what_a_guide_calls_something_here_exists():
+    known = known_names()
+    assert len(GUIDES) == 6
+    for path in GUIDES:
+        here = [name for row in rows_of(path) for name in re.findall(r"`([^`]+)`", row[1])]
+        assert len(here) > 10 and {name for name in here if name not in known} == set(), path.name
+
+
+@pytest.mark.slow
+def test_every_link_of_the_documentation_leads_somewhere_and_it_is_light(tmp_path):
+    from fedgal.report.docs import build, dead_links
+    from fedgal.report.sanitise import page_problems
+    out = REPO / "docs_tested"    # beside the reports, to which pages lead
+    try:
+        pages = build(out)
+        assert len(pages) > 150 and dead_links(out) == []
+        assert page_problems((out / "search.html").read_text(encoding="utf-8")) == []
+        assert sum(p.stat().st_size for p in pages) < 25e6
+    finally:
+        import shutil
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def test_every_link_of_the_published_reports_leads_somewhere():
+    from fedgal.report.docs import dead_links
+    assert dead_links(REPO / "reports") == []
+    assert sum(p.stat().st_size for p in (REPO / "reports").rglob("*") if p.is_file()) < 40e6
