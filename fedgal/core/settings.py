@@ -36,7 +36,9 @@ def engine_names() -> tuple[str, ...]:
 # %% ../../nbs/core/02_settings.ipynb #02540665
 def _choices() -> dict[str, tuple[str, ...]]:
     arithmetic = ("auto", "fp32", "tf32", "bf16")
-    return {"device": ("auto", "cpu", "cuda"), "precision": arithmetic, "engine": engine_names()}
+    executors = tuple(catalogue()["executor"])
+    names = {"engine": engine_names(), "executor": executors}
+    return {"device": ("auto", "cpu", "cuda"), "precision": arithmetic, **names}
 
 @dataclass(frozen=True)
 class Settings:
@@ -50,6 +52,7 @@ class Settings:
     precision: str = "auto"
     engine: str = "auto"
     jobs: int = 0  # 0: see `default_jobs`
+    executor: str = "local"
 
     def __post_init__(self):
         for key, allowed in _choices().items():
