@@ -133,6 +133,7 @@ def stop_kernels() -> None:
             for process in [*kernel.children(recursive=True), kernel]:
                 process.kill()
 
+# %% ../../nbs/pipeline/09_kernels.ipynb #0010c951
 def kernel_manager(
     folder: str,  # for sockets; short, a socket's path has at most about 100 characters
     cwd: str | None = None,  # where the kernel works; default: where this process does
