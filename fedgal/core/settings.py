@@ -47,13 +47,9 @@ def engine_names() -> tuple[str, ...]:
 # %% ../../nbs/core/02_settings.ipynb #02540665
 def _choices() -> dict[str, tuple[str, ...]]:
     arithmetic = ("auto", "fp32", "tf32", "bf16")
-    trackers = ("none", *catalogue()["tracker"])
-    return {
-        "device": ("auto", "cpu", "cuda"),
-        "precision": arithmetic,
-        "engine": engine_names(),
-        "tracker": trackers,
-    }
+    names = {"engine": engine_names(), "executor": tuple(catalogue()["executor"])}
+    names["tracker"] = ("none", *catalogue()["tracker"])
+    return {"device": ("auto", "cpu", "cuda"), "precision": arithmetic, **names}
 
 @dataclass(frozen=True)
 class Settings:
@@ -69,6 +65,7 @@ class Settings:
     engine: str = "auto"
     jobs: int = 0  # 0: see `default_jobs`
     tracker: str = "none"
+    executor: str = "local"
 
     def __post_init__(self):
         for key, allowed in _choices().items():

@@ -51,10 +51,9 @@ def _run_notebook(stage: str, out: Path, params: dict, figures: bool) -> None:
             parameters=given,
             kernel_name="python3",
             progress_bar=False,
-            cwd=str(root()),
             start_timeout=300,
             extra_arguments=["--IPKernelApp.log_level=50"],  # a kernel that is told to end says so as an error
-            kernel_manager_class=kernel_manager(sockets),
+            kernel_manager_class=kernel_manager(sockets, str(root())),  # papermill's cwd is that of the whole process
             **({} if figures else {"skip_cells_with_tag": "show"}),
         )
 

@@ -133,8 +133,10 @@ def stop_kernels() -> None:
             for process in [*kernel.children(recursive=True), kernel]:
                 process.kill()
 
+# %% ../../nbs/pipeline/09_kernels.ipynb #0010c951
 def kernel_manager(
     folder: str,  # for sockets; short, a socket's path has at most about 100 characters
+    cwd: str | None = None,  # where the kernel works; default: where this process does
 ) -> type[AsyncKernelManager]:
     "A class of kernel managers for one notebook."
 
@@ -142,6 +144,9 @@ def kernel_manager(
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             _MANAGERS.add(self)
+
+        def start_kernel(self, **options):
+            return super().start_kernel(**{"cwd": cwd, **options})
 
         if os.name == "posix":
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 from ..core.errors import FedgalError
-from ..core.settings import default_jobs, settings
+from ..core.settings import settings
 from ..core.store import save_json
-from .execute import ensure
+from .executors import EXECUTORS
 from .keys import keys
 from .nodes import LiveLine, print_line, run_nodes
 from .plan import COMPARE, Experiment, plan
@@ -23,7 +23,7 @@ from .schema import inputs, resolve, schema
 from .tracking import track, tracker
 
 # %% ../../nbs/pipeline/13_run.ipynb #519a976f
-def _compare(exp, record):
+def _compare(exp, record, executor):
     "The comparison over all members, failed ones included; it needs at least one finished member."
     if all(m["status"] == "failed" for m in record["members"]):
         return {}
@@ -32,7 +32,7 @@ def _compare(exp, record):
     own = {n: v for n, v in exp.values.items() if n in schema(COMPARE)}
     params = resolve([COMPARE], own | {"experiments": folders, "experiment": exp.name})
     node = (COMPARE, keys([COMPARE], params)[COMPARE])
-    done = run_nodes({node: []}, lambda n: ensure(*n, params), 1, print_line, LiveLine())
+    done = run_nodes({node: []}, lambda n: executor.ensure(*n, params), 1, print_line, LiveLine())
     record["stages"].append(entry_of(*node, done[node]))
     return done
 
@@ -55,7 +55,12 @@ def finish_members(exp: Experiment, record: dict, done: dict) -> None:
         entry["status"] = "finished" if whole else "failed"
     record["stages"] = list(record["members"][0]["stages"])
 
-def run_members(exp: Experiment, record: dict, jobs: int) -> None:
+def run_members(
+    exp: Experiment,
+    record: dict,
+    jobs: int,
+    executor,  # an entry of `EXECUTORS`
+) -> None:
     "Run the members' nodes, then the comparison; keep the record up to date and publish."
     from fedgal.report.publish import publish_members, publish_pages
 
@@ -63,11 +68,12 @@ def run_members(exp: Experiment, record: dict, jobs: int) -> None:
     needs, owner = graph_of(exp)
     print(f"{exp.name}: {len(exp.members)} member{'s' * (len(exp.members) > 1)}, {len(needs)} stage runs", flush=True)
     pages = set(exp.members[0].keys.items())
-    done = run_nodes(needs, lambda n: ensure(*n, owner[n].params, n in pages), jobs, print_line, LiveLine())
+    work = lambda n: executor.ensure(*n, owner[n].params, n in pages)
+    done = run_nodes(needs, work, jobs, print_line, LiveLine())
     finish_members(exp, record, done)
     publish_members(exp, record)
     if exp.swept and COMPARE in exp.stages:
-        done |= _compare(exp, record)
+        done |= _compare(exp, record, executor)
     failures = [(node, error) for node, error in done.items() if isinstance(error, BaseException)]
     record |= {"seconds": round(time.monotonic() - began, 1), "status": "failed" if failures else "finished"}
     if failures:
@@ -107,13 +113,13 @@ def run(
     os.environ.setdefault("FEDGAL_VECTOR", "1")  # figures as SVG too, see `fedgal.core.show`
     home = settings().reports / exp.name
     refuse_other(home, exp)
-    with alone(exp.name):
+    with alone(exp.name), EXECUTORS.make(settings().executor) as executor:
         record = new_record(exp) | {"pages": published_pages(home)}
         try:
             save_json(home / "run.json", record)
-            jobs = jobs or settings().jobs or default_jobs()
+            jobs = jobs or executor.jobs
             os.environ["FEDGAL_AT_ONCE"] = str(min(jobs, len(exp.members)))  # each stage has its share of the cores
-            run_members(exp, record, jobs)
+            run_members(exp, record, jobs, executor)
             track(exp.name)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
