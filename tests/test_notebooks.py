@@ -11,7 +11,7 @@ NOTEBOOKS = [p.relative_to(REPO / "nbs") for p in sorted((REPO / "nbs").rglob("*
 NOTEBOOKS = [p.as_posix() for p in NOTEBOOKS if p.parts[0] not in ELSEWHERE]
 LONG = {  # over about two seconds, by room; `make test` leaves them out
     "algorithms": "01_weights 02_soft_head 03_prototypes 04_fedgen 04a_class_gradients 05_creff",
-    "algorithms/a2v": "01_averaging 03_client_generators 04_checkpoints 05_runs",
+    "algorithms/a2v": "01_averaging 03_client_generators 04_checkpoints 05_runs 07_guide",
     "algorithms/joint": "01_gradients 03_moving_geometry 06_networks 08_bank 09_losses 10_watch 11_result 12_trainer 14_arms",
     "core": "04_options 07_random 11_schedules",
     "data": "01_parquet 09e_sharp 09f_image_ops 09g_policies 10_long_tail 19_audio 20_sounds",
@@ -20,7 +20,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "federated/engines": "01_base 01b_serial 02_batched 04_workers",
     "finetune": "04_finetune 05_repairs 08_trained_arms 09_head_arms",
     "generators": "01_base 02_gaussian 03_align 04_safs 05_mlp 07_fedgen_net 08_fedgen 09_resample 10_latent_diffusion "
-        "11_unet 12_ldmlr 13_run 16_feature_nets",
+        "11_unet 12_ldmlr 13_run 16_feature_nets 17_making 18_latent_nets",
     "generators/diffusion": "01_schedule 02_samplers 03_denoiser 04_frame 05_federated",
     "": "index",
     "models": "02_heads 04_networks 05a_lenet_zhu 07_encode 08_adapters",
@@ -31,7 +31,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",
     "report/plots": "00_style 01_axes 02_data 03_training 04_features 05_results 05a_encoders 06_differences 07_classes 08_joint 08a_sounds",
     "stats": "03_moments 04_radius 06_prototypes 07_teachers",
-    "tutorials": "by_hand frozen_features own_data users",
+    "tutorials": "by_hand feda2v frozen_features own_data users",
 }
 SLOW = {f"{room}/{name}.ipynb".lstrip("/") for room, names in LONG.items() for name in names.split()}
 def run_notebook(notebook, home, env, log):
