@@ -66,7 +66,7 @@ def cmd_run(args) -> int:
     if args.dry_run:
         return _print_plan(params_file(args.file), overrides, args.name)
     try:
-        record = run(params_file(args.file), overrides, args.name, args.jobs)
+        record = run(_experiment(args), overrides, args.name, args.jobs)
     except Busy as e:
         return _say(e, 4)
     except StageFailed as e:
@@ -78,6 +78,18 @@ def cmd_run(args) -> int:
     page = settings().reports / record["experiment"] / "index.html"
     print(f"{record['experiment']}: {record['seconds']:.1f} s\n{_short(page)}")
     return 0
+
+def _experiment(args) -> Path:
+    "The params file of a run, made first where a configuration of the guide was given."
+    if (args.file is None) == (args.a2v_config is None):
+        raise FedgalError("run: one of a params file and --a2v-config FILE is needed")
+    if args.file:
+        return params_file(args.file)
+    from fedgal.pipeline.guide import write_experiment
+
+    path, notes = write_experiment(Path(args.a2v_config))
+    print("\n".join([*notes, f"written: {_short(path)}"]), flush=True)
+    return path
 
 def _short(path):
     path = Path(path)
@@ -409,7 +421,8 @@ _EXAMPLES = {
 
 def _add_run(add) -> None:
     run = add("run", cmd_run)
-    run.add_argument("file", help="a params file, or the name of one in params/")
+    run.add_argument("file", nargs="?", help="a params file, or the name of one in params/")
+    run.add_argument("--a2v-config", metavar="FILE", help="a JSON file of FedA2V's guide instead")
     override = "override a parameter; the run gets a name of its own"
     run.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=override)
     run.add_argument("--name", help="name of the run, instead of the one made from file and overrides")

@@ -182,6 +182,9 @@ GENERATORS = Registry(
         "gald": "fedgal.generators.latent_diffusion:Gald",
         "gald_pooled": "fedgal.generators.latent_diffusion:GaldPooled",
         "ldmlr": "fedgal.generators.ldmlr:LDMLR",
+        "cvae": "fedgal.generators.latent_nets:CVAE",
+        "vae": "fedgal.generators.latent_nets:VAE",
+        "gan": "fedgal.generators.latent_nets:GAN",
     },
 )
 

@@ -4,7 +4,7 @@
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #7ee1e74f
 from __future__ import annotations
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -18,12 +18,12 @@ from ...federated.local import LocalOptions
 from ...federated.loop import fit
 from ...federated.state import FederationOptions
 from ...generators.feature_nets import FEATURE_NETS
+from ...generators.making import Making
 from ...models.init import initialised
-from ...models.losses.protocol import Batch, LocalLoss
 
 # %% auto #0
-__all__ = ['GRANULARITIES', 'Unit', 'units_of', 'Making', 'ClientGenerator', 'with_residual', 'TrainedGenerators',
-           'GeneratorPlan', 'GeneratorTraining', 'one_at_a_time']
+__all__ = ['GRANULARITIES', 'Unit', 'units_of', 'ClientGenerator', 'with_residual', 'TrainedGenerators', 'GeneratorPlan',
+           'GeneratorTraining', 'one_at_a_time']
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #65576f8f
 GRANULARITIES = ("unified", "per_class", "per_group")
@@ -63,29 +63,6 @@ def units_of(
 
 def _key(name, granularity, of_class):
     return {"unified": "unified", "per_class": name}.get(granularity) or of_class.get(name, "other")
-
-# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #9ac35748
-@dataclass(frozen=True, eq=False)
-class Making(LocalLoss):
-    "The loss of a client generator."
-
-    texts: Tensor  # [C, S, D]
-    net: nn.Module  # for what it draws; its weights are not used
-    noise: float = 0.1  # standard deviation added to the input
-
-    def draws(self, client: MultiStepClient, batches: list[Tensor], seed: int, round: int) -> Iterator[Tensors]:
-        rng, device = stream(seed, "client generator", round, client.id), client.x.device
-        rise = max(1, client.config.epochs // 2)  # epochs over which beta rises, where the objective asks for it
-        a_pass = client.config.steps_a_pass(client.n_examples)
-        for i, b in enumerate(batches):
-            shake = self.noise * torch.randn(len(b), *client.x.shape[1:], generator=rng)
-            drawn = {"noise": self.net.noise(len(b), rng), "shake": shake}
-            beta = torch.tensor(min(1.0, (i // a_pass + 1) / rise))
-            yield {n: t.to(device) for n, t in drawn.items()} | {"beta": beta}
-
-    def of(self, model: nn.Module, batch: Batch) -> Tensors:
-        noise, shake, beta = (batch.drawn[n] for n in ("noise", "shake", "beta"))
-        return model.terms(batch.x + shake, batch.x, self.texts, batch.y, noise, beta)
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #8ebb35ad
 @dataclass(frozen=True, eq=False)

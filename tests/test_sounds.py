@@ -1,0 +1,255 @@
+"""Sounds and FedA2V: bad clips cost one line each, runs resume bit for bit, samples count and are used, generators stay at home."""
+import io
+import json
+import wave
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fedgal.core.errors import FedgalError
+from fedgal.data.dataset import Dataset
+from fedgal.data.logmel import logmel_spec
+from fedgal.data.split import make_split
+
+KINDS = ("bell", "drum", "flute", "horn")
+GROUPS = {"beaten": ["bell", "drum"], "blown": ["flute", "horn"]}
+torch.set_num_threads(1)
+
+
+def wav(samples, rate=16_000, channels=1):
+    out = io.BytesIO()
+    with wave.open(out, "wb") as w:
+        w.setnchannels(channels), w.setsampwidth(2), w.setframerate(rate)
+        w.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return out.getvalue()
+
+
+def tone(seconds=1.0, rate=16_000, channels=1): return np.repeat(0.3 * np.sin(np.arange(int(seconds * rate)) / 7), channels)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    for name in ("ARTIFACTS", "DATA_ROOT", "REPORTS"): monkeypatch.setenv(f"FEDGAL_{name}", str(tmp_path / name.lower()))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    "Two clients with two classes each of features that are noise around a mean."
+    from fedgal.algorithms.a2v.nodes import make_nodes
+    g = torch.Generator().manual_seed(0)
+    means, y = torch.randn(4, 4, 512, generator=g), torch.arange(64) % 4
+    x = means[y] + 0.5 * torch.randn(64, 4, 512, generator=g)
+    data = Dataset("toy", x, y, x[:16] + 0.1, y[:16], KINDS, "0" * 64, features=logmel_spec(1).to_dict())
+    return make_nodes(data, make_split(data, n_clients=2, partition="groups", partitioner=GROUPS, val_fraction=0.0))
+
+
+def training(nodes, rounds=10, **more):
+    from fedgal.algorithms.a2v.client_generators import GeneratorTraining
+    from fedgal.federated.local import LocalOptions
+    local = LocalOptions(epochs=2, batch_size=16, optimiser="adamw", lr=2e-3)
+    return GeneratorTraining(nodes, more.pop("name", "cvae"), {"hidden_dim": 8, "latent_dim": 3}, local, rounds, **more)
+
+
+# --- clips ---
+
+BAD = {"empty.wav": (b"", "an empty file"), "broken.wav": (wav(tone())[:30], "not a whole WAV"), "noise.ogg": (b"OggS" + bytes(40), "cannot be decoded"),
+       "silent.wav": (wav(0 * tone()), "silent"), "short.wav": (wav(tone(0.01)), "0.010 seconds"), "slow.wav": (wav(tone(), 100), "100 samples a second")}
+
+
+def test_every_bad_clip_costs_a_line_and_nothing_else_is_lost(places):
+    pytest.importorskip("soundfile")
+    from fedgal.data.audio import SOUND_FOLDER
+    clips = {name: data for name, (data, _) in BAD.items()} | {f"{kind}{i}.wav": wav(tone(5) * (1 if kind == "bell" else -0.5)) for kind in KINDS[:2] for i in range(4)}
+    clips |= {"stereo.wav": wav(tone(5, channels=2), channels=2), "long.wav": wav(tone(7)), "brief.wav": wav(tone(2))}
+    for name, data in clips.items(): (places / name).write_bytes(data)
+    rows = ["filename,category,fold", *(f"{name},{'drum' if 'drum' in name else 'bell'},{1 + i % 2}" for i, name in enumerate(clips)), "gone.wav,bell,1"]
+    (places / "clips.csv").write_text("\n".join(rows))
+    sounds = SOUND_FOLDER.sounds(str(places / "clips.csv"))
+    assert len(sounds.x) == len(clips) - len(BAD) and sounds.x.isfinite().all()
+    for name, (_, words) in BAD.items():
+        [line] = [n for n in sounds.notes if n.startswith(f"{name}:")]
+        assert words in line and "left out" in line and "\n" not in line
+    for name, words in (("stereo.wav", "2 channels became one"), ("long.wav", "cut to 5"), ("brief.wav", "rest of 5 is silence"), ("gone.wav", "no such file")):
+        assert any(n.startswith(f"{name}: ") and words in n for n in sounds.notes)
+
+
+@pytest.mark.parametrize("rows, words", [(["a.wav,bell,1", "b.wav,drum,1"], "all clips are in fold 1"), (["a.wav,bell,1", "b.wav,drum,"], "some have none"),
+                                         (["a.wav,bell,1", "b.wav,drum,1", "c.wav,bell,2"], "no example of class 1 ('drum')"), (["a.wav,bell,x"], "folds are whole numbers")])
+def test_folds_that_leave_nothing_to_train_or_test_on(places, rows, words):
+    from fedgal.data.audio import SOUND_FOLDER
+    for name in "abc": (places / f"{name}.wav").write_bytes(wav(tone()))
+    (places / "clips.csv").write_text("\n".join(["filename,category,fold", *rows]))
+    with pytest.raises(FedgalError) as error: SOUND_FOLDER.load(str(places / "clips.csv"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_parquet_file_of_recordings_is_a_data_set_by_its_path(places):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = [{"filename": f"{kind}{i}.wav", "category": kind, "fold": 1 + i % 2, "audio": {"bytes": wav(tone(1) * (1 + j)), "path": ""}} for j, kind in enumerate(KINDS[:2]) for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), places / "mine.parquet")
+    from fedgal.data.datasets import load_dataset
+    data = load_dataset(str(places / "mine.parquet"))
+    assert (data.in_shape, data.classes, len(data.y_test)) == ((4, 512), ("bell", "drum"), 4)
+
+
+# --- the two runs ---
+
+def test_the_four_combinations_of_flags():
+    from fedgal.algorithms.a2v.runs import mode_of
+    means = {(True, False): "fresh", (True, True): "resume", (False, True): "use"}
+    for flags in product((True, False), repeat=2):
+        assert mode_of(False, *flags) == "none"
+        if flags in means: assert mode_of(True, *flags) == means[flags]
+    with pytest.raises(FedgalError, match="untrained generator"): mode_of(True, False, False)
+
+
+def plan_of(places, monkeypatch, **changed):
+    from conftest import REPO
+
+    from fedgal.pipeline import plan as planning
+    values = yaml.safe_load((REPO / "params" / "feda2v_smoke.yaml").read_text()) | changed
+    (places / "x.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(planning, "_ensure_data", lambda dataset: None)
+    return planning.plan(places / "x.yaml")
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"generator_training_mode": False}, "untrained generator"), ({"generator_training_mode": False, "use_pretrained_generators": True}, "run 2, which is stage 52_a2v_use"),
+    ({"stages": ["10_data", "52_a2v_use"]}, "run 1, which is stage 22_a2v_train"), ({"generator_checkpoint_dir": "../elsewhere"}, "below artifacts/a2v"),
+    ({"generator_granularity": "per_group"}, "needs generator_class_groups"), ({"feature_net_options": {"latent": 3}}, "did you mean 'latent_dim'"),
+    ({"partitioner": {}}, "needs the classes of every client"), ({"adapter": "clap"}, "adapter = 'clap'")])
+def test_what_cannot_be_is_refused_before_anything_runs(places, monkeypatch, changed, words):
+    with pytest.raises(FedgalError) as error: plan_of(places, monkeypatch, **changed)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+class Killed(Exception): "What a test throws into a round."
+
+
+def test_killed_after_round_7_and_resumed_it_is_the_same_bit_for_bit(nodes, tmp_path):
+    from fedgal.algorithms.a2v.runs import prepare_folder, train_generators
+    t = training(nodes)
+
+    def dies(round, made, history):
+        if round == 7: raise Killed
+
+    whole = train_generators(t, tmp_path / "a", "fresh", tmp_path / "1", engine="serial")
+    prepare_folder(tmp_path / "b", "fresh", tmp_path / "2", "")
+    with pytest.raises(Killed): t.run("serial", tmp_path / "b" / "rounds", dies)
+    resumed = train_generators(t, tmp_path / "b", "resume", tmp_path / "3", engine="serial")
+    assert resumed.history == whole.history and len(whole.history) == 10
+    for path in sorted((tmp_path / "a").glob("*_round_10.safetensors")):
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes()
+        latest = path.with_name(path.name.replace("_round_10", ""))
+        assert latest.read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in (tmp_path / "a").glob("client_0*.safetensors")) == [f"client_0_generator{r}.safetensors" for r in ("", "_round_10", "_round_5")]
+    with pytest.raises(FedgalError, match="no such checkpoint"): train_generators(t, tmp_path / "c", "resume", tmp_path / "4")
+
+
+@pytest.mark.parametrize("granularity", ["unified", "per_class", "per_group"])
+@pytest.mark.parametrize("name", ["cvae", "vae"])
+def test_samples_of_every_class_and_granularity(nodes, granularity, name):
+    from fedgal.algorithms.a2v.runs import aggregate_samples, generate
+    made = training(nodes, 1, name=name, granularity=granularity, groups=GROUPS).run("serial")
+    samples = generate(made.generators, nodes, 5, 0)
+    assert sum(len(t) for of in samples.values() for t in of.values()) == sum(5 * len(nodes.owned(k)) for k in range(2))
+    together = aggregate_samples(samples)
+    assert {c: tuple(t.shape) for c, t in together.items()} == dict.fromkeys(range(4), (5, 4, 512))
+    assert not any(together[a].equal(together[b]) for a in range(4) for b in range(a))     # not the same tensors for every class
+    assert made.ledger.to_json() == []                                                    # nothing ever left a client
+
+
+def test_samples_that_are_withheld_are_missed_and_no_message_holds_a_generator(nodes):
+    from fedgal.algorithms.a2v.runs import AdapterTraining, generate, server_data
+    from fedgal.federated.ledger import Ledger
+    from fedgal.federated.local import LocalOptions
+    samples = generate(training(nodes, 1).run("serial").generators, nodes, 5, 0)
+    form = {"widths": [8], "heads": 2}
+    t = AdapterTraining(nodes, "clip", form, LocalOptions(epochs=1, batch_size=16, optimiser="adamw", lr=1e-3), 1, server={"global_epochs": 1})
+    ledger = Ledger()
+    given, withheld = (t.run("serial", held=server_data(nodes, s, ledger)) for s in (samples, None))
+    assert any(not given.parameters[n].equal(p) for n, p in withheld.parameters.items())
+    told = {row["discloses"] for row in [*ledger.to_json(), *given.ledger.to_json(), *nodes.ledger.to_json()]}
+    assert any("10 samples of its generator" in words for words in told)
+    assert not any(words.startswith(("generator", "its own generator")) for words in told)
+
+
+def test_run_2_names_every_difference_from_run_1(nodes, tmp_path):
+    from fedgal.algorithms.a2v.checkpoints import load_generators
+    from fedgal.algorithms.a2v.runs import train_generators
+    t = training(nodes, 1)
+    train_generators(t, tmp_path / "a", "fresh", tmp_path / "begun", engine="serial")
+    other = replace(t, granularity="per_class", nodes=replace(nodes, spec=logmel_spec(3), classes=("gong", *KINDS[1:])))
+    with pytest.raises(FedgalError) as error: load_generators(tmp_path / "a", other)
+    assert all(f"{name}: " in str(error.value) for name in ("generator_granularity", "feature_spec", "classes")) and "unified then, per_class now" in str(error.value)
+    swapped = replace(t, nodes=replace(nodes, index=nodes.index[::-1]))
+    with pytest.raises(FedgalError, match="client 0 has other classes"): load_generators(tmp_path / "a", swapped)
+    (tmp_path / "a" / "client_1_generator.json").unlink()
+    with pytest.raises(FedgalError, match="client_1_generator.json: no such checkpoint.*fedgal run"): load_generators(tmp_path / "a", t)
+
+
+def test_training_in_batches_is_twenty_times_faster_than_one_clip_at_a_time(nodes):
+    "At the guide's widths, in the time of the processor; the same passes over the same clips."
+    import time
+
+    from fedgal.algorithms.a2v.client_generators import GeneratorTraining, one_at_a_time
+    from fedgal.federated.local import LocalOptions
+    from fedgal.federated.messages import payload_from
+    from fedgal.generators.making import Making
+    t = GeneratorTraining(nodes, "cvae", {}, LocalOptions(epochs=1, batch_size=32, optimiser="adamw", lr=1e-3), 1)
+    net, client = t.net(), t.clients()[0]
+
+    def seconds(work, clips):
+        start = time.process_time()
+        work()
+        return (time.process_time() - start) / clips
+
+    batched = lambda: client.run(net, payload_from(net), 0, Making(nodes.texts, net))
+    one_at_a_time(t, 1), batched()
+    assert seconds(lambda: one_at_a_time(t, 6), 6) > 20 * min(seconds(batched, client.n_examples) for _ in range(2))
+
+
+# --- the guide's files ---
+
+def guide(second=False):
+    "The keys of the guide's two files."
+    flags = {"use_generator": True, "generator_type": "vae", "generator_training_mode": not second, "generator_only_mode": False, "use_pretrained_generators": second}
+    common = {"generator_granularity": "unified", "generator_class_groups": None, "generator_checkpoint_dir": "checkpoints/generators", "generator_checkpoint_base_name": "vae_unified",
+              "generator_save_checkpoint": not second, "generator_load_checkpoint": second, "adapter_aggregation_mode": "avg", "adapters_learning_rate": 0.001,
+              "t5_adapter_learning_rate": 0.001, "clip_adapter_weight_decay": 0.0001, "adapters_learning_rate_schedule": False, "clip_adapter_learning_rate_schedule": True,
+              "generate_nodes_images_frequency": 0, "generate_low_memomy_footprint": True, "images_output_dir": "x", "store_audio_embeddings": False}
+    of_run = {"synthetic_samples_per_class": 10, "global_model_train": True, "global_model_train_epochs": 5, "global_model_train_from_nodes_adapters": True} if second else \
+        {"generator_checkpoint_frequency": 5, "generator_training_epochs": 10, "generator_augmentation": True, "generator_augmentation_noise": 0.1, "generator_validation_frequency": 5,
+         "global_model_train": False, "global_model_train_epochs": 0}
+    node = lambda *names: {"dataset": "ESC50", "selected_classes": names, "train_folds": [0, 1, 2, 3], "test_folds": [4], "diffusion_type": "flux"}
+    return {"experiment": {"name": f"guide_run{1 + second}", "description": "x", "use_balooning": True, "optimize_memory_usage": True},
+            "federation": {"algorithm": "FedA2V", "diffusion_type": "flux", "num_clients": 2, "global_rounds": 50 if second else 30, "local_epochs": 3, "eval_gap": 5,
+                           "model_aggregation": "per_class_average", "use_saved_audio_embeddings": False},
+            "training": {"learning_rate": 0.001, "optimizer": "AdamW", "batch_size": 8, "weight_decay": 0.0001}, "feda2v": {"_comment": "x"} | flags | common | of_run,
+            "nodes": {"0": node("tone", "pig"), "1": node("hiss", "clicks")}, "model": {"backbone": "a2v"}, "dataset": {"name": "sounds", "path": "./data"}, "wandb": {"disabled": False}}
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_configuration_of_the_guide_is_an_experiment(places, monkeypatch, second):
+    from fedgal.pipeline.guide import translate
+    made = translate(json.loads(json.dumps(guide(second))), classes=("tone", "hiss", "clicks"))
+    (places / "x.yaml").write_text(yaml.safe_dump(made.values))
+    from fedgal.pipeline import plan as planning
+    monkeypatch.setattr(planning, "_ensure_data", lambda dataset: None)
+    [member] = planning.plan(places / "x.yaml").members
+    assert list(member.params) == ["10_data", "52_a2v_use" if second else "22_a2v_train"]
+    assert any("pig" in note for note in made.notes) and all("\n" not in note for note in made.notes)
+    assert member.params[list(member.params)[-1]]["rounds"] == (50 if second else 30)
+
+
+def test_a_key_that_the_guide_has_not_is_told_with_the_closest():
+    from fedgal.pipeline.guide import translate
+    config = guide()
+    config["feda2v"]["generator_granularty"] = "unified"
+    with pytest.raises(FedgalError, match="did you mean 'feda2v.generator_granularity'"): translate(config, classes=("tone", "hiss", "clicks"))
