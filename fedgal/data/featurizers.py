@@ -83,6 +83,7 @@ class Featurizer:
     spec: FeatureSpec
     features: Callable  # waves [N, n] at spec.sample_rate -> [N, tokens, dim]
 
+# %% ../../nbs/data/22_featurizers.ipynb #13448876
 def load_featurizer(
     name: str,  # an entry of `ENCODERS`, or the stand-in
     allow_download: bool = False,

@@ -147,6 +147,7 @@ def read_members(
     leaks = row["AUC"] > chance or any(row[f"{k}, from"] > rate for k, rate in zip(shares, (0.01, 0.001), strict=False))
     return Reading(message, attack.name, "AUC", row["AUC"], 0.5, leaks, words, epsilon), scores
 
+# %% ../../nbs/privacy/32_read_features.ipynb #31049bcc
 def read_sums(message: str, total: ClassStatistics, candidates: Candidates, epsilon: float = math.inf):
     "Membership from the sums of all clients together: a reading and the scores."
     return read_members(message, get_attack("projection"), total, candidates, epsilon)
