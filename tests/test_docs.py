@@ -120,7 +120,7 @@ def third_party(source):
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - OWN
 
 
-@pytest.mark.parametrize("folder, extras", [("fedgal", ("hub", "flower", "diffusers", "audio", "track")), ("tests", ("dev",))])
+@pytest.mark.parametrize("folder, extras", [("fedgal", ("hub", "flower", "ray", "diffusers", "audio", "track")), ("tests", ("dev",))])
 def test_every_import_is_declared(folder, extras):
     installed, wanted = packages_distributions(), declared(extras)
     sources = [path.read_text(encoding="utf-8") for path in (REPO / folder).rglob("*.py")]

@@ -90,7 +90,7 @@ class Ray(Local):
 
     def __enter__(self):
         if importlib.util.find_spec("ray") is None:
-            raise FedgalError("executor = ray: ray is not installed: pip install -c constraints.txt -e '.[flower]'")
+            raise FedgalError("executor = ray: ray is not installed: pip install -c constraints.txt -e '.[ray]'")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         import ray
