@@ -100,7 +100,7 @@ def _scoped_rules(text, ids):
 
 # %% ../../nbs/report/02_sanitise.ipynb #b8a4fb47
 _NUMBER = re.compile(
-    r"[-+−±<]?\s*[\d.,\u2009]+(?:e[-+]?\d+)?(?:\s*(?:%|±|\(|/).*)?|nan|none|null|[-–—]|[+−-]?inf|", re.I
+    r"[-+−±<]?\s*[\d.,\u2009]+(?:e[-+]?\d+)?(?:\s*(?:%|±|[\[(]|/).*)?|nan|none|null|baseline|[-–—]|[+−-]?inf|", re.I
 )
 
 def _numeric(cells):
