@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from ..core.errors import FedgalError
 from ..core.settings import root
-from ..core.store import canonical, load_json
+from ..core.store import canonical, fingerprint, load_json
 from ..core.names import member_name
 from .plan import Experiment, Member
 
@@ -33,6 +33,11 @@ def git_commit() -> str:
 def _relative(file):
     file = Path(file).resolve()
     return file.relative_to(root()).as_posix() if file.is_relative_to(root()) else file.name
+
+def _origin(file) -> str:
+    "Tells two files of one name outside the project apart, without their folders; empty inside."
+    file = Path(file).resolve()
+    return "" if file.is_relative_to(root()) else fingerprint({"file": str(file)})
 
 def command_of(exp: Experiment) -> str:
     "The line that runs an experiment again."
@@ -59,6 +64,7 @@ def new_record(exp: Experiment) -> dict:
         "experiment": exp.name,
         "title": str(exp.values.get("title", exp.name)),
         "params_file": _relative(exp.file),
+        "origin": _origin(exp.file),
         "overrides": exp.overrides,
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,6 +91,8 @@ def refuse_other(home: Path, exp: Experiment) -> None:
         old = load_json(home / "run.json")
     except FedgalError:
         return
-    if (old.get("params_file"), old.get("overrides")) != (_relative(exp.file), exp.overrides):
-        other = f"{home} holds a report of {old.get('params_file')} with overrides {old.get('overrides')}"
+    before = old.get("params_file"), old.get("origin", ""), old.get("overrides")
+    if before != (_relative(exp.file), _origin(exp.file), exp.overrides):
+        elsewhere = " of another folder" if before[1] != _origin(exp.file) else ""
+        other = f"{home} holds a report of {before[0]}{elsewhere} with overrides {before[2]}"
         raise FedgalError(f"{other}; choose another --name or remove that folder")
