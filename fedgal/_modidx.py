@@ -153,6 +153,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fedgal/algorithms/a2v/setup.py'),
                                              'fedgal.algorithms.a2v.setup.checkpoint_folder': ( 'algorithms/a2v/setup.html#checkpoint_folder',
                                                                                                 'fedgal/algorithms/a2v/setup.py'),
+                                             'fedgal.algorithms.a2v.setup.first_command': ( 'algorithms/a2v/setup.html#first_command',
+                                                                                            'fedgal/algorithms/a2v/setup.py'),
                                              'fedgal.algorithms.a2v.setup.generator_training': ( 'algorithms/a2v/setup.html#generator_training',
                                                                                                  'fedgal/algorithms/a2v/setup.py'),
                                              'fedgal.algorithms.a2v.setup.run_mode': ( 'algorithms/a2v/setup.html#run_mode',

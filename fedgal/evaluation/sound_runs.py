@@ -13,7 +13,7 @@ from ..algorithms.a2v.checkpoints import load_generators, saved_scaler
 from ..algorithms.a2v.client_generators import ClientGenerator, GeneratorTraining
 from ..algorithms.a2v.nodes import Nodes, make_nodes
 from ..algorithms.a2v.runs import aggregate_samples, generate, server_data, train_generators
-from ..algorithms.a2v.setup import adapter_training, checkpoint_folder, generator_training
+from ..algorithms.a2v.setup import adapter_training, checkpoint_folder, first_command, generator_training
 from ..core.store import save_json, save_tensors
 from .results import metrics_record
 from .significance import paired_interval
@@ -90,7 +90,7 @@ def loaded(
     if mode == "none":
         return make_nodes(data, split, device=device), [], []
     nodes = make_nodes(data, split, saved_scaler(folder), device)
-    return nodes, *load_generators(folder, generator_training(params, nodes))
+    return nodes, *load_generators(folder, generator_training(params, nodes), first_command(params))
 
 @dataclass(frozen=True, eq=False)
 class PairedRuns:

@@ -26,7 +26,7 @@ def sound_grid(names: list[str], waves: list) -> tuple[Figure, str]:
     "A wave and its mel picture for each of some clips."
     n, seconds = len(names), len(waves[0]) / RATE
     title = f"One clip of {seconds:g} s of each class: wave, and energy by mel band"
-    fig, axes = new_figure(title, 1.15 * n + 0.4, n, 2, squeeze=False)
+    fig, axes = new_figure(title, n + 0.6, n, 2, squeeze=False, sharex=True)
     for (left, right), name, wave in zip(axes, names, waves, strict=True):
         left.plot(np.arange(len(wave))[::20] / RATE, wave[::20], lw=0.5, color=PALETTE[0])
         left.set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center")
@@ -43,7 +43,7 @@ def sound_grid(names: list[str], waves: list) -> tuple[Figure, str]:
 def level_pictures(real, made, names: list[str]) -> tuple[Figure, str]:  # [C, k, S, d] each: k clips of each class
     "Mean levels of real and of generated clips, class by class."
     k = real.shape[1]
-    title = "Mel levels of the four quarters: held-out clips, then samples from the prior"
+    title = "Mel levels: held-out clips, and samples from the prior"
     fig, axes = new_figure(title, 0.9 * len(names) + 0.6, len(names), 2 * k, squeeze=False)
     low, high = float(real[..., :BANDS].min()), float(real[..., :BANDS].max())
     for row, name, clips in zip(axes, names, zip(real, made, strict=True), strict=True):
