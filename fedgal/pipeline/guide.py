@@ -93,7 +93,7 @@ NOTHING = {  # section.key -> why
     "feda2v.store_audio_embeddings": "features are always cached",
     "feda2v.audio_embedding_file_name": "features are always cached",
     **{f"model.{n}": "there is no image model" for n in ("backbone", "backbone_model", "pretrained")},
-    "wandb.disabled": "see the parameter tracker",
+    "wandb.disabled": "see the setting tracker",
 }
 
 # %% ../../nbs/pipeline/16_guide.ipynb #6e12cc3d

@@ -60,7 +60,6 @@ class Sounds(Generators):
     )
     rounds: int = option(3, "communication rounds", ge=1)
     quality_samples: int = option(32, "samples of every class by which generators are judged", ge=2)
-    tracker: str = option("none", "where metrics go besides", one_of=("none", "trackio", "wandb", "tensorboard"))
 
     @classmethod
     def check_run(cls, params: dict) -> None:
