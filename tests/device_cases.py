@@ -153,6 +153,9 @@ SMALL = {
     "fedgen": {"steps": 4},
     "fedgen_pfllib": {"steps": 4, "noise": 8, "hidden": 16},
     "mlp": {"steps": 4},
+    "cvae": {"steps": 8, "rounds": 2, "hidden_dim": 16},
+    "vae": {"steps": 8, "rounds": 2, "hidden_dim": 16},
+    "gan": {"steps": 8, "rounds": 2, "hidden_dim": 16},
     "ldmlr": {"steps": 2, "sample_steps": 2, "base": 8, "multipliers": [1], "batch_size": 16, "lr": 1e-8},
 } | {
     name: {"steps": 4, "rounds": 2, "width": 8, "blocks": 1, "batch_size": 16, "sample_steps": 3}

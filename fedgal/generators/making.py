@@ -30,10 +30,10 @@ class Making(LocalLoss):
         rise = max(1, client.config.epochs // 2)  # epochs over which beta rises, where the objective asks for it
         a_pass = client.config.steps_a_pass(client.n_examples)
         for i, b in enumerate(batches):
-            shake = self.noise * torch.randn(len(b), *client.x.shape[1:], generator=rng)
+            shake = self.noise * torch.randn(len(b), *client.x.shape[1:], generator=rng).to(device)
             drawn = {"noise": self.net.noise(len(b), rng), "shake": shake}
-            beta = torch.tensor(min(1.0, (i // a_pass + 1) / rise))
-            yield {n: t.to(device) for n, t in drawn.items()} | {"beta": beta.to(device)}
+            beta = torch.tensor(min(1.0, (i // a_pass + 1) / rise), device=device)
+            yield {n: t.to(device) for n, t in drawn.items()} | {"beta": beta}
 
     def of(self, model: nn.Module, batch: Batch) -> Tensors:
         noise, shake, beta = (batch.drawn[n] for n in ("noise", "shake", "beta"))

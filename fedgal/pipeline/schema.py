@@ -107,7 +107,7 @@ def load_params(path: Path) -> dict:
     except FileNotFoundError:
         known = [p.stem for p in sorted((root() / "params").glob("*.yaml"))]
         raise FedgalError(
-            f"{path}: no such params file{did_you_mean(path.stem, known)}; in params/: {', '.join(known)}"
+            f"{path}: no such params file{did_you_mean(path.stem, known)}; see `fedgal list`"
         ) from None
     except IsADirectoryError:
         raise FedgalError(f"{path}: is a folder; name a params file") from None

@@ -66,7 +66,8 @@ def read_labels(
         truth = client.targets.cpu()
         knowledge = replace(granted(client, round), public=public)
         right.append(label_accuracy(attack(update, model, knowledge)[0].value.cpu(), truth))
-        share = torch.arange(len(everybody)).repeat_interleave(rounded_counts(everybody, len(truth)))
+        classes = torch.arange(len(everybody), device=everybody.device)
+        share = classes.repeat_interleave(rounded_counts(everybody, len(truth)))
         guessed.append(label_accuracy(share, truth))
     return right, guessed
 

@@ -160,7 +160,7 @@ def server_data(
         n = len(nodes.y[i].unique())
         size = n * 4 * x[0].numel()
         ledger.record(f"client {k}", "server", 0, "class means", size, f"mean features of {n} classes")
-    weight = torch.full((len(x),), real_weight)
+    weight = torch.full((len(x),), real_weight, device=x.device)
     if samples:
         for k, of_client in sorted(samples.items()):
             n, size = sum(map(len, of_client.values())), sum(t.nbytes for t in of_client.values())
@@ -168,5 +168,5 @@ def server_data(
         together = aggregate_samples(samples)
         x = torch.cat([x, *together.values()])
         y = torch.cat([y, *(torch.full((len(t),), c, device=y.device) for c, t in together.items())])
-        weight = torch.cat([weight, torch.full((len(x) - len(weight),), synthetic_weight)])
+        weight = torch.cat([weight, torch.full((len(x) - len(weight),), synthetic_weight, device=x.device)])
     return {"x": x, "y": y, "weight": weight, "texts": nodes.texts}

@@ -128,7 +128,7 @@ class Nodes(Engine):
     def work(self, task: Task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
         "What every client sends, and a receipt for what it keeps."
         data = message_bytes(task.payload)
-        sent = {c.id: (data, int(own.get(c.id, {}).get(RECEIPT, torch.tensor(-1)))) for c in clients}
+        sent = {c.id: (data, int(own.get(c.id, {}).get(RECEIPT, -1))) for c in clients}
         answers = self.carry(sent, task.payload.round)
         return [_received(c, answers[c.id], task.payload.round) for c in clients]
 
