@@ -1318,6 +1318,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fedgal/evaluation/joint_results.py')},
             'fedgal.evaluation.labels': { 'fedgal.evaluation.labels._matters': ( 'evaluation/labels.html#_matters',
                                                                                  'fedgal/evaluation/labels.py'),
+                                          'fedgal.evaluation.labels._of_postprocessor': ( 'evaluation/labels.html#_of_postprocessor',
+                                                                                          'fedgal/evaluation/labels.py'),
                                           'fedgal.evaluation.labels._spoken': ( 'evaluation/labels.html#_spoken',
                                                                                 'fedgal/evaluation/labels.py'),
                                           'fedgal.evaluation.labels.find_row': ( 'evaluation/labels.html#find_row',

@@ -13,7 +13,7 @@ from ..core.names import spelt
 from ..finetune.arms import ARMS
 
 # %% ../../nbs/evaluation/15_labels.ipynb #dbdbd3c3
-_ALWAYS = ("generator", "level")
+_ALWAYS = ("generator", "level", "aggregation", "postprocessors")
 _FIRST_WORD = {"generator": "generator", "generator_adjusted": "generator", "none": "algorithm"}
 
 def _matters(row, name):
@@ -42,14 +42,21 @@ def label(row: dict) -> str:
     "A row's name for tables and figures: the generator or algorithm in place of its arm, then its parameters."
     params, arm = dict(row["params"]), row["arm"]
     replaced = _FIRST_WORD.get(arm)
+    if arm == "none" and "algorithm" not in params:
+        replaced = "aggregation"
     adjusted = " adjusted" if arm == "generator_adjusted" and replaced in params else ""
     first = params.pop(replaced, arm) + adjusted
     words = [first, *(_spoken(name, value) for name, value in params.items())]
     return ", ".join(words) + (" (not federated)" if pooled(row) else "")
 
+def _of_postprocessor(given):
+    return given["name"] + (f" epsilon {given['epsilon']:g}" if "epsilon" in given else "")
+
 def _spoken(name, value):
-    if name in ("algorithm", "level"):
+    if name in ("algorithm", "level", "aggregation"):
         return value
+    if name == "postprocessors":
+        return " + ".join(map(_of_postprocessor, value)) or "no postprocessor"
     if isinstance(value, dict):
         return ", ".join(f"{a} {b}" for a, b in value.items()) or f"no {name}"
     return f"{name} {value}"
