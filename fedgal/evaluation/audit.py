@@ -144,14 +144,14 @@ def audit_features(
     "What statistics, banks and weights give away, as they are and under each budget."
     run, level, audit, judge = inputs.run, inputs.level, Audit(), judge_of(inputs.run)
     sums, bank = f"statistics, level {level}", "bank of gaussian"
+    own = client_features(run, level)
     try:
-        candidates = candidates_at(run, level, inputs.seed)
+        candidates = candidates_at(run, level, own, inputs.seed)
     except FedgalError as reason:
         audit.readings += [does_not_fit(m, "membership", reason) for m in (sums, bank)]
         return audit
     reader, moments = _Features(inputs, candidates, audit), inputs.statistics.moments
-    parts = client_features(run, level, views=inputs.views, seed=inputs.seed)
-    reader.sums(sums, sent_statistics(run, level, inputs.views, inputs.seed, moments), parts)
+    reader.sums(sums, sent_statistics(run, level, inputs.latents, moments, inputs.views), inputs.latents)
     for arm, (generator, made) in generators.items():
         name = f"bank of {generator.name}"
         if arm == "gaussian" or name != bank:
@@ -165,7 +165,7 @@ def audit_features(
     pooled = [inputs.pooled]
     for epsilon in sorted(plan.epsilons, reverse=True):
         given = (epsilon, plan.delta, moments, inputs.seed)
-        noisy = repaired(released_statistics(run, level, candidates.public, *given))
+        noisy = repaired(released_statistics(run, level, own, candidates.public, *given))
         reader.sums(sums, [noisy], pooled, epsilon)
         made, model = made_of(noisy, inputs, sizes, options, **params)
         left[epsilon] = judge(model)

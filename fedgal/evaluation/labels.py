@@ -14,7 +14,11 @@ from ..finetune.arms import ARMS
 
 # %% ../../nbs/evaluation/15_labels.ipynb #dbdbd3c3
 _ALWAYS = ("generator", "level", "aggregation", "postprocessors")
-_FIRST_WORD = {"generator": "generator", "generator_adjusted": "generator", "none": "algorithm"}
+_FIRST_WORD = {  # arm -> parameters, the first of which that is there stands in its place
+    "generator": ("generator",),
+    "generator_adjusted": ("generator",),
+    "none": ("algorithm", "aggregation"),
+}
 
 def _matters(row, name):
     "Whether a parameter changes what the arm of a row does."
@@ -41,9 +45,7 @@ def shorten(rows: list[dict]) -> list[dict]:
 def label(row: dict) -> str:
     "A row's name for tables and figures: the generator or algorithm in place of its arm, then its parameters."
     params, arm = dict(row["params"]), row["arm"]
-    replaced = _FIRST_WORD.get(arm)
-    if arm == "none" and "algorithm" not in params:
-        replaced = "aggregation"
+    replaced = next((name for name in _FIRST_WORD.get(arm, ()) if name in params), None)
     adjusted = " adjusted" if arm == "generator_adjusted" and replaced in params else ""
     first = params.pop(replaced, arm) + adjusted
     words = [first, *(_spoken(name, value) for name, value in params.items())]

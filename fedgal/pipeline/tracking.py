@@ -19,11 +19,14 @@ from .opened import Opened, OpenedSweep, open_experiment
 # %% ../../nbs/pipeline/21_tracking.ipynb #cad41f47
 def history_numbers(rows: list[dict]) -> list[dict[str, float]]:  # one a round
     "What the training's history has in numbers."
-    return [{f"train/{n}": v for n, v in row.items() if _is_number(v) and n != "round"} for row in rows]
+    return [_numbers(row, "train/") for row in rows]
 
 def final_numbers(arms: dict[str, dict]) -> dict[str, float]:  # of the rows of `Opened.metrics`
     "`few/gaussian`, ...: every number of every arm."
     return {f"{name}/{arm}": v for arm, row in arms.items() for name, v in row.items() if _is_number(v)}
+
+def _numbers(row, prefix=""):
+    return {f"{prefix}{n}": v for n, v in row.items() if _is_number(v) and n != "round"}
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -115,7 +118,7 @@ def numbers_of(run: Opened) -> list[dict[str, float]]:  # one a round
     files = [file for stage in run.keys if (file := run.input(stage) / "tracked.json").is_file()]
     if not files:
         return history_numbers(run.history.to_dict("records"))
-    return [{n: v for n, v in row.items() if _is_number(v) and n != "round"} for f in files for row in load_json(f)]
+    return [_numbers(row) for file in files for row in load_json(file)]
 
 def track_run(to: Tracker, group: str, run: Opened) -> None:
     "Give a tracker the numbers of one run."

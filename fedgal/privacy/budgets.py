@@ -17,7 +17,7 @@ from ..federated.kept import KeptMessages
 from ..federated.loop import fit
 from ..federated.setup import Training
 from ..federated.state import FederationOptions
-from ..federated.trained import TrainedRun, client_features
+from ..federated.trained import TrainedRun
 from ..finetune.clients import FinetuneOptions
 from ..finetune.context import arm_features
 from ..finetune.finetune import finetune_global
@@ -33,6 +33,7 @@ from ..stats.class_statistics import ClassStatistics
 def released_statistics(
     run: TrainedRun,
     level: str,
+    features: list[tuple[Tensor, Tensor]],  # of every client's own samples at the level
     public: Tensor,  # [P, d] features that are nobody's
     epsilon: float,
     delta: float,
@@ -42,7 +43,7 @@ def released_statistics(
     "The sums of all clients under noise, private for a sample."
     bound = public.norm(dim=1).median().item()
     C, space = run.data.n_classes, run.space(level)
-    parts = [clipped_statistics(z, y, C, space, bound, moments) for z, y in client_features(run, level)]
+    parts = [clipped_statistics(z, y, C, space, bound, moments) for z, y in features]
     noise = PrivacyNoise(seed, f"audit {level} {epsilon:g}")
     return release(sum(parts[1:], parts[0]), bound, epsilon, delta, noise)
 

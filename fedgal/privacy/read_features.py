@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.random import stream
 from ..core.rank import rank_in_class
-from ..federated.trained import TrainedRun, client_features, held_out, view_statistics
+from ..federated.trained import TrainedRun, held_out, view_statistics
 from ..generators.base import Bank, Generator
 from ..generators.gaussian import Gaussian
 from ..models.encode import encode
@@ -26,7 +26,6 @@ from .attacks.roc import membership_row
 from .attacks.statistics import samples_of_few
 from .readings import Reading
 from ..stats.class_statistics import ClassStatistics
-from ..stats.moments import kept_moments
 
 # %% ../../nbs/privacy/32_read_features.ipynb #e0320007
 PUBLIC = 2000  # public samples at most
@@ -63,12 +62,13 @@ class Candidates:
 def candidates_at(
     run: TrainedRun,
     level: str,
+    features: list[tuple[Tensor, Tensor]],  # of every client's own samples at the level, see `client_features`
     seed: int = 0,
 ) -> Candidates:
     "As many members as others of every class, at a level."
     if run.personal:
         raise FedgalError("every client has an encoder of its own, so that members and others share no space")
-    z, y = map(torch.cat, zip(*client_features(run, level), strict=True))
+    z, y = map(torch.cat, zip(*features, strict=True))
     others, labels, _ = held_out(run, level)
     size = torch.minimum(*(torch.bincount(t, minlength=run.data.n_classes) for t in (y, labels)))
     sides = []
@@ -88,15 +88,13 @@ EXACT = 1e-3  # relative distance below which a feature is recovered
 def sent_statistics(
     run: TrainedRun,
     level: str,
+    features: list[tuple[Tensor, Tensor]],  # of every client at the level, view after view
+    moments: str,  # of second order: "full", "diagonal" or "none"
     views: int = 1,
-    seed: int = 0,
-    moments: str | None = None,  # of second order; None: as `kept_moments` has it
 ) -> list[ClassStatistics]:
     "The statistics of every client as `30_statistics` sends them, without Fourier sums."
     space, C = run.space(level), run.data.n_classes
-    kept = kept_moments(space.dim) if moments is None else moments
-    parts = client_features(run, level, views=views, seed=seed)
-    return [view_statistics(z, y, C, space, None, views, kept) for z, y in parts]
+    return [view_statistics(z, y, C, space, None, views, moments) for z, y in features]
 
 def recovered(
     s: ClassStatistics,

@@ -19,7 +19,7 @@ from ...federated.messages import ClientUpdate, ServerPayload, load_payload
 from ...models.adapters import TextLoss
 
 # %% auto #0
-__all__ = ['SERVER', 'AveragingOptions', 'Towards', 'AdapterAveraging', 'node_losses', 'KeptModels', 'mean_output']
+__all__ = ['SERVER', 'AveragingOptions', 'Towards', 'TellsLosses', 'AdapterAveraging', 'KeptModels', 'mean_output']
 
 # %% ../../../nbs/algorithms/a2v/01_averaging.ipynb #4d187d5d
 class AveragingOptions(Options):
@@ -43,8 +43,16 @@ class Towards(nn.Module):
     def __call__(self, out: Tensor, y: Tensor) -> Tensor:  # [B]
         return (out - y).square().mean((1, 2))
 
+class TellsLosses:
+    "The training loss of every client in the history; nothing where only their sum is seen."
+
+    def serve(
+        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
+    ) -> tuple[Tensors, Tensors, dict]:
+        return payload.extras, server, {"losses": {str(u.client): u.train_loss for u in updates if u.client >= 0}}
+
 # %% ../../../nbs/algorithms/a2v/01_averaging.ipynb #2e976475
-class AdapterAveraging(Algorithm):
+class AdapterAveraging(TellsLosses, Algorithm):
     "FedAvg of adapters, and training on the server's data: x [M, S, d], y [M], weight [M], texts [C, T, D]."
 
     Options = AveragingOptions
@@ -80,17 +88,8 @@ class AdapterAveraging(Algorithm):
         parameters = {n: p + update.tensors[n] for n, p in start.parameters.items()}
         return replace(merged, parameters=parameters), {"global_loss": update.train_loss}
 
-    def serve(
-        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
-    ) -> tuple[Tensors, Tensors, dict]:
-        return payload.extras, server, node_losses(updates)
-
-def node_losses(updates: list[ClientUpdate]) -> dict:
-    "The training loss of every client, for the history; nothing where only their sum is seen."
-    return {"losses": {str(u.client): u.train_loss for u in updates if u.client >= 0}}
-
 # %% ../../../nbs/algorithms/a2v/01_averaging.ipynb #e4dd2a3c
-class KeptModels(Local):
+class KeptModels(TellsLosses, Local):
     "Every client trains its own generator or adapter; nothing is sent."
 
     name = "a2v_local"
@@ -100,11 +99,6 @@ class KeptModels(Local):
     @classmethod
     def check_run(cls, params: dict) -> None:
         raise FedgalError("algorithm a2v_local is that of client generators; for classifiers choose local")
-
-    def serve(
-        self, model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], server: Tensors, seed: int
-    ) -> tuple[Tensors, Tensors, dict]:
-        return payload.extras, server, node_losses(updates)
 
 @torch.no_grad()
 def mean_output(model: nn.Module, payload: ServerPayload, updates: list[ClientUpdate], x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAUSE', 'NODES', 'worked', 'answer', 'quiet_flower', 'ray_arguments', 'simulate', 'Simulation', 'exchange',
-           'content_of', 'FlowerOptions', 'unsendable', 'Flower']
+           'content_of', 'FlowerOptions', 'Flower']
 
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a00004
 import importlib.util, logging, os, threading, time
@@ -19,7 +19,7 @@ from ...core.settings import settings
 from ...core.tensors import Tensors
 from .base import Engine
 from .packed import TensorFolder, pack, pack_away, unpack
-from .shared import without_tensors
+from .shared import unsendable
 from ..messages import looked_through
 from ..work import run_client
 from ...models.losses.protocol import task_loss
@@ -164,15 +164,7 @@ def _absent():
     install = "pip install -c constraints.txt -e '.[flower]'"
     return f"{' and '.join(missing)} is not installed: {install}" if missing else ""
 
-def unsendable(model: nn.Module, clients: list, loss) -> str:  # "" if they can be sent
-    "Why clients cannot be sent to the processes of others."
-    if next(model.parameters()).device.type != "cpu":
-        return "its actors compute on the CPU"
-    try:
-        words = without_tensors((model, loss, [(type(c), c.augment) for c in clients]))
-    except Exception as error:
-        return f"what a client needs cannot be sent ({error})"
-    return "something is defined in a notebook cell; put it into a module" if b"__main__" in words else ""
+
 
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a00022
 class Flower(Engine):
@@ -191,7 +183,7 @@ class Flower(Engine):
     @staticmethod
     def obstacle(model: nn.Module, clients: list, loss=task_loss) -> str:
         "Why the clients cannot be sent."
-        return _absent() or unsendable(model, clients, loss)
+        return _absent() or unsendable(model, clients, loss, "actors")
 
     def _prepare(self, model, clients):
         if self.simulation is None:

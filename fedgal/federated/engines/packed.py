@@ -6,14 +6,14 @@
 __all__ = ['tensor_bytes', 'tensors_from', 'TensorFolder', 'pack', 'pack_away', 'unpack']
 
 # %% ../../../nbs/federated/engines/05_packed.ipynb #f1b00004
-import hashlib, io, pickle
+import hashlib, pickle
 from functools import cache
 from pathlib import Path
 import torch
 from torch import Tensor
 from ...core.errors import FedgalError
 from ...core.store import write_bytes
-from .shared import _Pickler, _Unpickler
+from .shared import put_together, take_apart
 
 # %% ../../../nbs/federated/engines/05_packed.ipynb #f1b00007
 _LAST = "channels last"
@@ -72,22 +72,18 @@ def pack(
     names: dict[int, str] | None = None,  # id of a tensor -> its name in the folder
 ) -> bytes:
     "A value as bytes, with the tensors that are not in the folder."
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(value)
-    given = [(names or {}).get(i) for i in pickler.tensors]
-    loose = [t for name, t in zip(given, pickler.tensors.values(), strict=True) if name is None]
-    return pickle.dumps((given, tensor_bytes(loose), file.getvalue()))
+    body, tensors = take_apart(value)
+    given = [(names or {}).get(i) for i in tensors]
+    loose = [t for name, t in zip(given, tensors.values(), strict=True) if name is None]
+    return pickle.dumps((given, tensor_bytes(loose), body))
 
 def pack_away(value, folder: TensorFolder) -> bytes:
     "A value as bytes, all of its tensors in the folder."
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(value)
-    return pickle.dumps(([folder.put(t) for t in pickler.tensors.values()], tensor_bytes([]), file.getvalue()))
+    body, tensors = take_apart(value)
+    return pickle.dumps(([folder.put(t) for t in tensors.values()], tensor_bytes([]), body))
 
 def unpack(data: bytes, folder: TensorFolder):
     "The value that was packed; only for bytes of a process of one's own, since pickle can run code."
     given, loose, body = pickle.loads(data)
     rest = iter(tensors_from(loose))
-    return _Unpickler(io.BytesIO(body), [next(rest) if n is None else folder.get(n) for n in given]).load()
+    return put_together(body, [next(rest) if n is None else folder.get(n) for n in given])

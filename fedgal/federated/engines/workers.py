@@ -17,7 +17,7 @@ from ...core.options import Options, option
 from ...core.processes import end_with_parent, own_cores, without_main
 from ...core.tensors import Tensors
 from .base import Engine
-from .shared import SharedTensors, received, share, without_tensors
+from .shared import SharedTensors, received, share, unsendable
 from ..messages import failed_update, looked_through
 from ..work import run_client
 from ...models.losses.protocol import task_loss
@@ -231,13 +231,7 @@ class Workers(Engine):
         "Why the clients cannot be sent."
         if not hasattr(os, "memfd_create"):
             return "it shares memory as only Linux does"
-        if next(model.parameters()).device.type != "cpu":
-            return "its processes compute on the CPU"
-        try:
-            words = without_tensors((model, loss, [(type(c), c.augment) for c in clients]))
-        except Exception as error:
-            return f"what a client needs cannot be sent ({error})"
-        return "something is defined in a notebook cell; put it into a module" if b"__main__" in words else ""
+        return unsendable(model, clients, loss, "processes")
 
     def work(self, task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
         self.crew.hold(model, clients)
