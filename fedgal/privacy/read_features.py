@@ -73,13 +73,13 @@ def candidates_at(
     size = torch.minimum(*(torch.bincount(t, minlength=run.data.n_classes) for t in (y, labels)))
     sides = []
     for rows, of in ((z, y), (others, labels)):
-        order = torch.randperm(len(of), generator=stream(seed, "candidates"))
+        order = torch.randperm(len(of), generator=stream(seed, "candidates")).to(of.device)
         chosen = order[rank_in_class(of[order], len(size)) < size[of[order]]]
         sides.append((rows[chosen], of[chosen]))
     (a, ya), (b, yb) = sides
     free = free_rows(run, seed)
     public = encode(run.model, run.data.x_train[free].to(next(run.model.parameters()).device), level)
-    member = torch.cat([torch.ones(len(ya)), torch.zeros(len(yb))]).bool()
+    member = torch.arange(len(ya) + len(yb), device="cpu") < len(ya)
     return Candidates(torch.cat([a, b]), torch.cat([ya, yb]), member, public, run.data.y_train[free])
 
 # %% ../../nbs/privacy/32_read_features.ipynb #e032000a
