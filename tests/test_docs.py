@@ -85,11 +85,24 @@ def commands_in(text):
     return {name for code in CODE.findall(text) for name in re.findall(r"(?m)(?:^|`)fedgal ([a-z]+)", code)}
 
 
-def test_every_command_exists_and_the_readme_names_all():
+def test_every_command_exists_and_the_manual_names_all():
     from fedgal.cli import parser
     [commands] = [a.choices.keys() for a in parser()._actions if a.choices]
-    assert commands_in(read("README.md")) == set(commands)
-    assert commands_in(read("CONTRIBUTING.md")) <= set(commands)
+    assert commands_in(markdown_of(REPO / "nbs" / "tutorials" / "manual.ipynb")) == set(commands)
+    assert commands_in(read("README.md")) | commands_in(read("CONTRIBUTING.md")) <= set(commands)
+
+
+def test_the_readme_is_short():
+    "Two screens: words outside of tables and of what a notebook writes."
+    text = re.sub(r"(?s)<!-- (\w+):begin -->.*?<!-- \1:end -->|```.*?```", "", read("README.md"))
+    assert len(re.sub(r"(?m)^\|.*|\]\(\S+\)", "", text).split()) < 400
+
+
+def test_what_can_be_chosen_is_explained():
+    from fedgal.core.registry import catalogue
+    text = markdown_of(REPO / "nbs" / "tutorials" / "choices.ipynb")
+    for kind in ("stage", "algorithm", "generator", "arm", "postprocessor"):
+        assert [name for name in catalogue()[kind].entries if f"`{name}`" not in text] == [], kind
 
 
 def test_what_is_missing_is_noticed():

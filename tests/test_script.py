@@ -1,9 +1,10 @@
 """What a script and a reader of results use: `import fedgal`, the plain script, opened experiments, exported models, code of one's own."""
+import re
 import subprocess
 import sys
 
 import pytest
-from conftest import CHAIN, TINY, ran
+from conftest import CHAIN, REPO, TINY, ran
 from test_extend import ECHO, HALF_STEP, SMOOTH, outcome
 
 SCRIPT = """
@@ -22,12 +23,23 @@ for arm in ("none", "refit", "gaussian"):
 """
 
 
+def lines_of(text): return [line for line in text.splitlines() if line.strip()]
+
+
 def test_the_plain_script_is_short_and_runs():
-    lines = [line for line in SCRIPT.splitlines() if line.strip()]
-    assert len(lines) <= 18
+    assert len(lines_of(SCRIPT)) <= 18
     found = {}
     exec(SCRIPT, found)
     assert found["scores"]["none"] < found["scores"]["refit"] and found["scores"]["none"] < found["scores"]["gaussian"]
+
+
+def test_the_lines_of_the_readme_run(capsys):
+    [lines] = re.findall(r"(?s)```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"))
+    assert len(lines_of(lines)) <= 10
+    exec(lines, {})
+    arms, scores = zip(*map(str.split, lines_of(capsys.readouterr().out)), strict=True)
+    none, refit, gaussian = (float(score.rstrip("%")) for score in scores)
+    assert arms == ("none", "refit", "gaussian") and none < refit < gaussian
 
 
 def test_the_names_are_there_and_import_nothing():
@@ -165,7 +177,6 @@ def test_what_is_wrong_with_ones_own_is_one_line(project):
 
 @pytest.mark.slow
 def test_a_run_of_a_fresh_clone_leaves_git_as_it_was(project):
-    from conftest import REPO
     git = lambda *args: subprocess.run(["git", *args], cwd=project.home, capture_output=True, text=True, check=True).stdout
     (project.home / ".gitignore").write_text((REPO / ".gitignore").read_text())
     git("init", "-q")

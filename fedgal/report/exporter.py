@@ -221,6 +221,7 @@ def render(
     edit=None,  # what is done to the finished page, a `BeautifulSoup`
     after: str = "",  # Markdown below the last cell
     scripts: tuple = ("sort",),  # names of those that the page carries
+    executed: str = "",  # where the executed notebook lies, seen from the page: it is offered for download
 ) -> Path | str:  # `out`, or the page
     "Write the page of one executed notebook; a picture without text alternative is an error that names its cell."
     nb = notebook if hasattr(notebook, "cells") else nbformat.read(str(notebook), as_version=4)
@@ -228,6 +229,7 @@ def render(
         nb = _without_title(nb)
     resources = {"title": title, "nav": list(nav), "card": card or {}, "question": question, "source": source}
     resources |= {"declared": declared, "after": after and markdown(after), "scripts": [*map(script, scripts)]}
+    resources["executed"] = executed
     page = _exporter().from_notebook_node(nb, resources)[0]
     soup = _finish(page, out and Path(out), source != "open", edit)
     return write_page(soup.decode(formatter="minimal"), out, soup if source == "open" else None)

@@ -129,6 +129,7 @@ def _declared():
 def _draw(exp, record, entry, ready, home):
     "Render the page of one stage."
     from fedgal.report.exporter import render
+    from fedgal.report.takeaway import leave_notebook
 
     front = entry["href"] == "index.html"
     finished = any(e["href"] == "index.html" for e in ready)
@@ -139,7 +140,9 @@ def _draw(exp, record, entry, ready, home):
     title = record["title"] if front else f"{record['title']} · {_label(entry['stage'])}"
     question = record.get("question", "") if front else ""
     card = _card(exp, record, entry)
-    render(_notebook(entry), title, nav, card, home / entry["href"], question, _declared())
+    executed = f"files/{entry['stage']}.ipynb"
+    leave_notebook(_notebook(entry), home / executed)
+    render(_notebook(entry), title, nav, card, home / entry["href"], question, _declared(), executed=executed)
 
 # %% ../../nbs/report/08_publish.ipynb #b2d47f16
 def _drawn_by():
