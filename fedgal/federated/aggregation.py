@@ -11,7 +11,7 @@ from ..core.errors import FedgalError
 from ..core.options import Options, option
 from ..core.registry import Registry
 from ..core.tensors import Tensors
-from .aggregate import merge_buffers
+from .aggregate import merge_buffers, shares_of
 from .algorithm import Algorithm, only_averages
 from .messages import ClientUpdate, ServerPayload
 
@@ -74,7 +74,7 @@ class RobustOptions(Options):
     n_faulty: int = option(1, "faulty clients that a round is to survive", ge=0)
 
 class Robust(Aggregation):
-    "A rule that survives some arbitrary updates; it gives every client the same weight."
+    "A rule that survives some arbitrary updates."
 
     Options = RobustOptions
     single = True
@@ -92,20 +92,21 @@ class Robust(Aggregation):
     def combine(
         self,
         rows: Tensor,  # [n, d], at least `least` of them
+        shares: Tensor,  # [n] float64 of each in the mean, with sum 1
     ) -> tuple[Tensor, dict]:  # [d], numbers for the history; "selected": rows, where it selects some
         "The rule itself."
         raise NotImplementedError
 
-    def of(self, rows: Tensor) -> tuple[Tensor, dict]:
+    def of(self, rows: Tensor, shares: Tensor | None = None) -> tuple[Tensor, dict]:  # None: all the same
         "The rule, where there are enough rows."
         if len(rows) < self.least:
             f, advice = self.options.n_faulty, "let more clients take part or lower n_faulty"
             raise FedgalError(f"{self.name} with n_faulty = {f} needs {self.least} updates, not {len(rows)}; {advice}")
-        return self.combine(rows)
+        return self.combine(rows, rows.new_full((len(rows),), 1 / len(rows)) if shares is None else shares)
 
     def merge(self, algorithm, payload, updates, weights=None, bn="average") -> tuple[ServerPayload, dict]:
         rows, start = as_rows(payload, updates, bn)
-        row, numbers = self.of(rows)
+        row, numbers = self.of(rows, rows.new_tensor(shares_of(updates, weights)))
         if "selected" in numbers:
             numbers = {**numbers, "selected": [updates[i].client for i in numbers["selected"]]}
         new = from_row(row, start)
@@ -125,5 +126,6 @@ AGGREGATIONS = Registry(
         "krum": "fedgal.privacy.robust:Krum",
         "multi_krum": "fedgal.privacy.robust:MultiKrum",
         "geometric_median": "fedgal.privacy.robust:GeometricMedian",
+        "norm_bound": "fedgal.privacy.robust:NormBound",
     },
 )

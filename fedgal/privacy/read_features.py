@@ -160,11 +160,8 @@ def read_generator(
     "Membership from the weights of a Gaussian, against shadows: a reading and the scores."
     if not isinstance(generator, Gaussian):
         raise FedgalError(f"shadow generators are those of a Gaussian, not of {generator.name}")
-    factor = generator.state()["factor"]
-    if factor.ndim != 3:
+    if generator.state()["factor"].ndim != 3:
         raise FedgalError("its covariances are diagonal, and those of shadows are full")
-    if not (factor.diagonal(dim1=-2, dim2=-1) > 0).all():
-        raise FedgalError("some class has no spread in some direction, and so no density to compare")
     kind = GaussianShadows(generator.space, generator.n_classes, **generator.options.model_dump())
     attack = get_attack("lira", shadows=shadows)
     half = len(candidates.y) // 2

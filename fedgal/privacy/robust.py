@@ -11,7 +11,8 @@ from ..federated.aggregation import Robust, RobustOptions
 
 # %% auto #0
 __all__ = ['coordinate_median', 'Median', 'TrimmedMean', 'krum_scores', 'Krum', 'MultiKrumOptions', 'MultiKrum',
-           'GeometricOptions', 'geometric_median', 'GeometricMedian']
+           'GeometricOptions', 'geometric_median', 'GeometricMedian', 'weighted_median', 'NormBoundOptions',
+           'NormBound']
 
 # %% ../../nbs/privacy/20_robust.ipynb #6d7cee49
 def _largest_last(rows):
@@ -30,7 +31,7 @@ class Median(Robust):
     summary = "median of every coordinate"
     reference = "Yin et al., ICML 2018"
 
-    def combine(self, rows: Tensor) -> tuple[Tensor, dict]:
+    def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
         return coordinate_median(rows), {}
 
 class TrimmedMean(Robust):
@@ -40,7 +41,7 @@ class TrimmedMean(Robust):
     summary = "mean of every coordinate without its n_faulty smallest and largest numbers"
     reference = "Yin et al., ICML 2018"
 
-    def combine(self, rows: Tensor) -> tuple[Tensor, dict]:
+    def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
         f = self.options.n_faulty
         return _largest_last(rows)[f : len(rows) - f].mean(0), {}
 
@@ -65,7 +66,7 @@ class Krum(Robust):
     def n_selected(self, n: int) -> int:
         return 1
 
-    def combine(self, rows: Tensor) -> tuple[Tensor, dict]:
+    def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
         order = krum_scores(rows, self.options.n_faulty).argsort(stable=True)
         best = order[: self.n_selected(len(rows))].sort().values
         return rows[best].mean(0), {"selected": best.tolist()}
@@ -88,9 +89,11 @@ class MultiKrum(Krum):
 class GeometricOptions(RobustOptions):
     smoothing: float = option(1e-6, "distance below which updates count as equal (nu)", gt=0)
     steps: int = option(100, "steps of the Weiszfeld algorithm at most", ge=1)
+    weighted: bool = option(True, "clients weigh by their numbers of examples, as they tell them")
 
 def geometric_median(
     rows: Tensor,  # [n, d] float64
+    shares: Tensor,  # [n] of each
     start: Tensor,  # [d]
     smoothing: float,
     steps: int,
@@ -98,19 +101,49 @@ def geometric_median(
     "The smoothed Weiszfeld algorithm; ends early where it stands still."
     v = start
     for _ in range(steps):
-        beta = 1 / (rows - v).norm(dim=1).clamp(min=smoothing)
+        beta = shares / (rows - v).norm(dim=1).clamp(min=smoothing)
         before, v = v, (beta[:, None] * rows).sum(0) / beta.sum()
         if (v - before).norm() <= 1e-9 * v.norm():
             break
     return v
 
 class GeometricMedian(Robust):
-    "The point with the smallest sum of distances to all updates."
+    "The point with the smallest weighted sum of distances to all updates."
 
     Options = GeometricOptions
     name = "geometric_median"
-    summary = "the point with the smallest sum of distances"
+    summary = "the point with the smallest weighted sum of distances"
     reference = "Pillutla et al., IEEE TSP 2022"
 
-    def combine(self, rows: Tensor) -> tuple[Tensor, dict]:
-        return geometric_median(rows, coordinate_median(rows), self.options.smoothing, self.options.steps), {}
+    def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
+        o = self.options
+        shares = shares if o.weighted else torch.full_like(shares, 1 / len(shares))
+        return geometric_median(rows, shares, coordinate_median(rows), o.smoothing, o.steps), {}
+
+# %% ../../nbs/privacy/20_robust.ipynb #5b0d1002
+def weighted_median(
+    x: Tensor,  # [n]
+    shares: Tensor,  # [n] of each, with sum 1
+) -> Tensor:  # []
+    "The smallest number that at least half of the weight does not exceed."
+    order = x.argsort()
+    below = shares[order].cumsum(0) < 0.5 - 1e-12
+    return x[order[below.sum().clamp(max=len(x) - 1)]]
+
+class NormBoundOptions(RobustOptions):
+    factor: float = option(1.0, "longest update, in weighted medians of the lengths", gt=0)
+
+class NormBound(Robust):
+    "The weighted mean of updates that are shortened to the median length."
+
+    Options = NormBoundOptions
+    name = "norm_bound"
+    summary = "weighted mean of updates, none longer than their weighted median length"
+    reference = "Sun et al., 2019"
+
+    def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
+        finite = rows.isfinite().all(1)
+        lengths = torch.where(finite, rows.norm(dim=1), torch.inf)
+        bound = self.options.factor * weighted_median(lengths, shares)
+        share = torch.where(finite, shares * (bound / lengths.clamp(min=1e-300)).clamp(max=1), 0.0)
+        return share @ torch.where(finite[:, None], rows, 0.0), {"norm_bound": bound.item()}

@@ -12,15 +12,17 @@ from torch.nn.functional import one_hot
 from ...core.errors import FedgalError
 from ...core.options import Options, option
 from ...core.random import stream
+from ...core.rank import rank_in_class
 from ...core.tensors import Tensors
 from ...generators.base import FitTask, make_generator
 from .base import Attack, Finding, Knowledge
+from .labels import rounded_counts
 from .membership import candidates_of
 from ...stats.class_statistics import ClassStatistics
 from ...stats.space import Space
 
 # %% auto #0
-__all__ = ['FEW', 'likelihood_ratio', 'GaussianShadows', 'VAEOptions', 'VAEShadows', 'LiRAOptions', 'subsets', 'LiRA']
+__all__ = ['FEW', 'RIDGE', 'likelihood_ratio', 'GaussianShadows', 'VAEOptions', 'VAEShadows', 'LiRAOptions', 'subsets', 'LiRA']
 
 # %% ../../../nbs/privacy/attacks/10b_lira.ipynb #7dc7c50b
 FEW = 64  # shadows, below which candidates share a variance
@@ -52,6 +54,8 @@ def likelihood_ratio(
     return (z.square() - ((score - mean) / std_in).square()) / 2 + (std / std_in).log()
 
 # %% ../../../nbs/privacy/attacks/10b_lira.ipynb #09ad32cb
+RIDGE = 1e-3  # of the mean variance, added to every variance
+
 class GaussianShadows:
     "Generators `gaussian`, many at once."
 
@@ -82,13 +86,16 @@ class GaussianShadows:
         return {n: t[None] for n, t in generator.state().items()}
 
     def score(self, stack: Tensors, x: Tensor, y: Tensor) -> Tensor:  # [M, T]
-        "Log-likelihood of features [T, d] of classes [T]."
+        "Log-likelihood of features [T, d] of classes [T], under covariances that are pulled towards the identity."
         mean, factor = stack["mean"].double(), stack["factor"].double()
-        out = mean.new_zeros(len(mean), len(x))
+        out, (C, d) = mean.new_zeros(len(mean), len(x)), mean.shape[1:]
+        ridge = RIDGE * factor.square().sum((1, 2, 3)) / (C * d)  # [M]
+        identity = torch.eye(d, dtype=torch.float64, device=mean.device)
         for c in y.unique().tolist():
             away = (x[y == c].double() - mean[:, c, None]).mT  # [M, d, n]
-            white = torch.linalg.solve_triangular(factor[:, c], away, upper=False)
-            logdet = factor[:, c].diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            root = torch.linalg.cholesky(factor[:, c] @ factor[:, c].mT + ridge[:, None, None] * identity)
+            white = torch.linalg.solve_triangular(root, away, upper=False)
+            logdet = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             out[:, y == c] = -white.square().sum(1) / 2 - logdet[:, None]
         return out - x.shape[1] / 2 * math.log(2 * math.pi)
 
@@ -160,16 +167,21 @@ class LiRAOptions(Options):
     seed: int = option(0, "of the subsets and the training", ge=0)
 
 def subsets(
-    n: int,  # examples there are
+    y: Tensor,  # [N] labels of the examples there are
     size: int,  # of a subset
     shadows: int,
     generator: torch.Generator,
-) -> Tensor:  # [shadows, n] bool
-    "Random subsets in which every example is equally often, or once more; raises where there are too few examples."
+) -> Tensor:  # [shadows, N] bool
+    """Random subsets with every class in its share, at least one example of each.
+
+    Every example of a class is equally often in them, or once more; raises where there are too few examples.
+    """
+    n, y = len(y), y.cpu()
     if size >= n: raise FedgalError(f"subsets of {size} out of {n} examples; give the attacker more examples")
+    share = rounded_counts(y.bincount(), size).clamp(min=1)
     keep, often = torch.zeros(shadows, n, dtype=torch.bool), torch.zeros(n)
     for row in keep:
-        row[(often + torch.rand(n, generator=generator)).argsort()[:size]] = True
+        row[:] = rank_in_class(y, keys=often + torch.rand(n, generator=generator)) < share[y]
         often += row
     return keep
 
@@ -188,7 +200,7 @@ class LiRA(Attack):
         if knowledge.public is not None or not o.online:
             public, labels = self.knows(knowledge, "public", "public_labels")
             pool, classes = torch.cat([pool, public.flatten(1).float()]), torch.cat([classes, labels])
-        keep = subsets(len(pool), size, o.shadows, stream(o.seed, "subsets"))
+        keep = subsets(classes, size, o.shadows, stream(o.seed, "subsets"))
         shadow = kind.score(kind.fit(pool, classes, keep, o.seed), x, y)
         inside = keep[:, :T] if o.online else torch.zeros(o.shadows, T, dtype=torch.bool)
         scores = likelihood_ratio(kind.score(kind.of(message), x, y)[0], shadow, inside)
