@@ -16,7 +16,7 @@ from ...data.texts import TEXTS, class_texts
 from ...federated.ledger import Ledger
 
 # %% auto #0
-__all__ = ['Nodes', 'make_nodes', 'standin_note']
+__all__ = ['FAR', 'Nodes', 'make_nodes', 'standin_note']
 
 # %% ../../../nbs/algorithms/a2v/02_nodes.ipynb #67e486ff
 @dataclass(frozen=True, eq=False)
@@ -63,6 +63,8 @@ def _scaler(parts: list[Tensor], ledger: Ledger) -> Tensors:
         ledger.record("server", f"client {k}", 0, "scaler", 2 * 4 * mean.numel(), "mean and spread of all clips")
     return {"mean": mean.float(), "std": std.float()}
 
+FAR = 8.0  # standard deviations at which features are cut
+
 def make_nodes(
     data: Dataset,  # of sounds
     split: Split,
@@ -75,7 +77,7 @@ def make_nodes(
     spec, ledger = FeatureSpec(**data.features), Ledger()
     if scaler is None:
         scaler = _scaler([data.x_train[i] for i in split.train], ledger)
-    scale = lambda x: ((x - scaler["mean"]) / scaler["std"]).to(device)
+    scale = lambda x: ((x - scaler["mean"]) / scaler["std"]).clamp(-FAR, FAR).to(device)
     texts = class_texts(data.classes, spec.tokens).to(device)
     y, y_test = data.y_train.to(device), data.y_test.to(device)
     index = [i.to(device) for i in split.train]
