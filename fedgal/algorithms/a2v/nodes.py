@@ -10,6 +10,7 @@ from torch import Tensor
 from ...core.errors import FedgalError
 from ...core.tensors import Tensors
 from ...data.dataset import Dataset
+from ...data.featurizers import Texts
 from ...data.logmel import FeatureSpec
 from ...data.split import Split
 from ...data.texts import TEXTS, class_texts
@@ -32,6 +33,7 @@ class Nodes:
     classes: tuple[str, ...]
     spec: FeatureSpec
     scaler: Tensors  # "mean" and "std", [S, d]
+    texts_by: str = TEXTS  # what made the texts
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -70,6 +72,7 @@ def make_nodes(
     split: Split,
     scaler: Tensors | None = None,  # of an earlier run; None: from the clients' sums
     device: str = "cpu",
+    by: Texts | None = None,  # makes the texts; None: the stand-in
 ) -> Nodes:
     "The nodes of a split; raises `FedgalError` for data that are no sounds."
     if data.features is None:
@@ -78,12 +81,14 @@ def make_nodes(
     if scaler is None:
         scaler = _scaler([data.x_train[i] for i in split.train], ledger)
     scale = lambda x: ((x - scaler["mean"]) / scaler["std"]).clamp(-FAR, FAR).to(device)
-    texts = class_texts(data.classes, spec.tokens).to(device)
+    texts = (by.encode(data.classes) if by else class_texts(data.classes, spec.tokens)).to(device)
     y, y_test = data.y_train.to(device), data.y_test.to(device)
-    index = [i.to(device) for i in split.train]
-    return Nodes(scale(data.x_train), y, scale(data.x_test), y_test, index, texts, data.classes, spec, scaler, ledger)
+    index, x, x_test = [i.to(device) for i in split.train], scale(data.x_train), scale(data.x_test)
+    name = by.name if by else TEXTS
+    return Nodes(x, y, x_test, y_test, index, texts, data.classes, spec, scaler, name, ledger)
 
-def standin_note(spec: FeatureSpec) -> str:
+def standin_note(nodes: Nodes) -> str:
     "What a report says of the encoders behind it."
+    spec, by = nodes.spec, nodes.texts_by
     sounds = f"Features are `{spec.name}`" + (", which is **not** CLAP and **not** AST" if spec.is_standin else "")
-    return f"{sounds}; class texts are `{TEXTS}`, which carries identity and no meaning."
+    return f"{sounds}; class texts are `{by}`" + (", which carries identity and no meaning." if by == TEXTS else ".")
