@@ -248,6 +248,23 @@ def test_a_configuration_of_the_guide_is_an_experiment(places, monkeypatch, seco
     assert member.params[list(member.params)[-1]]["rounds"] == (50 if second else 30)
 
 
+@pytest.mark.slow
+def test_both_files_of_the_guide_run_one_after_the_other(tmp_path):
+    from conftest import Project
+    project = Project.make(tmp_path / "project")
+    tiny = {"rounds": 1, "generator_training_epochs": 1, "adapter_epochs": 1, "feature_net_options": "{hidden_dim: 8, latent_dim: 3}", "adapter_options": "{widths: [8], heads: 2}"}
+    given = [part for pair in tiny.items() for part in ("-p", *map(str, pair))]
+    for second in (True, False, True):                     # run 2 before run 1 is an error that names what run 1 leaves
+        file = tmp_path / f"run{1 + second}.json"
+        file.write_text(json.dumps(guide(second)))
+        done = project.fedgal("run", "--a2v-config", file, "--name", f"guide{1 + second}", *given)
+        if second and not (project.reports / "guide1").exists():
+            assert done.returncode and "client_0_generator.safetensors: no such checkpoint" in done.stderr
+        else: assert done.returncode == 0, done.stderr
+    sent = json.loads((project.reports / "guide2" / "metrics.json").read_text())["synthetic_samples"]
+    assert sent == {"0": 10, "1": 20}                      # classes of the node that the data have x 10
+
+
 def test_a_key_that_the_guide_has_not_is_told_with_the_closest():
     from fedgal.pipeline.guide import translate
     config = guide()

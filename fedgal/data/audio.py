@@ -169,7 +169,7 @@ class AudioSource(DataSource):
         self.fetch(name)
         notes = self.sounds(name).notes
         if notes:
-            print(f"{self.label(name)}: {len(notes)} clips were changed or left out: {shortlist(notes, 3)}")
+            print(f"{self.label(name)}: {len(notes)} clips were changed or left out:", *notes[:5], sep="\n  ")
         return assemble(self.label(name), self.parts(name), features=self.spec.to_dict())
 
     def clips(self, name: str, rows: Tensor) -> Iterator[Tensor]:  # [seconds * rate] each

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from ..core.errors import FedgalError, require, unknown_name
 from .logmel import TOKENS, FeatureSpec, logmel_spec, logmel_statistics
+from .texts import TEXTS, class_texts
 
 # %% auto #0
-__all__ = ['ENCODERS', 'STANDIN', 'FeatureWeightsMissing', 'Encoder', 'pooled', 'Featurizer', 'load_featurizer']
+__all__ = ['ENCODERS', 'STANDIN', 'TEXT_ENCODERS', 'FeatureWeightsMissing', 'Encoder', 'pooled', 'Featurizer', 'load_featurizer',
+           'Texts', 'load_texts']
 
 # %% ../../nbs/data/22_featurizers.ipynb #12283693
 class FeatureWeightsMissing(FedgalError):
@@ -21,12 +23,12 @@ class FeatureWeightsMissing(FedgalError):
 
 @dataclass(frozen=True)
 class Encoder:
-    "An encoder of sounds on the Hugging Face hub."
+    "An encoder on the Hugging Face hub."
 
     address: str
     model: str  # class of transformers
     processor: str
-    rate: int  # samples a second that it takes
+    rate: int  # samples a second that it takes; 0: it takes text
     dim: int  # of a token
     tokens: int  # of a clip
     seconds: float
@@ -44,7 +46,7 @@ def _cache() -> str:
     home = os.environ.get("HF_HOME", os.path.join("~", ".cache", "huggingface"))
     return os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))
 
-def _loaded(library, name: str, encoder: Encoder, allow_download: bool) -> tuple:
+def _loaded(library, name: str, encoder: Encoder, allow_download: bool, standin: str = STANDIN) -> tuple:
     "Model and processor, from the cache or the hub."
     args = {"revision": encoder.revision, "local_files_only": not allow_download}
     try:
@@ -53,8 +55,8 @@ def _loaded(library, name: str, encoder: Encoder, allow_download: bool) -> tuple
     except (OSError, ValueError) as error:
         fetch = f"hf download {encoder.address} --revision {encoder.revision}"
         looked = f"{encoder.address} (revision {encoder.revision}) is not in {_cache()}"
-        cure = f"fetch it with: {fetch}; or take the stand-in {STANDIN}"
-        raise FeatureWeightsMissing(f"featurizer {name!r}: {looked}; {cure}") from error
+        cure = f"fetch it with: {fetch}; or take the stand-in {standin}"
+        raise FeatureWeightsMissing(f"encoder {name!r}: {looked}; {cure}") from error
     return model.eval().requires_grad_(False), processor
 
 # %% ../../nbs/data/22_featurizers.ipynb #32e8dc41
@@ -106,3 +108,48 @@ def load_featurizer(
     e = encoder
     spec = FeatureSpec(name, 1, e.dim, e.tokens, e.rate, e.seconds, is_standin=False, revision=e.revision)
     return Featurizer(spec, _features(model, processor, encoder))
+
+# %% ../../nbs/data/22_featurizers.ipynb #c11b0002
+_CLIP = Encoder("openai/clip-vit-large-patch14", "CLIPTextModel", "CLIPTokenizer", 0, 768, TOKENS, 0.0)
+TEXT_ENCODERS = {"clip": _CLIP}
+
+@dataclass(frozen=True)
+class Texts:
+    "What makes the texts of classes."
+
+    name: str
+    is_standin: bool
+    encode: Callable  # names of the classes -> float32 [C, tokens, dim], mean square 1
+
+def _encoded(model, tokenizer, encoder: Encoder) -> Callable:
+    @torch.inference_mode()
+    def encode(names: tuple[str, ...]) -> Tensor:
+        rows = []
+        for name in names:
+            given = tokenizer(f"the sound of {name.replace('_', ' ')}", return_tensors="pt")
+            x = pooled(model(**given).last_hidden_state, encoder.tokens)[0]
+            rows.append(x / x.square().mean().sqrt())
+        return torch.stack(rows)
+
+    return encode
+
+def load_texts(
+    name: str = TEXTS,  # an entry of `TEXT_ENCODERS`, or the stand-in
+    allow_download: bool = False,
+    on_missing: str = "error",  # or "standin"
+) -> Texts:
+    "A text encoder by its name; raises `FeatureWeightsMissing` where its weights are not on this machine."
+    standin = Texts(TEXTS, True, class_texts)
+    if name == TEXTS:
+        return standin
+    if name not in TEXT_ENCODERS:
+        unknown_name("text encoder", name, [TEXTS, *TEXT_ENCODERS])
+    try:
+        library = require("transformers", "audio")
+        model, tokenizer = _loaded(library, name, TEXT_ENCODERS[name], allow_download, TEXTS)
+    except FedgalError as error:
+        if on_missing != "standin":
+            raise
+        print(f"{error}; going on with the stand-in {TEXTS}")
+        return standin
+    return Texts(name, False, _encoded(model, tokenizer, TEXT_ENCODERS[name]))

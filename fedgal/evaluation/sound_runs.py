@@ -12,9 +12,11 @@ import torch
 from ..algorithms.a2v.checkpoints import load_generators, saved_scaler
 from ..algorithms.a2v.client_generators import ClientGenerator, GeneratorTraining
 from ..algorithms.a2v.nodes import Nodes, make_nodes
-from ..algorithms.a2v.runs import aggregate_samples, generate, server_data, train_generators
+from ..algorithms.a2v.runs import aggregate_samples, generate, in_rows, moment_samples
+from ..algorithms.a2v.runs import server_data, train_generators
 from ..algorithms.a2v.setup import adapter_training, checkpoint_folder, first_command, generator_training
 from ..core.store import save_json, save_tensors
+from .contests import in_points
 from .results import metrics_record
 from .significance import paired_interval
 from .sounds import overall_quality, quality_table
@@ -45,19 +47,36 @@ class JudgedGenerators:
         return [{"round": row["round"], "loss": row["train_loss"], **m} for row, m in pairs]
 
     def summary(self) -> pd.DataFrame:
-        "Samples of both objectives beside real clips."
-        rows = {"this run": self.overall} | ({"original's objective": self.collapsed} if self.collapsed else {})
-        shown = {
-            name: {
-                "variance": q["variance"]["all"],
-                "variance within classes": q["variance"]["within"],
-                "probe on samples": q["probe"]["synthetic"],
-                "probe on real clips": q["probe"]["real"],
-                **{k: v for k, v in q["fidelity"].items() if v is not None},
-            }
-            for name, q in rows.items()
-        }
-        return pd.DataFrame(shown).T
+        "Samples of both objectives beside real clips, a row for every measure."
+        q, other = self.overall, self.collapsed
+        real = {"variance": {"all": 1.0, "within": 1.0}, "probe": {"synthetic": q["probe"]["real"]}}
+        columns = {"samples": q} | ({"samples, original's objective": other} if other else {})
+        columns |= {"real clips": real | {"fidelity": q["floor"]}}
+        return pd.DataFrame({name: _measures(of) for name, of in columns.items()})
+
+    def answer(self) -> str:  # Markdown
+        "What samples are worth, and what the original's objective makes of them."
+        reached, real = (self.overall["probe"][n] for n in ("synthetic", "real"))
+        text = f"A linear classifier that saw nothing but samples gets {reached:.1%} of the held-out clips right; "
+        text += f"one that saw the real clips {real:.1%}: that is {reached / real:.0%} of it. "
+        text += f"Samples have {_spread(self.overall)}."
+        if self.collapsed:
+            seen = self.collapsed["probe"]["synthetic"]
+            text += f" Under the original's objective they have {_spread(self.collapsed)}; the classifier trained on "
+            text += f"those gets {seen:.1%}, for which the means of the classes are enough."
+        return f"**Answer.** {text.replace('%', ' %')} One seed."
+
+_FIDELITY = {"frechet": "Fréchet distance", "memorisation": "distance to training over held-out clips"}
+
+def _measures(q: dict) -> dict[str, float]:
+    "Name of a measure -> value, of one column of the summary."
+    rows = {"variance, share of the data's": q["variance"]["all"], "the same within classes": q["variance"]["within"]}
+    names = ("frechet", "precision", "recall", "density", "coverage", "memorisation")
+    fidelity = {_FIDELITY.get(n, n): q["fidelity"][n] for n in names}
+    return rows | {"linear classifier, held-out accuracy": q["probe"]["synthetic"]} | fidelity
+
+def _spread(q: dict) -> str:
+    return f"{q['variance']['all']:.0%} of the data's variance ({q['variance']['within']:.1%} within a class)"
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #7f09bd59
 def first_run(params: dict, nodes: Nodes, mode: str, checkpoint: Path, engine: str = "auto") -> JudgedGenerators | None:
@@ -94,9 +113,9 @@ def loaded(
 
 @dataclass(frozen=True, eq=False)
 class PairedRuns:
-    "Adapters trained with synthetic samples on the server and without, for every seed."
+    "Adapters trained with synthetic samples on the server and with the controls, for every seed."
 
-    arms: dict[str, list]  # "none", "generator" -> `FederationResult` of every seed
+    arms: dict[str, list]  # "none", "refit", "gaussian", "generator" -> `FederationResult` of every seed
     ledger: Ledger  # what was sent before the first round, with samples
     counts: dict[int, int]  # client -> samples that it sent
     n_classes: int
@@ -109,36 +128,61 @@ class PairedRuns:
         n = sum(self.counts.values())
         return {"server/synthetic_samples_total": n, "server/synthetic_samples_classes": self.n_classes * bool(n)}
 
-    def sentence(self) -> str:  # Markdown
-        "What samples are worth, with an interval over seeds."
+    def curves(self) -> dict[str, list[float]]:
+        "The mean over seeds after each round, of every arm."
+        mean = lambda runs: [sum(rows) / len(rows) for rows in zip(*runs, strict=True)]
+        return {arm: mean([[row["retrieval"] for row in r.history] for r in runs]) for arm, runs in self.arms.items()}
+
+    def against(self, control: str) -> tuple[float, list[float | None]]:
+        "Mean difference of the generators' samples from a control, and its interval over seeds."
+        pairs = zip(self.scores(control), self.scores("generator"), strict=True)
+        return paired_interval([y - x for x, y in pairs])[:2]
+
+    def answer(self) -> str:  # Markdown
+        "What samples are worth against every control, with intervals over seeds."
         if len(self.arms) < 2:
-            return "There are no synthetic samples in this run."
-        a, b = (self.scores(arm) for arm in ("none", "generator"))
-        mean, (low, high), p = paired_interval([y - x for x, y in zip(a, b, strict=True)])
-        told = "one seed, so no interval" if p is None else f"95 % [{100 * low:+.1f}, {100 * high:+.1f}], p {p:.3f}"
-        worth = "better" if mean > 0 else "worse"
-        if p is None or p >= 0.05:
-            worth = "no difference that these seeds could tell"
-        how = f"{100 * sum(b) / len(b):.1f} % with samples, {100 * sum(a) / len(a):.1f} % without"
-        return f"**Result.** Held-out clips that find their text: {how}; {100 * mean:+.1f} points ({told}): {worth}."
+            return "**Answer.** There are no synthetic samples in this run."
+        means = {arm: sum(self.scores(arm)) / len(runs) for arm, runs in self.arms.items()}
+        versus = [f"{in_points(*self.against(arm), ' points')} against {_CONTROLS[arm]}" for arm in list(means)[:-1]]
+        reached = f"With samples of the clients' generators {100 * means['generator']:.1f} % of the held-out clips find"
+        seeds = f"{len(self.scores('none'))} seeds, 95 % intervals over them"
+        note = "an interval that holds 0 shows no difference; chance is"
+        return f"**Answer.** {reached} their text: {', '.join(versus)}. {seeds}; {note} {100 / self.n_classes:.0f} %."
+
+_CONTROLS = {
+    "none": "class means alone (`none`)",
+    "refit": "as many steps of the server on class means (`refit`)",
+    "gaussian": "samples drawn from mean and covariance of every class (`gaussian`)",
+}
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #f804c6ba
 def paired_runs(
     params: dict, nodes: Nodes, generators: list[ClientGenerator], checkpoint: Path, engine: str = "auto"
 ) -> PairedRuns:
-    "Run 2 for every seed, with samples and without; the adapters begin alike in both."
-    p, runs = params, {}
-    n, ledger, counts = p["synthetic_samples_per_class"], Ledger(nodes.ledger.to_json()), {}
-    for arm in ("none", "generator") if generators else ("none",):
+    "Run 2 for every seed and arm; the adapters begin alike in all arms."
+    p, runs, counts = params, {}, {}
+    ledger = Ledger(nodes.ledger.to_json())
+    for arm in (*_CONTROLS, "generator") if generators else ("none",):
         for s in range(p["compare_seeds"]):
             seed = p["seed"] + s
-            samples = generate(generators, nodes, n, seed) if arm == "generator" else None
-            told = ledger if s == 0 and (samples or not generators) else Ledger()
-            held = server_data(nodes, samples, told, p["real_weight"], p["synthetic_weight"])
-            counts = counts or {k: sum(map(len, of.values())) for k, of in (samples or {}).items()}
+            told = ledger if s == 0 and (arm == "generator" or not generators) else Ledger()
+            held, counts = _held(arm, p, nodes, generators, seed, told)
             run = adapter_training(p, nodes, seed, server=True).run(engine, checkpoint / f"{arm}-{s}", held)
             runs.setdefault(arm, []).append(run)
     return PairedRuns(runs, ledger, counts, len(nodes.classes))
+
+def _held(arm: str, p: dict, nodes: Nodes, generators: list[ClientGenerator], seed: int, ledger: Ledger) -> tuple:
+    "What the server has in an arm, and client -> samples that it sent."
+    n, weights = p["synthetic_samples_per_class"], (p["real_weight"], p["synthetic_weight"])
+    if arm in ("none", "refit"):
+        held = server_data(nodes, None, ledger, *weights)
+        rows = len(held["x"]) + n * sum(len(g.unit.classes) for g in generators)
+        return (in_rows(held, rows) if arm == "refit" else held), {}
+    drawn = arm == "gaussian"
+    samples = moment_samples(nodes, n, seed) if drawn else generate(generators, nodes, n, seed)
+    told = "draws from its class moments" if drawn else "samples of its generator"
+    counts = {k: sum(map(len, of.values())) for k, of in samples.items()}
+    return server_data(nodes, samples, ledger, *weights, told), counts
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #9055beac
 def pictures(nodes: Nodes, generators: list[ClientGenerator], k: int, seed: int) -> tuple:

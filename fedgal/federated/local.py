@@ -57,6 +57,7 @@ class LocalOptions(Options):
     momentum: float = option(0.0, "momentum of SGD", ge=0, shared="momentum")
     nesterov: bool = option(False, "Nesterov's momentum", shared="nesterov")
     weight_decay: float = option(0.0, "L2 penalty of SGD, decoupled decay of AdamW", ge=0, shared="weight_decay")
+    max_norm: float = option(0.0, "largest norm of a step's gradient; 0: any", ge=0)
     prox_mu: float = option(0.0, "FedProx: weight of the distance to the global model", ge=0, shared="prox_mu")
     schedule: str = option("constant", "learning rate over the rounds", one_of=tuple(SCHEDULES), shared="lr_schedule")
     rounds: int = option(1, "rounds over which the schedule runs", ge=1, shared="rounds")

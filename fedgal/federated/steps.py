@@ -52,6 +52,12 @@ def _adamw(steps, names, w, g):
 OPTIMISERS = {"sgd": _sgd, "adamw": _adamw}
 
 # %% ../../nbs/federated/02b_steps.ipynb #5be00007
+def _shortened(g, most, stacked):
+    "Gradients whose norm, of each client in a stack, is at most so large; as `clip_grad_norm_` has it."
+    squares = sum(x.reshape(len(x) if stacked else 1, -1).square().sum(1) for x in g)
+    share = (most / (squares.sqrt() + 1e-6)).clamp(max=1)
+    return [x * (share.view(-1, *(1,) * (x.ndim - 1)) if stacked else share[0]) for x in g]
+
 class Steps:
     "The steps of one round."
 
@@ -81,6 +87,8 @@ class Steps:
         self.taken += 1
         names, g = list(grads), list(grads.values())
         w = [weights[n] for n in names]
+        if self.options.max_norm:
+            g = _shortened(g, self.options.max_norm, active is not None)
         if self.options.prox_mu:
             away = torch._foreach_sub(w, self.first(self.start[n] for n in names))
             g = torch._foreach_add(g, away, alpha=self.options.prox_mu)

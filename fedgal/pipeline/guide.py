@@ -13,7 +13,7 @@ from ..core.settings import root
 from ..core.store import write_bytes
 
 # %% auto #0
-__all__ = ['SAME', 'GOES', 'NOTHING', 'Translated', 'translate', 'write_experiment']
+__all__ = ['SAME', 'GOES', 'NOTHING', 'NODE_NOTHING', 'Translated', 'translate', 'write_experiment']
 
 # %% ../../nbs/pipeline/16_guide.ipynb #3714bc4b
 SAME = "same name"
@@ -57,6 +57,8 @@ _IMAGES = "no image is rendered"
 _MEMORY = "features lie in memory once"
 _ONE = "the adapter clip alone is trained"
 _ALWAYS = "checkpoints are always written in run 1 and read in run 2"
+_KEPT = "adapters are kept with the run, which resumes from its last round"
+_DISTILS = "the server distils on what it has, in global_model_train_epochs passes"
 NOTHING = {  # section.key -> why
     "experiment.use_balooning": _MEMORY,
     "experiment.optimize_memory_usage": _MEMORY,
@@ -80,6 +82,10 @@ NOTHING = {  # section.key -> why
     "feda2v.global_model_train_from_nodes_adapters": "that is what is done",
     "feda2v.global_model_train_from_nodes_audio_embeddings": "class means always take part",
     "feda2v.global_model_train_from_generator": "samples take part in run 2",
+    "feda2v.compute_global_mean_from_class_means": "no mean over classes is used",
+    **{f"feda2v.adapter_{n}_checkpoint": _KEPT for n in ("save", "load")},
+    **{f"feda2v.adapter_checkpoint_{n}": _KEPT for n in ("dir", "base_name", "frequency", "per_type")},
+    **{f"feda2v.kd_{n}": _DISTILS for n in ("samples_per_class", "training_epochs", "learning_rate")},
     "feda2v.adapters_weight_decay": "0.0001",
     "feda2v.clip_adapter_weight_decay": "0.0001",
     **{f"feda2v.t5_adapter_{n}": _ONE for n in ("learning_rate", "weight_decay", "learning_rate_schedule")},
@@ -114,18 +120,27 @@ def _flat(config: dict) -> dict:
             out |= {f"{section}.{k}": v for k, v in values.items() if not k.startswith("_")}
     return out
 
-_NODE = ("dataset", "selected_classes", "train_folds", "test_folds", "diffusion_type")
+_NODE = ("dataset", "selected_classes", "excluded_classes", "train_folds", "test_folds", "diffusion_type")
+NODE_NOTHING = {  # key of a node -> why
+    **dict.fromkeys(("adapter_dropout", "use_cls_token_only"), "adapters are the same on all nodes"),
+    **dict.fromkeys(("learning_rate", "weight_decay"), "rates are the same on all nodes"),
+    "generator_granularity": "it is the same on all nodes",
+    "generator_train_classes": "a generator is trained on all classes of its node",
+    "generator_class_group": "generator_class_groups says it",
+    **dict.fromkeys(("node_split_id", "num_nodes", "samples_per_node", "node_split_seed"), "a class has one node"),
+}
 
 def _groups(nodes: dict, known: tuple[str, ...], notes: list[str]) -> dict[str, list[str]]:
     "The classes of every node that the data have."
     groups = {}
     for name, node in nodes.items():
-        for key in [k for k in node if not k.startswith("_")]:
-            if key not in _NODE:
-                unknown_name("key", key, _NODE, f"node {name}")
+        for key in [k for k in node if not k.startswith("_") and k not in _NODE]:
+            if key not in NODE_NOTHING:
+                unknown_name("key", key, [*_NODE, *NODE_NOTHING], f"node {name}")
+            notes.append(f"nodes.{name}.{key}: means nothing here ({NODE_NOTHING[key]})")
         if node.get("test_folds", [4]) != [4]:
             raise FedgalError(f"node {name}: test_folds = {node['test_folds']}: the last fold, [4], is held out")
-        wanted = node.get("selected_classes") or []
+        wanted = [c for c in node.get("selected_classes") or known if c not in node.get("excluded_classes", ())]
         absent = [c for c in wanted if c not in known]
         if absent:
             notes.append(f"nodes.{name}: the data have no {', '.join(absent)}; left out")
@@ -202,6 +217,8 @@ def translate(config: dict, classes: tuple[str, ...] | None = None) -> Translate
         "adapter_epochs": flat.get("federation.local_epochs", 1),
         "adapter_batch_size": flat.get("training.batch_size", 8),
     }
+    if second:
+        values["compare_seeds"] = 1
     return Translated(name, values | _rate(flat, get) | chosen, notes)
 
 # %% ../../nbs/pipeline/16_guide.ipynb #1a6f14f4

@@ -18,7 +18,7 @@ __all__ = ['SCHEMA', 'facts_of', 'record_of', 'save_generator', 'missing', 'load
 
 # %% ../../../nbs/algorithms/a2v/04_checkpoints.ipynb #0f2f6f5d
 SCHEMA = 1
-_MUST_AGREE = ("generator_type", "generator_granularity", "feature_spec", "arch", "classes")
+_MUST_AGREE = ("generator_type", "generator_granularity", "feature_spec", "texts", "arch", "classes")
 
 def facts_of(training: GeneratorTraining) -> dict:  # JSON
     "What the generators of two runs must have in common."
@@ -31,6 +31,7 @@ def facts_of(training: GeneratorTraining) -> dict:  # JSON
         "arch": options.model_dump(),
         "feature_spec": training.nodes.spec.hash,
         "features": training.nodes.spec.to_dict(),
+        "texts": training.nodes.texts_by,
         "classes": list(training.nodes.classes),
         "generator_training_epochs": training.local.epochs,
         "seed": training.seed,  # every random stream is a function of seed, purpose, round and client

@@ -118,7 +118,9 @@ class GeneratorPlan:
     nodes: Nodes
     name: str = "cvae"  # an entry of `FEATURE_NETS`
     options: dict = field(default_factory=dict)  # of it
-    local: LocalOptions = LocalOptions(epochs=10, batch_size=32, optimiser="adamw", lr=1e-3, weight_decay=1e-5)
+    local: LocalOptions = LocalOptions(
+        epochs=10, batch_size=32, optimiser="adamw", lr=1e-3, weight_decay=1e-5, max_norm=5.0
+    )
     rounds: int = 30
     granularity: str = "unified"
     groups: dict | None = None

@@ -10,13 +10,14 @@ from torch import Tensor
 from ...core.errors import FedgalError
 from ...core.tensors import Tensors
 from ...data.dataset import Dataset
+from ...data.featurizers import Texts
 from ...data.logmel import FeatureSpec
 from ...data.split import Split
 from ...data.texts import TEXTS, class_texts
 from ...federated.ledger import Ledger
 
 # %% auto #0
-__all__ = ['Nodes', 'make_nodes', 'standin_note']
+__all__ = ['FAR', 'Nodes', 'make_nodes', 'standin_note']
 
 # %% ../../../nbs/algorithms/a2v/02_nodes.ipynb #67e486ff
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Nodes:
     classes: tuple[str, ...]
     spec: FeatureSpec
     scaler: Tensors  # "mean" and "std", [S, d]
+    texts_by: str = TEXTS  # what made the texts
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -63,11 +65,14 @@ def _scaler(parts: list[Tensor], ledger: Ledger) -> Tensors:
         ledger.record("server", f"client {k}", 0, "scaler", 2 * 4 * mean.numel(), "mean and spread of all clips")
     return {"mean": mean.float(), "std": std.float()}
 
+FAR = 8.0  # standard deviations at which features are cut
+
 def make_nodes(
     data: Dataset,  # of sounds
     split: Split,
     scaler: Tensors | None = None,  # of an earlier run; None: from the clients' sums
     device: str = "cpu",
+    by: Texts | None = None,  # makes the texts; None: the stand-in
 ) -> Nodes:
     "The nodes of a split; raises `FedgalError` for data that are no sounds."
     if data.features is None:
@@ -75,13 +80,15 @@ def make_nodes(
     spec, ledger = FeatureSpec(**data.features), Ledger()
     if scaler is None:
         scaler = _scaler([data.x_train[i] for i in split.train], ledger)
-    scale = lambda x: ((x - scaler["mean"]) / scaler["std"]).to(device)
-    texts = class_texts(data.classes, spec.tokens).to(device)
+    scale = lambda x: ((x - scaler["mean"]) / scaler["std"]).clamp(-FAR, FAR).to(device)
+    texts = (by.encode(data.classes) if by else class_texts(data.classes, spec.tokens)).to(device)
     y, y_test = data.y_train.to(device), data.y_test.to(device)
-    index = [i.to(device) for i in split.train]
-    return Nodes(scale(data.x_train), y, scale(data.x_test), y_test, index, texts, data.classes, spec, scaler, ledger)
+    index, x, x_test = [i.to(device) for i in split.train], scale(data.x_train), scale(data.x_test)
+    name = by.name if by else TEXTS
+    return Nodes(x, y, x_test, y_test, index, texts, data.classes, spec, scaler, name, ledger)
 
-def standin_note(spec: FeatureSpec) -> str:
+def standin_note(nodes: Nodes) -> str:
     "What a report says of the encoders behind it."
+    spec, by = nodes.spec, nodes.texts_by
     sounds = f"Features are `{spec.name}`" + (", which is **not** CLAP and **not** AST" if spec.is_standin else "")
-    return f"{sounds}; class texts are `{TEXTS}`, which carries identity and no meaning."
+    return f"{sounds}; class texts are `{by}`" + (", which carries identity and no meaning." if by == TEXTS else ".")

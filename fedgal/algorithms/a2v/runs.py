@@ -24,8 +24,8 @@ from ...federated.state import FederationOptions
 from ...models.adapters import ADAPTERS, Adapter, TextLoss, build_adapter, retrieve
 
 # %% auto #0
-__all__ = ['mode_of', 'AdapterTraining', 'text_error', 'retrieval', 'prepare_folder', 'train_generators', 'generate',
-           'aggregate_samples', 'class_means', 'server_data']
+__all__ = ['mode_of', 'AdapterTraining', 'heard', 'retrieval', 'prepare_folder', 'train_generators', 'generate',
+           'aggregate_samples', 'class_means', 'server_data', 'in_rows', 'moment_samples']
 
 # %% ../../../nbs/algorithms/a2v/05_runs.ipynb #bb9d285b
 _RESTS_ON = ("algorithm:a2v", "algorithm:a2v_local")  # what the two runs choose; keys find entries by such words
@@ -50,7 +50,9 @@ class AdapterTraining:
     nodes: Nodes
     name: str = "clip"  # an entry of `ADAPTERS`
     options: dict | None = None  # of it
-    local: LocalOptions = LocalOptions(epochs=3, batch_size=8, optimiser="adamw", lr=1e-3, weight_decay=1e-4)
+    local: LocalOptions = LocalOptions(
+        epochs=3, batch_size=8, optimiser="adamw", lr=1e-3, weight_decay=1e-4, max_norm=1.0
+    )
     rounds: int = 30
     aggregation: str = "avg"  # or "none": every client keeps its own; "kd": the server learns their mean output
     server: dict | None = None  # options of `AdapterAveraging`: what the server trains after averaging
@@ -77,15 +79,18 @@ class AdapterTraining:
         "Train it, or what is left of it; the history tells how well held-out clips find their text."
         n, loss = self.nodes, TextLoss(self.nodes.texts)
         clients = [MultiStepClient(k, n.x, n.y, self.local, index=i) for k, i in enumerate(n.index)]
-        judge = lambda model, *_: {"a2v_loss": text_error(model, n), "retrieval": retrieval(model, n)}
+        judge = lambda model, *own: heard(model, n, own or range(n.n_clients))
         alike = {c.id: 1.0 for c in clients} if self.aggregation != "none" else None
         net, how = self.net(), self.federation()
         return fit(net, clients, how, self.seed, engine, loss, judge, checkpoint, weights=alike, held=held)
 
 @torch.inference_mode()
-def text_error(model: Adapter, nodes: Nodes) -> float:
-    "Mean squared distance of held-out clips from the text of their class."
-    return (model(nodes.x_test) - nodes.texts[nodes.y_test]).square().mean().item()
+def heard(model: Adapter, nodes: Nodes, clients) -> dict[str, float]:
+    "Mean squared distance of held-out clips from their texts, of some clients' classes too, and how many find them."
+    far = (model(nodes.x_test) - nodes.texts[nodes.y_test]).square().mean((1, 2))
+    of_node = {f"node_loss/{k}": far[torch.isin(nodes.y_test, nodes.y[nodes.index[k]])].mean() for k in clients}
+    values = {"a2v_loss": far.mean(), **of_node}
+    return {n: float(v) for n, v in values.items()} | {"retrieval": retrieval(model, nodes)}
 
 # %% ../../../nbs/algorithms/a2v/05_runs.ipynb #b7868a39
 @torch.inference_mode()
@@ -153,6 +158,7 @@ def server_data(
     ledger: Ledger,
     real_weight: float = 1.0,
     synthetic_weight: float = 1.0,
+    told: str = "samples of its generator",
 ) -> Tensors:
     "What the server trains on, and the messages that brought it there."
     x, y = class_means(nodes)
@@ -164,9 +170,26 @@ def server_data(
     if samples:
         for k, of_client in sorted(samples.items()):
             n, size = sum(map(len, of_client.values())), sum(t.nbytes for t in of_client.values())
-            ledger.record(f"client {k}", "server", 0, "synthetic samples", size, f"{n} samples of its generator")
+            ledger.record(f"client {k}", "server", 0, "synthetic samples", size, f"{n} {told}")
         together = aggregate_samples(samples)
         x = torch.cat([x, *together.values()])
         y = torch.cat([y, *(torch.full((len(t),), c, device=y.device) for c, t in together.items())])
         weight = torch.cat([weight, torch.full((len(x) - len(weight),), synthetic_weight, device=x.device)])
     return {"x": x, "y": y, "weight": weight, "texts": nodes.texts}
+
+def in_rows(held: Tensors, n: int) -> Tensors:
+    "The same data of a server in n rows, some of them repeated, so that a pass has as many steps as one over n."
+    at = torch.arange(n, device=held["y"].device) % len(held["y"])
+    share = held["weight"] / at.bincount(minlength=len(held["y"])).clamp(min=1)
+    return {"x": held["x"][at], "y": held["y"][at], "weight": share[at], "texts": held["texts"]}
+
+def moment_samples(nodes: Nodes, n: int, seed: int) -> dict[int, dict[int, Tensor]]:
+    "client -> class -> n draws [n, S, d] from the Gaussian of the client's own clips of the class."
+    out = {k: {} for k in range(nodes.n_clients)}
+    for k, index in enumerate(nodes.index):
+        for c in nodes.owned(k):
+            own = nodes.x[index][nodes.y[index] == c]
+            mix = torch.randn(n, len(own), generator=stream(seed, f"moments {nodes.classes[c]}", 0, k)).to(own.device)
+            mean, root = own.mean(0), (own - own.mean(0)) / max(1, len(own) - 1) ** 0.5  # root.T @ root: covariance
+            out[k][c] = mean + torch.einsum("nm,msd->nsd", mix, root)
+    return out

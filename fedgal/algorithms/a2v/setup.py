@@ -46,6 +46,7 @@ def generator_training(params: dict, nodes: Nodes, objective: str | None = None,
         optimiser="adamw",
         lr=p["generator_learning_rate"],
         weight_decay=1e-5,
+        max_norm=5.0,
     )
     how = {"granularity": p["generator_granularity"], "groups": p["generator_class_groups"]}
     noise, rounds = p["generator_augmentation_noise"], rounds or p["rounds"]
@@ -61,6 +62,7 @@ def adapter_training(params: dict, nodes: Nodes, seed: int | None = None, server
         optimiser="adamw",
         lr=p["adapters_learning_rate"],
         weight_decay=1e-4,
+        max_norm=1.0,
         schedule=p["adapters_learning_rate_schedule"],
         rounds=p["rounds"],
     )
