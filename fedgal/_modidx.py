@@ -3011,6 +3011,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fedgal.pipeline.deploy.environment': ( 'pipeline/deploy.html#environment',
                                                                                 'fedgal/pipeline/deploy.py'),
                                         'fedgal.pipeline.deploy.init': ('pipeline/deploy.html#init', 'fedgal/pipeline/deploy.py'),
+                                        'fedgal.pipeline.deploy.left_behind': ( 'pipeline/deploy.html#left_behind',
+                                                                                'fedgal/pipeline/deploy.py'),
                                         'fedgal.pipeline.deploy.start_link': ( 'pipeline/deploy.html#start_link',
                                                                                'fedgal/pipeline/deploy.py'),
                                         'fedgal.pipeline.deploy.wait_until': ( 'pipeline/deploy.html#wait_until',

@@ -24,7 +24,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "": "index",
     "models": "02_heads 04_networks 05a_lenet_zhu 07_encode",
     "models/losses": "02_base 03_matching 04_contrastive 05_geometry 06_local",
-    "pipeline": "09_kernels 14_tune",
+    "pipeline": "09_kernels 14_tune 16_deployed",
     "privacy": "01_accountant 03_release 04_clipping 05_record_dp 10_local_privacy 12_users 20_robust 21_faults 22_secure_sum",
     "privacy/attacks": "03_statistics 04_labels 05_first_layer 06_inversion 07_imprint 09_roc 10_membership 10b_lira 11_copying 12_epsilon",
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",

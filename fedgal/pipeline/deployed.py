@@ -7,7 +7,7 @@ __all__ = ['PAUSE', 'facts_and_parts', 'training_of', 'own_data', 'node_of', 'cl
            'server_app']
 
 # %% ../../nbs/pipeline/16_deployed.ipynb #d0a00004
-import time
+import shutil, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,16 +122,19 @@ def roll_call(grid, n: int, patience: float) -> dict[int, tuple[int, int]]:  # c
 class Carrier:
     "Takes the messages of a round to the nodes; one that is gone is named."
 
-    def __init__(self, grid, nodes: dict[int, int]):  # client -> node
-        self.grid, self.nodes = grid, nodes
+    def __init__(self, grid, nodes: dict[int, int], patience: float):  # client -> node, seconds for a round
+        self.grid, self.nodes, self.patience = grid, nodes, patience
 
     def __call__(self, sent: dict[int, tuple[bytes, int]], round: int) -> dict[int, bytes]:
         from flwr.app import ConfigRecord, RecordDict
 
-        def check():
-            there = set(self.grid.get_node_ids())
-            for k in [k for k in sent if self.nodes[k] not in there]:
-                raise FedgalError(f"client {k} is gone: its node stopped in round {round + 1}; start it and run again")
+        began, clients = time.monotonic(), list(sent)
+
+        def check(waiting):
+            there, late = set(self.grid.get_node_ids()), time.monotonic() - began > self.patience
+            for k in [clients[i] for i in waiting if late or self.nodes[clients[i]] not in there]:
+                why = f"has not answered within {self.patience:.0f} s" if late else "is gone"
+                raise FedgalError(f"client {k} {why}, in round {round + 1}; see to its node and run again: it goes on")
 
         records = [ConfigRecord({"payload": data, "receipt": receipt}) for data, receipt in sent.values()]
         contents, nodes = [RecordDict({"client": r}) for r in records], [self.nodes[k] for k in sent]
@@ -146,8 +149,10 @@ def federate(grid, facts: dict, folder: Path, patience: float = 300.0) -> Federa
     there = roll_call(grid, facts["n_clients"], patience)
     local = t.clients[0].config
     clients = [absent_client(k, n, shape, local) for k, (_, n) in there.items()]
-    carrier = Carrier(grid, {k: node for k, (node, _) in there.items()})
-    result = fit(t.network, clients, t.options, t.seed, Nodes(carry=carrier), t.loss)
+    carrier = Carrier(grid, {k: node for k, (node, _) in there.items()}, patience)
+    saved = folder / "checkpoint"
+    result = fit(t.network, clients, t.options, t.seed, Nodes(carry=carrier), t.loss, checkpoint=saved)
+    shutil.rmtree(saved)
     save_tensors(folder / "model.safetensors", result.parameters)
     save_json(folder / "history.json", result.history)
     save_json(folder / "ledger.json", {"rows": result.ledger.to_json(), "totals": result.ledger.totals()})

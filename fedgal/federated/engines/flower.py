@@ -133,7 +133,7 @@ def exchange(
     nodes: list[int],
     contents: list,
     round: int,
-    check=lambda: None,  # called between two looks; raises to stop waiting
+    check=lambda waiting: None,  # called with the places of those that have not answered; raises to stop waiting
     kind: str = "train",  # of message: "train" or "query"
     pause: float = PAUSE,
 ) -> list:
@@ -144,7 +144,7 @@ def exchange(
     sent = list(grid.push_messages([Message(c, node, kind, group_id=str(round)) for c, node in pairs]))
     answers = {}
     while len(answers) < len(sent):
-        check()
+        check([i for i, message in enumerate(sent) if message not in answers])
         for reply in grid.pull_messages([i for i in sent if i not in answers]):
             answers[reply.metadata.reply_to_message_id] = reply
         time.sleep(pause)
@@ -217,8 +217,8 @@ class Flower(Engine):
         shared = {"folder": str(self.folder.folder), "model": self.model[1], "task": pack(task)}
         sent = [{**shared, "client": pack((c, own.get(c.id, {})), self.names)} for c in clients]
         contents = [RecordDict({"client": ConfigRecord(s)}) for s in sent]
-        simulation = self.simulation
-        replies = exchange(simulation.grid, simulation.nodes, contents, task.payload.round, simulation.check)
+        s, round = self.simulation, task.payload.round
+        replies = exchange(s.grid, s.nodes, contents, round, lambda _: s.check())
         results = [unpack(content_of(r, c.id)["answer"], self.folder) for r, c in zip(replies, clients, strict=True)]
         for result in results:
             if isinstance(result, FedgalError): raise result
