@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['params_file', 'cmd_run', 'parameter_groups', 'cmd_params', 'cmd_status', 'experiments', 'cmd_list', 'cmd_report',
            'lab_command', 'cmd_lab', 'cmd_clean', 'cmd_init', 'cmd_publish', 'cmd_export', 'cmd_sync', 'cmd_compare',
-           'cmd_docs', 'cmd_tune', 'parser', 'cmd_completion', 'main']
+           'cmd_docs', 'cmd_deploy', 'cmd_tune', 'parser', 'cmd_completion', 'main']
 
 # %% ../nbs/cli.ipynb #cdc44a93
 import argparse, json, signal, subprocess, sys, time
@@ -390,6 +390,21 @@ def cmd_docs(args) -> int:
     print(f"{len(pages)} pages, {as_bytes(size)}\n{_short(out / 'index.html')}")
     return _say(f"{len(dead)} links lead nowhere: {'; '.join(dead[:3])}", 1) if dead else 0
 
+# %% ../nbs/cli.ipynb #d1a000c1
+def cmd_deploy(args) -> int:
+    "write a real federation over Flower into a folder, or check one on this machine"
+    from fedgal.pipeline.deploy import check, init
+
+    if args.what == "init":
+        overrides = _overrides(args.p or [])
+        folder = init(Path(args.folder), params_file(args.params), overrides, args.port, args.host)
+        print(f"written: {_short(folder)}; the commands are in its README.md")
+        return 0
+    totals = check(Path(args.folder))
+    sides = [f"{totals[f'messages_{side}']} messages {side}, {totals[side]:,} bytes" for side in ("down", "up")]
+    print("; ".join(sides))
+    return 0
+
 # %% ../nbs/cli.ipynb #6ec9e10f
 def cmd_tune(args) -> int:
     "time engines and threads for an experiment and write the fastest to settings.local.ini"
@@ -415,6 +430,7 @@ _EXAMPLES = {
     "export": "fedgal export quickstart --arm gaussian --to model\nfedgal export digits_levels -p level low -p seed 3",
     "publish": "fedgal run digits_levels && fedgal publish digits_levels && git add reports",
     "lab": "fedgal lab\nfedgal lab --no-browser --port 8899\nfedgal lab --allow-root --ip 0.0.0.0",
+    "deploy": "fedgal deploy init federation --params quickstart && fedgal deploy check federation",
     "clean": "fedgal clean --dry-run\nfedgal clean 40_generator\nfedgal clean 20_train/5a9963da060061d1",
     "completion": 'eval "$(fedgal completion)"   # in ~/.bashrc, or in ~/.zshrc',
 }
@@ -429,6 +445,7 @@ def _add_run(add) -> None:
     run.add_argument("--jobs", type=int, help="stage runs at once; default from settings.ini")
     run.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and run nothing")
 
+# %% ../nbs/cli.ipynb #c4fffdca
 def _add_looks(add) -> None:
     add("list", cmd_list).add_argument("--json", action="store_true", help="for programs")
     params = add("params", cmd_params)
@@ -453,6 +470,15 @@ def _add_results(add) -> None:
     clean.add_argument("--all", action="store_true", help="remove all artifacts")
     clean.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
 
+def _add_deploy(add) -> None:
+    deploy = add("deploy", cmd_deploy)
+    deploy.add_argument("what", choices=("init", "check"), help="write the folder, or run it on this machine")
+    deploy.add_argument("folder")
+    deploy.add_argument("--params", default="quickstart", metavar="FILE", help="init: the experiment to deploy")
+    override = "init: override a parameter"
+    deploy.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=override)
+    deploy.add_argument("--port", type=int, default=9443, help="init: of the SuperLink; nodes take the next ones")
+    deploy.add_argument("--host", default="localhost", help="init: the name of the server in its certificate")
 
 # %% ../nbs/cli.ipynb #c4fffdc4
 def parser() -> argparse.ArgumentParser:
@@ -478,6 +504,7 @@ def parser() -> argparse.ArgumentParser:
     add("lab", cmd_lab)
     add("tune", cmd_tune).add_argument("file", nargs="?", default="quickstart", help="experiment to tune for")
     add("sync", cmd_sync)
+    _add_deploy(add)
     add("completion", cmd_completion)
     add("compare", cmd_compare).add_argument("experiments", nargs="+", help="two or more of those in `fedgal status`")
     add("docs", cmd_docs).add_argument("out", nargs="?", help="folder of the pages; default docs")

@@ -17,7 +17,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "data": "01_parquet 09e_sharp 09f_image_ops 09g_policies 10_long_tail 19_audio 20_sounds",
     "evaluation": "04_distances 05_fidelity 07_readouts 09_training 13_joint_results 18_sounds 19_sound_runs 20_audit",
     "federated": "02_local 03_clients 04_aggregate 05_ledger 06c_aggregation 07a_work 07b_result 07c_server 07d_kept 08_loop 09_trained 11_setup",
-    "federated/engines": "01_base 01b_serial 02_batched 04_workers 06_flower",
+    "federated/engines": "01_base 01b_serial 02_batched 04_workers 06_flower 07_nodes",
     "finetune": "04_finetune 05_repairs 08_trained_arms 09_head_arms",
     "generators": "01_base 02_gaussian 03_align 04_safs 05_mlp 07_fedgen_net 08_fedgen 09_resample 10_latent_diffusion "
         "11_unet 12_ldmlr 13_run 16_feature_nets 17_making 18_latent_nets",
@@ -25,7 +25,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "": "index",
     "models": "02_heads 04_networks 05a_lenet_zhu 07_encode 08_adapters",
     "models/losses": "02_base 03_matching 04_contrastive 05_geometry 06_local",
-    "pipeline": "09_kernels 14_tune 16_open 18_script",
+    "pipeline": "09_kernels 14_tune 16_open 18_script 22_deployed",
     "privacy": "01_accountant 03_release 04_clipping 05_record_dp 10_local_privacy 12_users 20_robust 21_faults 22_secure_sum 31_read_updates 32_read_features 33_budgets",
     "privacy/attacks": "03_statistics 04_labels 05_first_layer 06_inversion 07_imprint 09_roc 10_membership 10b_lira 11_copying 12_epsilon",
     "report": "03_cells 04_card 06_exporter 07_index 08_publish",

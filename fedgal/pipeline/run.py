@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 from ..core.errors import FedgalError
+from ..core.names import member_name
 from ..core.settings import settings
-from ..core.store import save_json
+from ..core.store import load_json, save_json
 from .executors import EXECUTORS
+from .kernels import warm_up
 from .keys import keys
 from .nodes import LiveLine, print_line, run_nodes
 from .plan import COMPARE, Experiment, plan
@@ -99,6 +101,11 @@ def alone(name: str):
         yield
 
 # %% ../../nbs/pipeline/13_run.ipynb #52d31ffc
+def _finished_before(file, overrides, name):
+    "Whether an experiment of this name has run to its end, so that it may have nothing to do."
+    record = settings().reports / (name or member_name(Path(file).stem, overrides or {})) / "run.json"
+    return record.is_file() and load_json(record).get("status") == "finished"
+
 def run(
     file: Path,  # a params file
     overrides: dict | None = None,
@@ -106,6 +113,8 @@ def run(
     jobs: int | None = None,  # stage runs at once; default from settings
 ) -> dict:  # the run record that is also in reports/<experiment>/run.json
     "Run an experiment from start to published pages; what is already done is taken from the cache."
+    if settings().executor == "local" and not _finished_before(file, overrides, name):
+        warm_up()
     exp = plan(file, overrides, name)
     check_places()
     tracker()  # one that is not installed is told now

@@ -67,6 +67,7 @@ ENGINES = Registry(
         "batched": "fedgal.federated.engines.batched:Batched",
         "workers": "fedgal.federated.engines.workers:Workers",
         "flower": "fedgal.federated.engines.flower:Flower",
+        "nodes": "fedgal.federated.engines.nodes:Nodes",
     },
 )
 

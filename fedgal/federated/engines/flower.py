@@ -128,27 +128,35 @@ class Simulation:
         self._thread.join()
 
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a0000f
-def exchange(grid, nodes: list[int], contents: list, round: int, check=lambda: None) -> list:
-    "Send one message each to nodes in turn, and return the answers in their order; `check` raises to stop waiting."
+def exchange(
+    grid,
+    nodes: list[int],
+    contents: list,
+    round: int,
+    check=lambda waiting: None,  # called with the places of those that have not answered; raises to stop waiting
+    kind: str = "train",  # of message: "train" or "query"
+    pause: float = PAUSE,
+) -> list:
+    "Send one message each to nodes in turn, and return the answers in their order."
     from flwr.app import Message
 
     pairs = [(c, nodes[i % len(nodes)]) for i, c in enumerate(contents)]
-    sent = list(grid.push_messages([Message(c, node, "train", group_id=str(round)) for c, node in pairs]))
+    sent = list(grid.push_messages([Message(c, node, kind, group_id=str(round)) for c, node in pairs]))
     answers = {}
     while len(answers) < len(sent):
-        check()
+        check([i for i, message in enumerate(sent) if message not in answers])
         for reply in grid.pull_messages([i for i in sent if i not in answers]):
             answers[reply.metadata.reply_to_message_id] = reply
-        time.sleep(PAUSE)
+        time.sleep(pause)
     return [answers[i] for i in sent]
 
-def content_of(reply, client: int) -> bytes:
-    "What a client answered; raises FedgalError for an actor that was lost."
+def content_of(reply, client):
+    "What a client answered; raises FedgalError for one that was lost."
     if reply.has_error():
         why = (str(reply.error.reason).strip().splitlines() or ["no reason given"])[0]
         advice = "it may have run out of memory; use engine 'workers', or fewer actors"
         raise FedgalError(f"engine 'flower': the work of client {client} was lost ({why[:300]}); {advice}")
-    return reply.content["client"]["answer"]
+    return reply.content["client"]
 
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a00012
 class FlowerOptions(Options):
@@ -201,9 +209,9 @@ class Flower(Engine):
         shared = {"folder": str(self.folder.folder), "model": self.model[1], "task": pack(task)}
         sent = [{**shared, "client": pack((c, own.get(c.id, {})), self.names)} for c in clients]
         contents = [RecordDict({"client": ConfigRecord(s)}) for s in sent]
-        simulation = self.simulation
-        replies = exchange(simulation.grid, simulation.nodes, contents, task.payload.round, simulation.check)
-        results = [unpack(content_of(r, c.id), self.folder) for r, c in zip(replies, clients, strict=True)]
+        s, round = self.simulation, task.payload.round
+        replies = exchange(s.grid, s.nodes, contents, round, lambda _: s.check())
+        results = [unpack(content_of(r, c.id)["answer"], self.folder) for r, c in zip(replies, clients, strict=True)]
         for result in results:
             if isinstance(result, FedgalError): raise result
         return results
