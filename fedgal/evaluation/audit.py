@@ -23,7 +23,7 @@ from ..finetune.clients import FinetuneOptions
 from ..generators.base import Bank, Generator
 from ..generators.inputs import GeneratorInputs
 from ..privacy.attacks.base import get_attack
-from ..privacy.budgets import made_of, released_statistics, train_privately_under
+from ..privacy.budgets import at_work, made_of, released_statistics, train_privately_under
 from fedgal.privacy.read_features import (
     Candidates,
     candidates_at,
@@ -99,13 +99,14 @@ def audit_updates(
                 audit.readings += [does_not_fit("update", r.attack, reason, epsilon) for r in audit.readings]
                 return audit
             of_update[epsilon] = judge(model)
-            audit.readings += read_updates(training, messages, public, 1, attack, epsilon)[0]
+            private = at_work(training, epsilon, plan.delta)
+            audit.readings += read_updates(private, messages, public, 1, attack, epsilon)[0]
     return audit
 
 # %% ../../nbs/evaluation/20_audit.ipynb #e035000d
-def _no_bank(message, epsilon):
-    words = "no class is left above the noise, and the bank is empty"
-    return [Reading(message, a, "AUC", 0.5, 0.5, False, words, epsilon) for a in ("distance", "domias")]
+def _nothing(message, attacks, epsilon):
+    words = "no class is left above the noise, and nothing is made of it"
+    return [Reading(message, a, "AUC", 0.5, 0.5, False, words, epsilon) for a in attacks]
 
 @dataclass(eq=False)
 class _Features:
@@ -126,11 +127,11 @@ class _Features:
         self.audit.readings.append(read_few(message, sent, parts, epsilon))
         self.take("sums", [read_sums(message, sum(sent[1:], sent[0]), self.candidates, epsilon)])
 
-    def weights(self, message, generator, shadows):
+    def weights(self, message, generator, shadows, epsilon=math.inf):
         try:
-            self.take("weights", [read_generator(message, generator, self.candidates, shadows)])
+            self.take("weights", [read_generator(message, generator, self.candidates, shadows, epsilon)])
         except FedgalError as reason:
-            self.audit.readings.append(does_not_fit(message, "lira", reason))
+            self.audit.readings.append(does_not_fit(message, "lira", reason, epsilon))
 
 # %% ../../nbs/evaluation/20_audit.ipynb #b11a2537
 def audit_features(
@@ -143,12 +144,12 @@ def audit_features(
 ) -> Audit:
     "What statistics, banks and weights give away, as they are and under each budget."
     run, level, audit, judge = inputs.run, inputs.level, Audit(), judge_of(inputs.run)
-    sums, bank = f"statistics, level {level}", "bank of gaussian"
+    sums, bank, weights = f"statistics, level {level}", "bank of gaussian", "weights of gaussian"
     own = client_features(run, level)
     try:
         candidates = candidates_at(run, level, own, inputs.seed)
     except FedgalError as reason:
-        audit.readings += [does_not_fit(m, "membership", reason) for m in (sums, bank)]
+        audit.readings += [does_not_fit(m, "membership", reason) for m in (sums, bank, weights)]
         return audit
     reader, moments = _Features(inputs, candidates, audit), inputs.statistics.moments
     reader.sums(sums, sent_statistics(run, level, inputs.latents, moments, inputs.views), inputs.latents)
@@ -156,12 +157,12 @@ def audit_features(
         name = f"bank of {generator.name}"
         if arm == "gaussian" or name != bank:
             reader.take(name, read_bank(name, made, candidates))
-    reader.weights("weights of gaussian", generators["gaussian"][0], plan.shadows)
+    reader.weights(weights, generators["gaussian"][0], plan.shadows)
     if not plan.epsilons:
         return audit
     exact = replace(inputs.statistics, fourier=None, rff=None)
     left = audit.accuracy[sums] = {math.inf: judge(made_of(exact, inputs, sizes, options, **params)[1])}
-    audit.accuracy[bank] = left
+    audit.accuracy |= {bank: left, weights: left}
     pooled = [inputs.pooled]
     for epsilon in sorted(plan.epsilons, reverse=True):
         given = (epsilon, plan.delta, moments, inputs.seed)
@@ -170,7 +171,8 @@ def audit_features(
         made, model = made_of(noisy, inputs, sizes, options, **params)
         left[epsilon] = judge(model)
         if made is None:
-            audit.readings += _no_bank(bank, epsilon)
+            audit.readings += _nothing(bank, ("distance", "domias"), epsilon) + _nothing(weights, ("lira",), epsilon)
         else:
-            reader.take(bank, read_bank(bank, made, candidates, epsilon))
+            reader.take(bank, read_bank(bank, made.bank, candidates, epsilon))
+            reader.weights(weights, made.generator, plan.shadows, epsilon)
     return audit

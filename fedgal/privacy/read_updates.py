@@ -58,18 +58,18 @@ def read_labels(
     model: nn.Module,  # that was sent
     round: int,  # counted from 0
     public: Tensor,  # [N, ...] inputs like those of the clients
-) -> tuple[list[float], list[float]]:  # of each client: share of the labels that are right, and without the message
+) -> list[tuple[Tensor, float, float]]:  # of each client: labels, share that is right, the same without the message
     "Labels by count, beside the classes of all clients in their shares."
-    attack, right, guessed = get_attack("label_counts"), [], []
+    attack, read = get_attack("label_counts"), []
     everybody = torch.cat([c.targets for c, _ in pairs]).cpu().bincount().double()
     for client, update in pairs:
         truth = client.targets.cpu()
         knowledge = replace(granted(client, round), public=public)
-        right.append(label_accuracy(attack(update, model, knowledge)[0].value.cpu(), truth))
+        labels = attack(update, model, knowledge)[0].value.cpu()
         classes = torch.arange(len(everybody), device=everybody.device)
         share = classes.repeat_interleave(rounded_counts(everybody, len(truth)))
-        guessed.append(label_accuracy(share, truth))
-    return right, guessed
+        read.append((labels, label_accuracy(labels, truth), label_accuracy(share, truth)))
+    return read
 
 # %% ../../nbs/privacy/31_read_updates.ipynb #e031000f
 MOST = 32  # examples behind an update, above which no pictures are searched for
@@ -97,12 +97,11 @@ def read_pictures(
     client: MultiStepClient,
     update: ClientUpdate,
     model: nn.Module,  # that was sent
-    round: int,  # counted from 0
+    labels: Tensor,  # [n] that the attacker has found before
     public: Tensor,  # [N, ...] inputs like those of the clients
     attack: Inversion,
 ) -> Pictures:
-    "Pictures whose gradient points where an update does, with labels that the attacker has found before."
-    labels = get_attack("label_counts")(update, model, replace(granted(client, round), public=public))[0].value
+    "Pictures whose gradient points where an update does."
     known = Knowledge(labels=labels, n_examples=client.n_examples, public=public)
     truth = unit_range(client.inputs.cpu())
     guess = matched(unit_range(attack(update, model, known)[0].value.cpu()), truth)
@@ -110,8 +109,9 @@ def read_pictures(
     return Pictures(client.id, truth, guess, psnr(guess, truth), without, ssim(guess, truth))
 
 # %% ../../nbs/privacy/31_read_updates.ipynb #e0310012
-def _of_labels(right, guessed, epsilon):
-    value, without = (sum(v) / len(v) for v in (right, guessed))
+def _of_labels(read, epsilon):
+    _, *shares = zip(*read, strict=True)
+    value, without = (sum(v) / len(v) for v in shares)
     words = f"{value:.0%} of the labels are right ({without:.0%} by guessing)"
     return Reading("update", "label_counts", "share of the labels", value, without, value > without, words, epsilon)
 
@@ -149,19 +149,20 @@ def read_updates(
     "What the kept updates of a run give away; raises `FedgalError` if none was kept."
     if not kept.kept():
         raise FedgalError("no messages were kept; add keep_messages: [1] to the params of 20_train")
-    right, guessed, pictures, first = [], [], [], None
+    read, pictures, first = [], [], None
     for round in kept.kept():
         payload, updates = kept.load(round)
         try:
             pairs, model = senders(training.clients, updates), received(training.network, payload)
-            labels = read_labels(pairs, model, round - 1, public)
+            labels = read_labels(pairs, model, round - 1, public)  # in the order of the pairs
         except FedgalError as reason:
             return [does_not_fit("update", name, reason, epsilon) for name in ("label_counts", "inversion")], []
-        right, guessed = right + labels[0], guessed + labels[1]
+        read += labels
         first = first or _first_layer(pairs, model, epsilon)
-        for client, update in [p for p in pairs if p[0].n_examples <= MOST and p[0].x.ndim == 4][:n_clients]:
-            pictures.append(read_pictures(client, update, model, round - 1, public, attack))
-    readings = [_of_labels(right, guessed, epsilon), first]
+        told = [(*p, of[0]) for p, of in zip(pairs, labels, strict=True)]
+        for client, update, found in [t for t in told if t[0].n_examples <= MOST and t[0].x.ndim == 4][:n_clients]:
+            pictures.append(read_pictures(client, update, model, found, public, attack))
+    readings = [_of_labels(read, epsilon), first]
     if not pictures:
         why = f"every update is made of more than {MOST} examples, or of no pictures"
         return [*readings, does_not_fit("update", "inversion", why, epsilon)], []

@@ -172,10 +172,7 @@ def subsets(
     shadows: int,
     generator: torch.Generator,
 ) -> Tensor:  # [shadows, N] bool
-    """Random subsets with every class in its share, at least one example of each.
-
-    Every example of a class is equally often in them, or once more; raises where there are too few examples.
-    """
+    "Subsets with every class in its share, in which all its examples are equally often; raises for too few examples."
     n, y = len(y), y.cpu()
     if size >= n: raise FedgalError(f"subsets of {size} out of {n} examples; give the attacker more examples")
     share = rounded_counts(y.bincount(), size).clamp(min=1)
