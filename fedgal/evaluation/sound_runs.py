@@ -66,6 +66,7 @@ class JudgedGenerators:
             text += f"those gets {seen:.1%}, for which the means of the classes are enough."
         return f"**Answer.** {text.replace('%', ' %')} One seed."
 
+# %% ../../nbs/evaluation/19_sound_runs.ipynb #15a10004
 _FIDELITY = {"frechet": "Fréchet distance", "memorisation": "distance to training over held-out clips"}
 
 def _measures(q: dict) -> dict[str, float]:
@@ -111,6 +112,7 @@ def loaded(
     nodes = make_nodes(data, split, saved_scaler(folder), device)
     return nodes, *load_generators(folder, generator_training(params, nodes), first_command(params))
 
+# %% ../../nbs/evaluation/19_sound_runs.ipynb #15a10005
 @dataclass(frozen=True, eq=False)
 class PairedRuns:
     "Adapters trained with synthetic samples on the server and with the controls, for every seed."

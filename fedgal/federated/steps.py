@@ -58,6 +58,7 @@ def _shortened(g, most, stacked):
     share = (most / (squares.sqrt() + 1e-6)).clamp(max=1)
     return [x * (share.view(-1, *(1,) * (x.ndim - 1)) if stacked else share[0]) for x in g]
 
+# %% ../../nbs/federated/02b_steps.ipynb #15a10006
 class Steps:
     "The steps of one round."
 
@@ -99,4 +100,3 @@ class Steps:
     def first(self, tensors) -> list[Tensor]:
         "The rows of those that are still at work."
         return list(tensors) if self.active is None else [t[: self.active] for t in tensors]
-

@@ -59,6 +59,8 @@ _ONE = "the adapter clip alone is trained"
 _ALWAYS = "checkpoints are always written in run 1 and read in run 2"
 _KEPT = "adapters are kept with the run, which resumes from its last round"
 _DISTILS = "the server distils on what it has, in global_model_train_epochs passes"
+
+# %% ../../nbs/pipeline/16_guide.ipynb #15a10007
 NOTHING = {  # section.key -> why
     "experiment.use_balooning": _MEMORY,
     "experiment.optimize_memory_usage": _MEMORY,

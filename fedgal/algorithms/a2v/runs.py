@@ -84,6 +84,7 @@ class AdapterTraining:
         net, how = self.net(), self.federation()
         return fit(net, clients, how, self.seed, engine, loss, judge, checkpoint, weights=alike, held=held)
 
+# %% ../../../nbs/algorithms/a2v/05_runs.ipynb #15a10001
 @torch.inference_mode()
 def heard(model: Adapter, nodes: Nodes, clients) -> dict[str, float]:
     "Mean squared distance of held-out clips from their texts, of some clients' classes too, and how many find them."
@@ -152,6 +153,7 @@ def class_means(nodes: Nodes) -> tuple[Tensor, Tensor]:  # [M, S, d], labels [M]
     pairs = [(nodes.x[i][nodes.y[i] == c].mean(0), c) for i in nodes.index for c in nodes.y[i].unique().tolist()]
     return torch.stack([m for m, _ in pairs]), torch.tensor([c for _, c in pairs], device=nodes.x.device)
 
+# %% ../../../nbs/algorithms/a2v/05_runs.ipynb #15a10002
 def server_data(
     nodes: Nodes,
     samples: dict[int, dict[int, Tensor]] | None,  # None: real class means alone
@@ -177,6 +179,7 @@ def server_data(
         weight = torch.cat([weight, torch.full((len(x) - len(weight),), synthetic_weight, device=x.device)])
     return {"x": x, "y": y, "weight": weight, "texts": nodes.texts}
 
+# %% ../../../nbs/algorithms/a2v/05_runs.ipynb #15a10003
 def in_rows(held: Tensors, n: int) -> Tensors:
     "The same data of a server in n rows, some of them repeated, so that a pass has as many steps as one over n."
     at = torch.arange(n, device=held["y"].device) % len(held["y"])

@@ -58,6 +58,7 @@ def level_pictures(real, made, names: list[str]) -> tuple[Figure, str]:  # [C, k
     axes[0][k].set_title("generated", fontsize=10)
     return fig, f"Mel levels of {k} real and {k} generated clips each of {', '.join(names)}"
 
+# %% ../../../nbs/report/plots/08a_sounds.ipynb #15a10008
 _ARMS = {"none": "class means", "refit": "same, more steps", "gaussian": "+ moments", "generator": "+ generators"}
 
 def server_arms(scores: dict[str, list[float]], chance: float) -> tuple[Figure, str]:  # arm -> share of every seed
