@@ -33,7 +33,8 @@ def free_ports(n):
 def processes(tmp_path_factory):
     "A SuperLink with TLS that has registered the keys of two nodes, which run, and three others that it has to refuse."
     pytest.importorskip("flwr")
-    from fedgal.pipeline.deploy import Processes, init, start_link, start_nodes, write_certificates, write_node_key
+    from fedgal.pipeline.deploy import init, write_certificates, write_node_key
+    from fedgal.pipeline.deploy_check import Processes, start_link, start_nodes
     with pytest.MonkeyPatch.context() as m:
         for name in ("PYTHONPATH", "FEDGAL_ROOT"): m.setenv(name, str(REPO))
         m.setenv("OMP_NUM_THREADS", "1")
@@ -68,7 +69,7 @@ def kill_in_round_2(processes):
 
 
 def test_a_node_that_is_killed_is_named_and_the_run_ends(processes):
-    from fedgal.pipeline.deploy import run_app
+    from fedgal.pipeline.deploy_check import run_app
     threading.Thread(target=kill_in_round_2, args=(processes,), daemon=True).start()
     with pytest.raises(FedgalError, match="client 1 .*run again: it goes on"): run_app(processes, PATIENCE)
     assert processes.running["node 1"].wait(5) != 0
@@ -77,7 +78,8 @@ def test_a_node_that_is_killed_is_named_and_the_run_ends(processes):
 def test_run_again_it_goes_on_to_the_model_of_serial(processes):
     from fedgal.federated.clients import MultiStepClient
     from fedgal.federated.loop import fit
-    from fedgal.pipeline.deploy import commands, run_app
+    from fedgal.pipeline.deploy import commands
+    from fedgal.pipeline.deploy_check import run_app
     from fedgal.pipeline.deployed import own_data, training_of
     folder, port = processes.folder, load_json(processes.folder / "deploy.json")["port"]
     processes.start("node 1", commands(folder, port, 2)["node 1"])
