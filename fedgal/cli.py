@@ -393,7 +393,8 @@ def cmd_docs(args) -> int:
 # %% ../nbs/cli.ipynb #d1a000c1
 def cmd_deploy(args) -> int:
     "write a real federation over Flower into a folder, or check one on this machine"
-    from fedgal.pipeline.deploy import check, init
+    from fedgal.pipeline.deploy import init
+    from fedgal.pipeline.deploy_check import check
 
     if args.what == "init":
         overrides = _overrides(args.p or [])

@@ -1,17 +1,20 @@
-"""A real federation on loopback: TLS, registered nodes only, the model of `serial`, and a node that is killed is named."""
+"""A real federation on loopback: TLS, registered nodes only, a node that is killed is named, and the model of `serial`."""
+import os
+import re
 import socket
 import threading
 import time
 
 import pytest
 import torch
+from conftest import REPO
 
 from fedgal.core.errors import FedgalError
-from fedgal.core.store import load_json, load_tensors, save_json
+from fedgal.core.store import load_json, load_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.flower]
 PATIENCE = 240
-OVERRIDES = {"n_clients": 2, "rounds": 2, "algorithm": "scaffold"}
+OVERRIDES = {"n_clients": 2, "rounds": 3, "algorithm": "scaffold"}
 
 
 def free_ports(n):
@@ -26,47 +29,25 @@ def free_ports(n):
             for s in sockets: s.close()
 
 
-@pytest.fixture
-def folder(project, monkeypatch):
-    "A federation of two nodes."
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    "A SuperLink with TLS that has registered the keys of two nodes, which run, and three others that it has to refuse."
     pytest.importorskip("flwr")
-    from fedgal.pipeline.deploy import init
-    for name, value in project.env().items():
-        if name.startswith("FEDGAL_"): monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", str(project.home))
-    monkeypatch.setenv("FEDGAL_ROOT", str(project.home))
-    import fedgal.pipeline.keys as keys
-    monkeypatch.setattr(keys, "check_same_code", lambda: None)    # the tests' fedgal plans, the project's runs
-    return init(project.home.parent / "federation", project.home / "params" / "quickstart.yaml", OVERRIDES, free_ports(4))
-
-
-def test_the_model_is_that_of_serial(folder):
-    from fedgal.federated.clients import MultiStepClient
-    from fedgal.federated.loop import fit
-    from fedgal.pipeline.deploy import check
-    from fedgal.pipeline.deployed import own_data, training_of
-    totals = check(folder, PATIENCE)
-    facts = load_json(folder / "app" / "federation" / "federation.json")
-    parts = [own_data(f"{folder}/data/node{k}.parquet") for k in range(2)]
-    t = training_of(facts, *parts[0])
-    config, view = t.clients[0].config, t.clients[0].augment
-    here = fit(t.network, [MultiStepClient(k, x, y, config, augment=view) for k, (x, y) in enumerate(parts)], t.options, t.seed, "serial", t.loss)
-    there = load_tensors(folder / "result" / "model.safetensors")
-    assert there.keys() == here.parameters.keys() and all(torch.equal(v, there[n]) for n, v in here.parameters.items())
-    assert totals == here.ledger.totals() and load_json(folder / "result" / "history.json") == here.history
-
-
-def refused(folder, change):
-    "What a node says that is started in another way than its command, once it has ended or has waited in vain."
-    from fedgal.pipeline.deploy import Processes, start_link
-    with Processes(folder) as processes:
-        todo = start_link(processes, PATIENCE)
-        node = processes.start("node 0", [*change(todo["node 0"]), "--max-retries", "1"])
-        began = time.monotonic()
-        while node.poll() is None and time.monotonic() - began < 60: time.sleep(1)
-        joined = "SuperNode" in processes.log("superlink").read_text() and "connected" in processes.log("superlink").read_text()
-        assert node.poll() not in (None, 0) and not joined, processes.said("node 0")
-        return processes.log("node 0").read_text()
+    from fedgal.pipeline.deploy import init, write_certificates, write_node_key
+    from fedgal.pipeline.deploy_check import Processes, start_link, start_nodes
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("PYTHONPATH", "FEDGAL_ROOT"): m.setenv(name, str(REPO))
+        m.setenv("OMP_NUM_THREADS", "1")
+        port = free_ports(6)
+        folder = init(tmp_path_factory.mktemp("deploy") / "federation", REPO / "params" / "quickstart.yaml", OVERRIDES, port)
+        write_node_key(folder / "keys" / "stranger")
+        write_certificates(folder / "other", ["localhost"])
+        with Processes(folder) as processes:
+            todo = start_link(processes, PATIENCE)
+            start_nodes(processes, todo)
+            for i, (name, command) in enumerate(strangers(todo["node 0"]).items()):
+                processes.start(name, [*replaced(command, "--port", str(port + 3 + i)), "--max-retries", "1"])
+            yield processes
 
 
 def replaced(command, option, value):
@@ -74,41 +55,58 @@ def replaced(command, option, value):
     return [*command[:i + 1], value, *command[i + 2:]]
 
 
-def test_a_key_that_was_not_registered_is_refused(folder):
-    from fedgal.pipeline.deploy import write_node_key
-    write_node_key(folder / "keys" / "stranger")
-    refused(folder, lambda c: replaced(c, "--auth-supernode-private-key", "keys/stranger"))
+def strangers(command):
+    "Commands of a node that differ from a right one in one thing each."
+    i, j = command.index("--root-certificates"), command.index("--auth-supernode-private-key")
+    return {"unregistered key": replaced(command, "--auth-supernode-private-key", "keys/stranger"),
+            "other authority": replaced(command, "--root-certificates", "other/ca.crt"),
+            "plain text": [*command[:i], *command[i + 2:j], *command[j + 2:], "--insecure"]}
 
 
-def test_another_authority_is_refused(folder):
-    from fedgal.pipeline.deploy import write_certificates
-    write_certificates(folder / "other", ["localhost"])
-    refused(folder, lambda c: replaced(c, "--root-certificates", "other/ca.crt"))
+def kill_in_round_2(processes):
+    while not list((processes.folder / "kept" / "1").glob("own-000000*")): time.sleep(0.1)    # round 1 is done there
+    processes.running["node 1"].kill()
 
 
-def test_a_node_in_plain_text_is_refused(folder):
-    def plain(command):
-        i, j = command.index("--root-certificates"), command.index("--auth-supernode-private-key")
-        return [*command[:i], *command[i + 2:j], *command[j + 2:], "--insecure"]
-    refused(folder, plain)
+def test_a_node_that_is_killed_is_named_and_the_run_ends(processes):
+    from fedgal.pipeline.deploy_check import run_app
+    threading.Thread(target=kill_in_round_2, args=(processes,), daemon=True).start()
+    with pytest.raises(FedgalError, match="client 1 .*run again: it goes on"): run_app(processes, PATIENCE)
+    assert processes.running["node 1"].wait(5) != 0
 
 
-def test_a_node_that_is_killed_is_named(folder, monkeypatch):
-    from fedgal.pipeline import deploy
-    facts = folder / "app" / "federation" / "federation.json"
-    save_json(facts, load_json(facts) | {"params": load_json(facts)["params"] | {"rounds": 50}})
-    start, killed = deploy.Processes.start, threading.Event()
+def test_run_again_it_goes_on_to_the_model_of_serial(processes):
+    from fedgal.federated.clients import MultiStepClient
+    from fedgal.federated.loop import fit
+    from fedgal.pipeline.deploy import commands
+    from fedgal.pipeline.deploy_check import run_app
+    from fedgal.pipeline.deployed import own_data, training_of
+    folder, port = processes.folder, load_json(processes.folder / "deploy.json")["port"]
+    processes.start("node 1", commands(folder, port, 2)["node 1"])
+    totals = run_app(processes, PATIENCE)
+    parts = [own_data(f"{folder}/data/node{k}.parquet") for k in range(2)]
+    t = training_of(load_json(folder / "app" / "federation" / "federation.json"), *parts[0])
+    config, view = t.clients[0].config, t.clients[0].augment
+    clients = [MultiStepClient(k, x, y, config, augment=view) for k, (x, y) in enumerate(parts)]
+    here = fit(t.network, clients, t.options, t.seed, "serial", t.loss)
+    there = load_tensors(folder / "result" / "model.safetensors")
+    assert there.keys() == here.parameters.keys() and all(torch.equal(v, there[n]) for n, v in here.parameters.items())
+    assert totals == here.ledger.totals() and load_json(folder / "result" / "history.json") == here.history
 
-    def kill(process):
-        while not list((folder / "kept" / "1").glob("own-000001*")): time.sleep(0.2)    # in round 2
-        process.kill()
-        killed.set()
 
-    def watched(self, name, command):
-        process = start(self, name, command)
-        if name == "node 1": threading.Thread(target=kill, args=(process,), daemon=True).start()
-        return process
+REFUSALS = {"unregistered key": "Unauthorized|not registered|401|403", "other authority": "CERTIFICATE_VERIFY_FAILED", "plain text": "disconnected|Connection|reset"}
 
-    monkeypatch.setattr(deploy.Processes, "start", watched)
-    with pytest.raises(FedgalError, match="client 1"): deploy.check(folder, PATIENCE)
-    assert killed.is_set()
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_node_is_refused(name, processes):    # after the runs, while which they have tried
+    node = processes.running[name]
+    began = time.monotonic()
+    while node.poll() is None and time.monotonic() - began < 60: time.sleep(0.5)
+    log = processes.log(name).read_text()
+    assert node.poll() not in (None, 0), log[-2000:]
+    assert re.search(REFUSALS[name], log) and "SuperNode ID" not in log, log[-2000:]
+
+
+def test_private_keys_are_their_owner_s_alone(processes):
+    files = [*(processes.folder / "keys").glob("node?"), processes.folder / "certs" / "server.key"]
+    assert len(files) == 3 and {os.stat(f).st_mode & 0o777 for f in files} == {0o600}
