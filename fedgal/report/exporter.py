@@ -13,9 +13,11 @@ import nbformat
 from bs4 import BeautifulSoup
 from markupsafe import Markup
 from nbconvert.exporters.html import HTMLExporter
+from nbconvert.exporters.templateexporter import TemplateExporter
 from nbconvert.filters.ansi import strip_ansi
+from nbconvert.filters.highlight import Highlight2HTML
 from .card import card_facts, card_line, run_parameters
-from .cells import markdown, output_html
+from .cells import markdown, output_html, with_code, without_code
 from .style import script
 from .takeaway import take_away
 from .templates import fill, page_loader, set_up, write_page
@@ -114,6 +116,13 @@ class ReportExporter(HTMLExporter):
         environment = set_up(super()._create_environment())
         environment.filters["coloured"] = _coloured
         return environment
+
+    def from_notebook_node(self, nb, resources=None, **kw):
+        "As in nbconvert, which would read the page once more to look for pictures without text: here they are errors."
+        language = nb.metadata.get("language_info", {})
+        lexer = language.get("pygments_lexer", language.get("name"))
+        self.register_filter("highlight_code", Highlight2HTML(pygments_lexer=lexer, parent=self))
+        return TemplateExporter.from_notebook_node(self, nb, resources, **kw)
 
     def _preprocess(self, nb, resources):
         "Drop, hide and render cells; the answer first, and what was run below it."
@@ -230,6 +239,7 @@ def render(
     resources = {"title": title, "nav": list(nav), "card": card or {}, "question": question, "source": source}
     resources |= {"declared": declared, "after": after and markdown(after), "scripts": [*map(script, scripts)]}
     resources["executed"] = executed
-    page = _exporter().from_notebook_node(nb, resources)[0]
+    page, code = without_code(_exporter().from_notebook_node(nb, resources)[0])
     soup = _finish(page, out and Path(out), source != "open", edit)
-    return write_page(soup.decode(formatter="minimal"), out, soup if source == "open" else None)
+    page = with_code(soup.decode(formatter="minimal"), code)
+    return write_page(page, out, soup if source == "open" else None)
