@@ -179,7 +179,7 @@ def subsets(
     keep = torch.zeros(shadows, n, dtype=torch.bool, device="cpu")
     for row in keep:
         often = keep.sum(0)
-        row[:] = rank_in_class(y, keys=often + torch.rand(n, generator=generator)) < share[y]
+        row[:] = rank_in_class(y, keys=often + torch.rand(n, generator=generator, device="cpu")) < share[y]
     return keep
 
 class LiRA(Attack):
