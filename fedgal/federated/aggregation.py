@@ -126,6 +126,6 @@ AGGREGATIONS = Registry(
         "krum": "fedgal.privacy.robust:Krum",
         "multi_krum": "fedgal.privacy.robust:MultiKrum",
         "geometric_median": "fedgal.privacy.robust:GeometricMedian",
-        "norm_bound": "fedgal.privacy.robust:NormBound",
+        "centred_clipping": "fedgal.privacy.robust:CentredClipping",
     },
 )

@@ -11,8 +11,8 @@ from ..federated.aggregation import Robust, RobustOptions
 
 # %% auto #0
 __all__ = ['coordinate_median', 'Median', 'TrimmedMean', 'krum_scores', 'Krum', 'MultiKrumOptions', 'MultiKrum',
-           'GeometricOptions', 'geometric_median', 'GeometricMedian', 'weighted_median', 'NormBoundOptions',
-           'NormBound']
+           'GeometricOptions', 'geometric_median', 'GeometricMedian', 'weighted_median', 'ClippingOptions',
+           'CentredClipping']
 
 # %% ../../nbs/privacy/20_robust.ipynb #6d7cee49
 def _largest_last(rows):
@@ -130,20 +130,24 @@ def weighted_median(
     below = shares[order].cumsum(0) < 0.5 - 1e-12
     return x[order[below.sum().clamp(max=len(x) - 1)]]
 
-class NormBoundOptions(RobustOptions):
-    factor: float = option(1.0, "longest update, in weighted medians of the lengths", gt=0)
+class ClippingOptions(RobustOptions):
+    factor: float = option(1.0, "length that counts, in weighted medians of the distances", gt=0)
+    steps: int = option(3, "of the centre; 1: lengths are bounded and no more", ge=1)
 
-class NormBound(Robust):
-    "The weighted mean of updates that are shortened to the median length."
+class CentredClipping(Robust):
+    "The weighted mean of updates that count to a median distance from it."
 
-    Options = NormBoundOptions
-    name = "norm_bound"
-    summary = "weighted mean of updates, none longer than their weighted median length"
-    reference = "Sun et al., 2019"
+    Options = ClippingOptions
+    name = "centred_clipping"
+    summary = "weighted mean of updates that count to their median distance from it"
+    reference = "Karimireddy et al., ICML 2021"
 
     def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
         finite = rows.isfinite().all(1)
-        lengths = torch.where(finite, rows.norm(dim=1), torch.inf)
-        bound = self.options.factor * weighted_median(lengths, shares)
-        share = torch.where(finite, shares * (bound / lengths.clamp(min=1e-300)).clamp(max=1), 0.0)
-        return share @ torch.where(finite[:, None], rows, 0.0), {"norm_bound": bound.item()}
+        rows, v = torch.where(finite[:, None], rows, 0.0), torch.zeros_like(rows[0])
+        for _ in range(self.options.steps):
+            lengths = torch.where(finite, (rows - v).norm(dim=1), torch.inf)
+            bound = self.options.factor * weighted_median(lengths, shares)
+            counted = torch.where(finite, shares * (bound / lengths.clamp(min=1e-300)).clamp(max=1), 0.0)
+            v = v + counted @ (rows - v)
+        return v, {"clipped_to": bound.item()}

@@ -176,10 +176,10 @@ def subsets(
     n, y = len(y), y.cpu()
     if size >= n: raise FedgalError(f"subsets of {size} out of {n} examples; give the attacker more examples")
     share = rounded_counts(y.bincount(), size).clamp(min=1)
-    keep, often = torch.zeros(shadows, n, dtype=torch.bool), torch.zeros(n)
+    keep = torch.zeros(shadows, n, dtype=torch.bool, device="cpu")
     for row in keep:
-        row[:] = rank_in_class(y, keys=often + torch.rand(n, generator=generator)) < share[y]
-        often += row
+        often = keep.sum(0)
+        row[:] = rank_in_class(y, keys=often + torch.rand(n, generator=generator, device="cpu")) < share[y]
     return keep
 
 class LiRA(Attack):
