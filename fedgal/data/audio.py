@@ -21,7 +21,7 @@ from ..core.store import content_hash, fingerprint, load_meta, load_tensors, sav
 from .clips import BadClip, decode, mono
 from .dataset import Dataset, assemble
 from .logmel import FeatureSpec, logmel_spec, logmel_statistics
-from .parquet import Part
+from .parquet import Part, whole_table
 from .sources import DataSource, find_file, places
 
 # %% ../../nbs/data/19_audio.ipynb #06611473
@@ -45,12 +45,8 @@ def _column(found, wanted, path):
 def from_parquet(path: Path) -> list[Recording]:
     "The recordings of a parquet file in the schema of the hub's `ashraq/esc50`."
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as e:
-        raise FedgalError(f"{path}: not a whole parquet file ({str(e).splitlines()[0]}); fetch it again") from e
+    table = whole_table(path)
     found = table.column_names
     audio = table[_column(found, ("audio",), path)].combine_chunks()
     if not pa.types.is_struct(audio.type) or "bytes" not in [f.name for f in audio.type]:

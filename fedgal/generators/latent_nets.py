@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from torch import Tensor, nn
-from ..core.options import option
+from ..core.options import Options, option
 from ..core.random import stream
 from ..core.rank import rank_in_class
 from ..core.store import by_first
@@ -22,34 +22,35 @@ from ..models.init import initialised
 from ..stats.blocks import class_sum
 
 # %% auto #0
-__all__ = ['CVAEOptions', 'LatentGANOptions', 'LatentForm', 'LatentKept', 'LatentNet', 'Sampled', 'CVAE', 'VAE', 'GAN']
+__all__ = ['LatentOptions', 'CVAEOptions', 'LatentGANOptions', 'LatentForm', 'LatentKept', 'LatentNet', 'Sampled', 'CVAE', 'VAE',
+           'GAN']
 
 # %% ../../nbs/generators/18_latent_nets.ipynb #2dad1a6b
 _WHERE = ("federated", "client")
 
-class CVAEOptions(VAEOptions):
+class LatentOptions(Options):
+    "The federation of a network of latents."
+
+    where: str = option("federated", "one network averaged, or one for each client", one_of=_WHERE)
+    steps: int = option(500, "local steps in all rounds together", ge=1, shared="gen_steps")
+    rounds: int = option(10, "rounds of its federation", ge=1)
+    batch_size: int = option(32, "samples in a step", ge=1)
+
+class CVAEOptions(LatentOptions, VAEOptions):
     "A conditioned VAE of latents."
 
     hidden_dim: int = option(128, "units of a hidden layer", ge=1)
     latent_dim: int = option(8, "latent numbers", ge=1)
     beta: float = option(4.0, "weight of the divergence in the evidence bound", ge=0)
-    where: str = option("federated", "one network averaged, or one for each client", one_of=_WHERE)
-    steps: int = option(500, "local steps in all rounds together", ge=1, shared="gen_steps")
-    rounds: int = option(10, "rounds of its federation", ge=1)
     lr: float = option(0.001, "learning rate of AdamW", gt=0)
-    batch_size: int = option(32, "samples in a step", ge=1)
     noise: float = option(0.1, "noise added to the input, not the target; 0: none", ge=0)
 
-class LatentGANOptions(GANOptions):
+class LatentGANOptions(LatentOptions, GANOptions):
     "A GAN of latents."
 
     hidden_dim: int = option(128, "units of a hidden layer", ge=1)
     latent_dim: int = option(32, "numbers that the generator starts from", ge=1)
-    where: str = option("federated", "one network averaged, or one for each client", one_of=_WHERE)
-    steps: int = option(500, "local steps in all rounds together", ge=1, shared="gen_steps")
-    rounds: int = option(10, "rounds of its federation", ge=1)
     lr: float = option(0.0003, "learning rate of AdamW, of both players", gt=0)
-    batch_size: int = option(32, "samples in a step", ge=1)
     noise: float = option(0.0, "noise added to real features", ge=0)
 
 # %% ../../nbs/generators/18_latent_nets.ipynb #0ddf8747

@@ -174,7 +174,7 @@ class GeneratorTraining(GeneratorPlan):
         return TrainedGenerators(trained, result.history, result.ledger, result.engine)
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #8c8faa23
-def one_at_a_time(training: GeneratorTraining, clips: int) -> int:  # steps taken
+def one_at_a_time(training: GeneratorTraining, clips: int) -> tuple[nn.Module, int]:  # the net, steps taken
     "The original's loop over some clips, one sample to a step; for comparing times."
     net, nodes = training.net().train(), training.nodes
     optimiser = torch.optim.AdamW(net.parameters(), training.local.lr, weight_decay=training.local.weight_decay)
@@ -193,5 +193,5 @@ def one_at_a_time(training: GeneratorTraining, clips: int) -> int:  # steps take
                 optimiser.step()
                 steps += 1
                 if steps == clips:
-                    return steps
-    return steps
+                    return net, steps
+    return net, steps
