@@ -94,7 +94,7 @@ def test_run_again_it_goes_on_to_the_model_of_serial(processes):
     assert totals == here.ledger.totals() and load_json(folder / "result" / "history.json") == here.history
 
 
-REFUSALS = {"unregistered key": "Unauthorized|not registered|401|403", "other authority": "CERTIFICATE_VERIFY_FAILED", "plain text": "disconnected|Connection|reset"}
+REFUSALS = {"unregistered key": "code: 2004. Failed to activate SuperNode", "other authority": "CERTIFICATE_VERIFY_FAILED", "plain text": "Server disconnected"}
 
 
 @pytest.mark.parametrize("name", REFUSALS)
