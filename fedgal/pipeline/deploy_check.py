@@ -101,7 +101,7 @@ def start_nodes(processes: Processes, todo: dict[str, list[str]]) -> None:
         processes.start(name, todo[name])
 
 # %% ../../nbs/pipeline/24_deploy_check.ipynb #d1a00020
-TOO_SLOW = "Runtime task-token authentication failed"  # what Flower says of a program that came too late
+TOO_SLOW = b"Runtime task-token authentication failed"  # what Flower says of a program that came too late
 
 def run_app(processes: Processes, patience: float) -> dict:  # what the ledger sums up
     "Run the app of a federation that is up; raises FedgalError with what went wrong."
@@ -112,13 +112,14 @@ def run_app(processes: Processes, patience: float) -> dict:  # what the ledger s
     if processes.start("run", RUN).wait(patience):
         raise FedgalError(f"flwr run: {processes.said('run')}")
 
-    def over():
-        nodes = [name for name in processes.running if name.startswith("node")]
-        if any(TOO_SLOW in processes.log(name).read_text(errors="replace") for name in nodes):
-            raise FedgalError("a client took longer to start than the 30 s that Flower allows: the machine is too busy")
-        return result.is_file() or failed.is_file()
-
-    wait_until(over, processes, patience, f"no result (logs in {folder / 'logs'})")
+    logs = [processes.log(name) for name in processes.running if name == "superlink" or name.startswith("node")]
+    try:
+        late = f"no result (logs in {folder / 'logs'})"
+        wait_until(lambda: result.is_file() or failed.is_file(), processes, patience, late)
+    except FedgalError as error:
+        slow = any(TOO_SLOW in log.read_bytes() for log in logs)
+        why = "; a program took longer to start than the 30 s that Flower allows: the machine is too busy"
+        raise FedgalError(f"{error}{why if slow else ''}") from None
     if failed.is_file(): raise FedgalError(load_json(failed)["error"])
     return load_json(result)["totals"]
 
