@@ -9,12 +9,14 @@ __all__ = ['CONTROLS', 'has_difference', 'contest_sentence', 'row_difference', '
 # %% ../../nbs/evaluation/16a_sentence.ipynb #945e2d0c
 from ..core.store import canonical
 from .contests import in_points
-from .labels import pooled, shorten
+from .labels import apart, pooled, shorten
 from .significance import paired_interval
 
 # %% ../../nbs/evaluation/16a_sentence.ipynb #e4257363
 def _named(contest):
-    return [f"`{name}`" for name in contest.get("labels") or contest["contest"].split(" > ")]
+    "The two rows of a contest, and what they share in brackets."
+    first, second, both = apart(*(contest.get("labels") or contest["contest"].split(" > ")))
+    return f"`{first}`", f"`{second}`" + (f" ({both})" if both else "")
 
 def has_difference(contests: list[dict]) -> bool:
     "Whether any contest has something to show."
@@ -37,14 +39,14 @@ def contest_sentence(
     return f"{first} is {'better' if contest['difference'] > 0 else 'worse'} than {second}: {measured}."
 
 # %% ../../nbs/evaluation/16a_sentence.ipynb #1054ed59
-def _others(contests):
+def _others(contests, first_shown):
     "How the contests after the first went."
     if not contests:
         return ""
     won = [c for c in contests if _shown(c)]
     number = f"the {len(contests)} other contests announced" if len(contests) > 1 else "the other contest announced"
     if not won:
-        return f" Nor is one shown in {number}."
+        return f" {'No difference is' if first_shown else 'Nor is one'} shown in {number}."
     listed = [f"{a} {'over' if c['difference'] > 0 else 'below'} {b}" for c in won[:3] for a, b in [_named(c)]]
     rest = f" and {len(won) - 3} more" if len(won) > 3 else ""
     return f" Of {number}, {len(won)} show{'s' * (len(won) == 1)} one: {', '.join(listed)}{rest}."
@@ -131,4 +133,4 @@ def answer_sentence(
     "What a comparison found."
     if not announced:
         return f"**Answer.** {sweep_sentence(rows)}"
-    return f"**Answer.** {contest_sentence(announced[0])}{_others(announced[1:])}"
+    return f"**Answer.** {contest_sentence(announced[0])}{_others(announced[1:], _shown(announced[0]))}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from ...core.errors import FedgalError
+from ...evaluation.labels import apart
 from .axes import as_rows, beside
 from .style import GAIN, LOSS, MUTED, new_figure
 from matplotlib.figure import Figure
@@ -93,6 +94,11 @@ def forest(
     return fig, f"Paired differences from {baseline} in points with 95 % interval: {say}."
 
 # %% ../../../nbs/report/plots/06_differences.ipynb #5c1d0f3b
+def _pair(first, second):
+    "A contest in one line, with what both rows share in brackets."
+    one, other, both = apart(first, second)
+    return f"{one} − {other}" + (f" ({both})" if both else "")
+
 def contests(
     announced: list[dict],  # "contests" of comparison.json
 ) -> tuple[Figure, str]:
@@ -100,7 +106,7 @@ def contests(
     measured = [c for c in announced if c["difference"] is not None]
     if not measured: raise FedgalError("no contest has a difference: a seed that both of its rows have is needed")
     measured = sorted(measured, key=lambda c: -c["difference"])
-    labels = [" − ".join(c.get("labels") or c["contest"].split(" > ")) for c in measured]
+    labels = [_pair(*(c.get("labels") or c["contest"].split(" > "))) for c in measured]
     n = sum(map(_sure, measured))
     verb = "shows" if n == 1 else "show"
     title = f"{n} of {len(measured)} announced contest{'s' * (len(measured) > 1)} {verb} a difference (Holm p < 0.05)"
