@@ -7,7 +7,7 @@ __all__ = ['published_runs', 'differing', 'arm_values', 'arms_side_by_side', 'di
 
 # %% ../../nbs/evaluation/18_side_by_side.ipynb #f9e83eb4
 from ..core.errors import FedgalError, did_you_mean
-from ..core.settings import settings
+from ..core.settings import report_names, report_of
 from ..core.store import canonical, load_json
 from ..core.text import as_value
 from .compare import varied
@@ -20,11 +20,10 @@ def published_runs(
     experiment: str,  # a folder below the reports folder
 ) -> list[dict]:  # metrics of its run, or of every member of its sweep
     "The runs of a published experiment; an unknown name is told with the closest one."
-    home = settings().reports / experiment
+    home = report_of(experiment)
     files = sorted(home.glob("members/*/metrics.json")) or sorted(home.glob("metrics.json"))
     if not files:
-        known = sorted({p.parent.name for p in settings().reports.glob("*/run.json")})
-        hint = did_you_mean(experiment, known)
+        hint = did_you_mean(experiment, report_names())
         raise FedgalError(f"no published experiment {experiment!r}{hint}; `fedgal status` lists them")
     return [load_json(file) for file in files]
 
