@@ -52,7 +52,7 @@ def training_of(facts: dict, x: Tensor, y: Tensor) -> Training:
     if not 0 <= low <= high <= last: raise FedgalError(f"labels are {low}..{high}, and the federation has 0..{last}")
     names = tuple(map(str, range(facts["n_classes"])))
     data = Dataset("own", x, y, x[:0], y[:0], names, "", facts["characters"])
-    alone = SimpleNamespace(train=[torch.arange(len(y))], class_counts=lambda: None)
+    alone = SimpleNamespace(train=[torch.arange(len(y), device=y.device)], class_counts=lambda: None)
     return set_up(data, alone, facts["params"], prepare())
 
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a0000a
