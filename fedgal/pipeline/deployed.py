@@ -20,7 +20,7 @@ from ..data.dataset import Dataset
 from ..data.datasets import load_dataset
 from ..data.parquet import read_parquet
 from ..data.split import SplitOptions, make_split
-from ..data.user_function import import_current, parts_of
+from ..data.user_function import USER_FUNCTION
 from ..federated.engines.flower import content_of, exchange
 from ..federated.engines.nodes import Node, Nodes, absent_client, check_apart
 from ..federated.loop import fit, prepared
@@ -61,8 +61,7 @@ def own_data(source: str) -> tuple[Tensor, Tensor]:
     if source.endswith(".parquet"):
         part = read_parquet(Path(source).expanduser())
     elif ":" in source:
-        module, _, function = source.partition(":")
-        part = parts_of(getattr(import_current(module), function)(), source)[0]
+        part = USER_FUNCTION.parts(source)[0]
     else:
         raise FedgalError(f"data = {source!r}: a path that ends in .parquet, or module:function")
     return part.x, part.y
