@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['PUBLIC', 'EXACT', 'free_rows', 'Candidates', 'candidates_at', 'sent_statistics', 'recovered', 'read_few',
-           'chance_of_auc', 'read_members', 'read_sums', 'read_bank', 'read_generator']
+           'read_prototypes', 'chance_of_auc', 'read_members', 'read_sums', 'read_bank', 'read_generator']
 
 # %% ../../nbs/privacy/32_read_features.ipynb #e0320004
 import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import FedgalError
 from ..core.random import stream
 from ..core.rank import rank_in_class
-from ..federated.trained import TrainedRun, held_out, view_statistics
+from ..federated.messages import ClientUpdate
+from ..federated.trained import TrainedRun, client_features, held_out, view_statistics
 from ..generators.base import Bank, Generator
 from ..generators.gaussian import Gaussian
 from ..models.encode import encode
@@ -120,6 +122,36 @@ def read_few(
     total = sum(len(y) for _, y in features)
     words = f"{found} of {total} samples come out exactly, as features"
     return Reading(message, "few_samples", "share of the samples", found / total, 0.0, found > 0, words, epsilon)
+
+# %% ../../nbs/privacy/32_read_features.ipynb #e0320012
+def read_prototypes(
+    run: TrainedRun,
+    updates: list[ClientUpdate],  # of the last round; from clients that send prototypes
+    unit: bool,  # they are means of features of length 1
+) -> list[Reading]:  # one for each level
+    "Prototypes that are a sample."
+    sent = [u for u in updates if u.statistics]
+    levels = [name for name in ("low", "high") if sent and name in sent[0].statistics]
+    readings = []
+    for level in levels:
+        own = client_features(run, level)
+        found = [_alone(u.statistics, level, *own[u.client], unit) for u in sent]
+        exact, total = (sum(n) for n in zip(*found, strict=True))
+        words = f"{exact} of {total} prototypes are a sample exactly, as features"
+        share = exact / total
+        readings.append(
+            Reading(f"prototypes, level {level}", "few_samples", "share", share, 0.0, exact > 0, words)
+        )
+    return readings
+
+def _alone(statistics, level, z, y, unit):
+    "How many prototypes of a client are one of its features, and how many there are."
+    z = F.normalize(z.double(), dim=1) if unit else z.double()
+    classes, found = statistics["classes"].tolist(), 0
+    for c, prototype in zip(classes, statistics[level].to(z), strict=True):
+        near = (z[y == c] - prototype).norm(dim=1).min()
+        found += bool(near < EXACT * prototype.norm())
+    return found, len(classes)
 
 # %% ../../nbs/privacy/32_read_features.ipynb #e032000d
 def chance_of_auc(member: Tensor) -> float:  # [T] bool
