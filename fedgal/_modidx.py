@@ -73,8 +73,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'fedgal/algorithms/a2v/client_generators.py'),
                                                          'fedgal.algorithms.a2v.client_generators._key': ( 'algorithms/a2v/client_generators.html#_key',
                                                                                                            'fedgal/algorithms/a2v/client_generators.py'),
-                                                         'fedgal.algorithms.a2v.client_generators.one_at_a_time': ( 'algorithms/a2v/client_generators.html#one_at_a_time',
-                                                                                                                    'fedgal/algorithms/a2v/client_generators.py'),
                                                          'fedgal.algorithms.a2v.client_generators.units_of': ( 'algorithms/a2v/client_generators.html#units_of',
                                                                                                                'fedgal/algorithms/a2v/client_generators.py'),
                                                          'fedgal.algorithms.a2v.client_generators.with_residual': ( 'algorithms/a2v/client_generators.html#with_residual',

@@ -12,6 +12,7 @@ BANKS = {"seeds": [100, 101], "rounds": 1, "per_class": 10, "options": {"steps":
 SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide_steps": 1, "narrow_steps": 10, "rounds": 1, "options": {"steps": 10}, "per_class": 4, "claims": False},
          "engines": {"repeats": 1, "n_clients": 4, "examples": 4, "batch_size": 2, "full": False},
          "clients": {"dataset": "", "n_clients": 2, "per_client": 20, "repeats": 1, "processes": 1, "small_clients": 4, "many_clients": [4], "images": 200},
+         "client_generators": {"repeats": 2, "alone": 1, "batches": [8, 32], "options": {"hidden_dim": 24, "latent_dim": 8}},
          "inversion": {"dataset": "digits", "images": 2, "iterations": 4, "restarts": 1, "short": 3},
          "beyond_gaussian": {"few": {"dataset": "digits"}, "seeds": [100, 101], "rounds": 1, "steps": 2, "per_class": 8, "tuning": {"rounds": 4, "steps": 1},
                              "images": {"steps": 4, "rounds": 2, "width": 16, "sample_steps": 2}},

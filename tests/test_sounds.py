@@ -196,7 +196,7 @@ def test_run_2_names_every_difference_from_run_1(nodes, tmp_path):
 
 @pytest.mark.parametrize("name", ["cvae", "vae"])
 def test_the_loss_of_a_batch_is_that_of_its_clips_one_at_a_time(nodes, name):
-    "What the time of a batch is compared with in `nbs/algorithms/a2v/03_client_generators.ipynb` is the same work."
+    "What the time of a batch is compared with in `nbs/benchmarks/client_generators.ipynb` is the same work."
     net, rng = training(nodes, name=name).net(), torch.Generator().manual_seed(0)
     x, y, one = nodes.x[:7], nodes.y[:7], torch.tensor(1.0)
     noise = net.noise(7, rng)

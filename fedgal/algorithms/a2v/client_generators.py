@@ -23,7 +23,7 @@ from ...models.init import initialised
 
 # %% auto #0
 __all__ = ['GRANULARITIES', 'Unit', 'units_of', 'ClientGenerator', 'with_residual', 'TrainedGenerators', 'GeneratorPlan',
-           'GeneratorTraining', 'one_at_a_time']
+           'GeneratorTraining']
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #65576f8f
 GRANULARITIES = ("unified", "per_class", "per_group")
@@ -172,26 +172,3 @@ class GeneratorTraining(GeneratorPlan):
         result = fit(net, self.clients(), federation, self.seed, engine, loss, checkpoint=checkpoint, on_round=tell)
         trained = made(result.client_parameters)
         return TrainedGenerators(trained, result.history, result.ledger, result.engine)
-
-# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #8c8faa23
-def one_at_a_time(training: GeneratorTraining, clips: int) -> tuple[nn.Module, int]:  # the net, steps taken
-    "The original's loop over some clips, one sample to a step; for comparing times."
-    net, nodes = training.net().train(), training.nodes
-    optimiser = torch.optim.AdamW(net.parameters(), training.local.lr, weight_decay=training.local.weight_decay)
-    rng, one = stream(training.seed, "one at a time"), torch.tensor(1.0)
-    steps = 0
-    for unit in training.units:
-        rows = training.rows(unit)
-        for c in unit.classes:
-            for i in rows[nodes.y[rows] == c].tolist():
-                x, v = nodes.x[i : i + 1], nodes.texts[c : c + 1]
-                shaken = x + training.noise * torch.randn(x.shape, generator=rng)
-                terms = net.terms(shaken, x, v, torch.zeros(1, dtype=torch.long), net.noise(1, rng), one)
-                optimiser.zero_grad()
-                sum(t.mean() for t in terms.values()).backward()
-                torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-                optimiser.step()
-                steps += 1
-                if steps == clips:
-                    return net, steps
-    return net, steps
