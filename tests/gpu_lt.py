@@ -1,12 +1,14 @@
 """Published protocols on long-tailed CIFAR-10, each in minutes on one GPU.
 
-    python tests/gpu_lt.py cut                       # once: cuts the images that are needed from `data_root`
-    python tests/gpu_lt.py run mixup --device cuda   # trains, generates, fine-tunes; prints a table
+    python tests/gpu_lt.py cut    # once: cuts the images that are needed from `data_root`
+    FEDGAL_DATA_ROOT=artifacts/gpu_lt python tests/gpu_lt.py run mixup    # trains, generates, fine-tunes; prints a table
 
-`mixup` and `wcdas` train in one place, `sfd` trains ten clients; the numbers are those of their params files. The clients'
-images are cut beforehand (12,406 of 50,000), so that there is no oracle. `--small` takes random images and few steps.
+`mixup` and `wcdas` train in one place, `sfd` trains ten clients. The numbers are those of their params files, but for what
+GENERATORS and CHANGES say. The clients' images are cut beforehand (12,406 of 50,000), so that there is no oracle. `--small`
+takes random images and few steps.
 """
 import argparse
+import os
 import sys
 import time
 
@@ -32,6 +34,8 @@ from fedgal.generators.run import bank_sizes, fit_and_sample, fit_task
 from fedgal.pipeline.schema import resolve
 
 FOLDER = "artifacts/gpu_lt"
+IMAGES = 12_406  # of CIFAR-10 at imbalance 100, in the split of Cao et al. 2019
+LIMIT = 60e6  # bytes of the cut file, which travels to the machine
 STAGES = ["10_data", "20_train", "30_statistics", "40_generator", "50_finetune"]
 PROTOCOLS = {"mixup": "gald_cifar10_lt", "wcdas": "wcdas_cifar10_lt", "sfd": "safs_cifar10_lt"}
 GENERATORS = {
@@ -59,6 +63,17 @@ def cut():
         pq.write_table(table if rows is None else table.take(rows.tolist()), out / f"{part}.parquet")
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{len(split.train[0]):,} training images, {size / 1e6:.0f} MB in {out}")
+    if size > LIMIT:
+        sys.exit(f"{size / 1e6:.0f} MB are more than the {LIMIT / 1e6:.0f} MB that may travel")
+
+
+def images():
+    "The cut data set; the whole of CIFAR-10 would train on balanced images."
+    data = load_dataset("cifar10")
+    if len(data.x_train) != IMAGES:
+        seen = f"{settings().data_root} holds {len(data.x_train):,} training images, not the {IMAGES:,} of the long tail"
+        sys.exit(f"{seen}; run 'python tests/gpu_lt.py cut', then set FEDGAL_DATA_ROOT={FOLDER}")
+    return data
 
 
 def parameters(protocol, given):
@@ -113,7 +128,7 @@ def tasks(run, params, device):
 def run_protocol(protocol, device, small, changes):
     machine, clock = prepare(), Clock(device)
     params = parameters(protocol, (SMALL if small else {}) | changes)
-    data = random_images() if small else load_dataset("cifar10")
+    data = random_images() if small else images()
     run = trained(data, params, machine)
 
     def accuracy(model):
@@ -141,23 +156,32 @@ def run_protocol(protocol, device, small, changes):
         arm("generator", {"generator": fitted.bank})
 
 
+def change(text):
+    "NAME=VALUE of the command line."
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    return name, value
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("cut", help="cut the images from data_root")
     run = commands.add_parser("run", help="run a protocol")
-    run.add_argument("protocol", choices=PROTOCOLS)
+    run.add_argument("protocols", choices=PROTOCOLS, nargs="+", metavar="PROTOCOL", help=", ".join(PROTOCOLS))
     run.add_argument("--device", default="cuda")
     run.add_argument("--small", action="store_true", help="random images and few steps")
-    run.add_argument("-p", action="append", default=[], metavar="NAME=VALUE", help="change a parameter")
+    run.add_argument("-p", action="append", default=[], type=change, metavar="NAME=VALUE", help="change a parameter")
     given = parser.parse_args()
     if given.command == "cut":
         return cut()
+    os.environ["FEDGAL_DEVICE"] = given.device
     if given.device == "cuda" and prepare().device != "cuda":
         sys.exit("torch sees no CUDA device here")
-    changes = dict(p.split("=", 1) for p in given.p)
     print(f"torch {torch.__version__}", *prepare().hardware().values())
-    run_protocol(given.protocol, given.device, given.small, changes)
+    for protocol in given.protocols:
+        run_protocol(protocol, given.device, given.small, dict(given.p))
 
 
 if __name__ == "__main__":

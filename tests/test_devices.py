@@ -1,4 +1,5 @@
 """The library runs on any torch device: checked without a GPU, on one that computes on the CPU and refuses to mix."""
+import argparse
 import ast
 import subprocess
 import sys
@@ -113,11 +114,23 @@ def test_every_part_has_a_row_and_agrees():
 
 
 @pytest.mark.slow
-def test_a_published_protocol_runs_in_its_small_form():
-    "The script behind `make gpu-lt`: AutoAugment, Cutout, a WCDAS head, statistics, generators, arms."
+def test_published_protocols_run_in_their_small_form():
+    "The script behind `make gpu-lt`: augmentations, heads, clients, statistics, every generator, arms."
     script = Path(__file__).with_name("gpu_lt.py")
-    command = [sys.executable, script, "run", "wcdas", "--device", "cpu", "--small"]
+    command = [sys.executable, script, "run", "mixup", "wcdas", "sfd", "--device", "cpu", "--small"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("%")]
-    assert rows == ["none", "refit", "refit_prior", "lda", "gaussian", "gald"]
+    arms = ["none", "refit", "refit_prior", "lda", "gaussian"]
+    assert rows == [*arms, "diffusion", "gald", "ldmlr", *arms, "gald", *arms, "safs"]
+
+
+def test_a_published_protocol_refuses_other_images(monkeypatch):
+    import gpu_lt
+
+    monkeypatch.setattr(gpu_lt, "load_dataset", lambda name: gpu_lt.random_images())
+    with pytest.raises(SystemExit, match="holds 200 training images, not the 12,406 of the long tail"):
+        gpu_lt.images()
+    assert gpu_lt.change("alpha=0.2") == ("alpha", "0.2")
+    with pytest.raises(argparse.ArgumentTypeError, match="no NAME=VALUE"):
+        gpu_lt.change("alpha")

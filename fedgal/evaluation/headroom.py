@@ -28,17 +28,23 @@ def run_headroom(
     return headroom(*([accuracy.get(arm)] for arm in ("refit", "oracle")))
 
 # %% ../../nbs/evaluation/11a_headroom.ipynb #5e1f0a0b
+_OF_GENERATOR = ("generator", "generator_options", "gen_steps", "bank_per_class", "bank_share", "arms")
+
 def headrooms(
     cells: list[tuple[dict, dict]],  # of `cells_of`
 ) -> list[dict]:  # {"params", "headroom", "interval", "seeds"}
     "Headroom of every setting of a comparison."
-    groups = {}
+    groups, known = {}, set()
     for params, arms in cells:
+        setting = {n: v for n, v in params.items() if n not in _OF_GENERATOR}
         pair = [arms[arm]["balanced_accuracy"] for arm in ("refit", "oracle") if arm in arms]
         measured = headroom(*pair) if len(pair) == 2 else headroom([], [])
-        same = canonical(pair if measured["seeds"] else params)
-        groups.setdefault(same, []).append({"params": params} | measured)
-    return [group[0] | {"params": _shared([row["params"] for row in group])} for group in groups.values()]
+        if measured["seeds"]:
+            known.add(canonical(setting))
+        same = canonical(pair if measured["seeds"] > 1 else setting)
+        groups.setdefault(same, []).append({"params": setting} | measured)
+    rows = [group[0] | {"params": _shared([row["params"] for row in group])} for group in groups.values()]
+    return [row for row in rows if row["seeds"] or canonical(row["params"]) not in known]
 
 def _shared(params):
     return {n: v for n, v in params[0].items() if all(p.get(n) == v for p in params)}

@@ -116,7 +116,7 @@ def check_training(
     federation = FederationOptions.make(**params)
     algorithm = federation.make_algorithm()
     algorithm.check_mixup(params["mixup"], loss)
-    check_sampling(params["train_sampling"], algorithm)
+    check_sampling(params["train_sampling"], algorithm, params["local_loss"])
     check_participants(params["n_clients"], params["participation"], params["min_clients"])
     federation.check_cohort(n_chosen(params["n_clients"], params["participation"]))
     check_kept(params["keep_messages"], federation)
