@@ -6,6 +6,7 @@ import sys
 
 import nbformat
 import pytest
+import yaml
 from conftest import REPO, Project
 
 BANKS = {"seeds": [100, 101], "rounds": 1, "per_class": 10, "options": {"steps": 4, "rounds": 2, "width": 16}, "tuning": {"rounds": 1, "steps": 2}}
@@ -16,7 +17,7 @@ SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide
          "inversion": {"dataset": "digits", "images": 2, "iterations": 4, "restarts": 1, "short": 3},
          "beyond_gaussian": {"few": {"dataset": "digits"}, "seeds": [100, 101], "rounds": 1, "steps": 2, "per_class": 8, "tuning": {"rounds": 4, "steps": 1},
                              "images": {"steps": 4, "rounds": 2, "width": 16, "sample_steps": 2}},
-         "choose_encoder": {"seeds": [100, 101], "names": ["two passes", "steps, sharp, balanced"], "rounds": 1, "steps": 2, "per_class": 10, "tuning": {"rounds": 1, "steps": 2}},
+         "choose_encoder": {"seeds": [100, 101], "names": ["two passes", "steps, sharp, balanced", "steps, crop"], "few": {"dataset": "digits"}, "clothes": {"dataset": "digits"}, "rounds": 1, "steps": 2, "per_class": 10, "tuning": {"rounds": 1, "steps": 2}},
          "choose_widen": {"seeds": [100, 101], "candidates": [0.0, 3.0], "rounds": 1, "per_class": 10, "tuning": {"rounds": 1, "steps": 2}},
          "moments_or_shape": BANKS | {"trained": [1, 2]}, "views": BANKS}
 RUN = """
@@ -75,3 +76,16 @@ def test_the_default_of_widen_is_the_best_on_development_images():
     shown = re.search(r"Bars of balanced accuracy by widen: ([^\"\\]+)", text[text.index('"outputs"'):])[1]
     scores = {float(w): float(v) for w, v in re.findall(r"([\d.]+) ([\d.]+) %", shown)}
     assert len(scores) == 4 and schema("40_generator")["widen"].default == max(scores, key=scores.get)
+
+
+def test_the_recipe_of_the_params_files_is_the_best_on_development_images():
+    notebook = nbformat.read(REPO / "nbs" / "benchmarks" / "choose_encoder.ipynb", 4)
+    defined = {"rounds": 40, "steps": 20, "names": []}
+    exec(next(c.source for c in notebook.cells if "CANDIDATES = {\n" in c.source), defined)
+    for experiment, where in (("encoders_digits", "digits"), ("mnist_few", "a few digits of MNIST")):
+        told = re.search(rf"two arms on {where} by training of the encoder: ([^\"\\]+)", nbformat.writes(notebook))[1]
+        scores = {name: float(score) for name, score in re.findall(r"(?:^|; )(.+?): none [\d.]+ %, gaussian ([\d.]+) %", told)}
+        assert len(scores) >= 5
+        params = yaml.safe_load((REPO / "params" / f"{experiment}.yaml").read_text(encoding="utf-8"))
+        best = defined["CANDIDATES"][max(scores, key=scores.get)]
+        assert best.items() <= params.items(), f"{experiment} does not follow the choice"
