@@ -36,6 +36,16 @@ def known_names():
     return names | {n for le in every for n in le.names} | set(re.findall(r"def (\w+)\(self", sources)) | {"metrics.json", "comparison.json", "device", "sweep"}
 
 
+def test_a_published_comparison_tells_its_headroom_and_its_setup():
+    comparisons = sorted((REPO / "reports").glob("*/comparison.json"))
+    for file in comparisons:
+        rooms = [room for room in json.loads(file.read_text(encoding="utf-8"))["headroom"] if room["seeds"]]
+        page = re.sub(r"<[^>]+>|\s+", " ", (file.parent / "index.html").read_text(encoding="utf-8"))
+        assert "finished runs" in page, f"{file.parent.name}: how it was compared"
+        for room in rooms: assert f"{100 * room['headroom']:.1f} points" in page, f"{file.parent.name}: headroom of {room['params']}"
+    assert len(comparisons) > 10
+
+
 @pytest.mark.slow
 def test_what_a_guide_calls_something_here_exists():
     known = known_names()
