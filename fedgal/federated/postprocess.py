@@ -83,6 +83,10 @@ class Postprocessor(PostprocessorFacts):
         "What leaves the client."
         return update
 
+    def paid(self) -> dict:  # JSON values
+        "What is remembered of the coming round even if that is never finished; raises where it may not begin."
+        return {}
+
     def without_step(self) -> dict:
         "What is remembered after a round in which too few updates came for a step."
         return self.state

@@ -101,6 +101,10 @@ class Private(Postprocessor):
             advice = "use a model without BatchNorm (norm: group)"
             raise FedgalError(f"{self.name}: the model has buffers ({next(iter(payload.buffers))}); {why}; {advice}")
 
+    def paid(self) -> dict:
+        accountant = self.spent().to_json()
+        return {"accountant": accountant} if self.options.noise == "secret" else {}
+
     def without_step(self) -> dict:
         return {"accountant": self.spent().to_json()}
 
