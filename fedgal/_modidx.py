@@ -2283,6 +2283,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fedgal/federated/state.py'),
                                         'fedgal.federated.state.FederationOptions.make_postprocessors': ( 'federated/state.html#federationoptions.make_postprocessors',
                                                                                                           'fedgal/federated/state.py'),
+                                        'fedgal.federated.state.FederationOptions.private': ( 'federated/state.html#federationoptions.private',
+                                                                                              'fedgal/federated/state.py'),
                                         'fedgal.federated.state.LastRound': ('federated/state.html#lastround', 'fedgal/federated/state.py'),
                                         'fedgal.federated.state.State': ('federated/state.html#state', 'fedgal/federated/state.py'),
                                         'fedgal.federated.state.check_participants': ( 'federated/state.html#check_participants',
