@@ -189,7 +189,7 @@ def _with_scores(state, evaluate, algorithm, model, clients):
 
 def _result(algorithm, model, state, last, engine, reason):
     final, history = delivered(algorithm, model, state), list(state.history)
-    return FederationResult(final, last, history, Ledger(state.ledger), engine, reason)
+    return FederationResult(final, last, history, Ledger(state.ledger), engine, reason, state.postprocessors)
 
 
 # %% ../../nbs/federated/08_loop.ipynb #7a5c0013

@@ -61,6 +61,10 @@ class PostprocessorFacts:
         "What is remembered before the first round, seen who could take part."
         return self.state
 
+    def stated(self) -> str:
+        "What it promises of a run, by what it remembers, in one line; nothing where it protects nobody."
+        return ""
+
     def check_federation(self, federation) -> None:
         "Raise a `FedgalError` for `FederationOptions` that it cannot be combined with."
 

@@ -108,6 +108,12 @@ class Private(Postprocessor):
     def without_step(self) -> dict:
         return {"accountant": self.spent().to_json()}
 
+    def stated(self) -> str:
+        o, spent = self.options, Accountant.from_json(self.state["accountant"])
+        source = "secret" if o.noise == "secret" else "repeatable, no protection from who knows the seed"
+        facts = f"noise multiplier {o.noise_multiplier:g}, clip {self.state.get('clip', o.clip):.4g}, noise {source}"
+        return f"{self.name}: {spent}, hidden is whether {self.charge.neighbours}; {facts}"
+
     def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
         accountant = self.spent()
         row = {"dp_epsilon": accountant.epsilon(), "dp_source": draws.noise(self.options.noise).kind}
