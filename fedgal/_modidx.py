@@ -4533,8 +4533,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'fedgal/privacy/record_dp.py'),
                                           'fedgal.privacy.record_dp.RecordDP.charge': ( 'privacy/record_dp.html#recorddp.charge',
                                                                                         'fedgal/privacy/record_dp.py'),
-                                          'fedgal.privacy.record_dp.RecordDP.check_federation': ( 'privacy/record_dp.html#recorddp.check_federation',
-                                                                                                  'fedgal/privacy/record_dp.py'),
                                           'fedgal.privacy.record_dp.RecordDP.client': ( 'privacy/record_dp.html#recorddp.client',
                                                                                         'fedgal/privacy/record_dp.py'),
                                           'fedgal.privacy.record_dp.RecordDP.prepare': ( 'privacy/record_dp.html#recorddp.prepare',

@@ -7,8 +7,8 @@ from __future__ import annotations
 import functools, math
 from dataclasses import asdict, dataclass, replace
 import numpy as np
-from scipy.special import log_ndtr
-from ..core.errors import FedgalError, one_of, require
+from scipy.special import log_ndtr, logsumexp
+from ..core.errors import FedgalError, one_of
 
 # %% auto #0
 __all__ = ['ORDERS', 'NEIGHBOURS', 'gaussian_delta', 'zcdp_epsilon', 'gaussian_sigma', 'gaussian_epsilon', 'laplace_scale',
@@ -94,15 +94,19 @@ def gaussian_rdp(mu: float) -> np.ndarray:  # [len(ORDERS)]
 
 @functools.cache
 def _sampled_rdp_of_a_step(noise_multiplier, rate):
-    analysis = require("opacus.accountants.analysis.rdp", "dp")
-    return analysis.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+    sigma = noise_multiplier
+    fine = min(sigma / 20, sigma**2 / 2)  # below the width of the Gaussian, and of the rise of the likelihood ratio
+    x = np.arange(-12 * sigma, ORDERS[-1] + 12 * sigma, fine)
+    ratio = np.logaddexp(np.log1p(-rate), np.log(rate) + (2 * x - 1) / (2 * sigma**2))
+    density = -(x**2) / (2 * sigma**2) + math.log(fine / (sigma * math.sqrt(2 * math.pi)))
+    return np.array([logsumexp(order * ratio + density) / (order - 1) for order in ORDERS])
 
 def sampled_rdp(
     noise_multiplier: float,  # sigma / sensitivity
-    rate: float,  # of Poisson sampling
+    rate: float,  # of Poisson sampling, below 1
     steps: int,
 ) -> np.ndarray:  # [len(ORDERS)]
-    "Rényi divergence of Gaussian answers on random samples; needs Opacus."
+    "Rényi divergence of Gaussian answers on random samples (Mironov, Talwar & Zhang 2019)."
     return steps * _sampled_rdp_of_a_step(noise_multiplier, rate)
 
 # %% ../../nbs/privacy/01_accountant.ipynb #d9010025
