@@ -21,10 +21,11 @@ from ..federated.trained import TrainedRun, client_features, client_model
 def training_judge(
     data: Dataset,
     split: Split,
-) -> Callable | None:  # (model, client or None) -> numbers for the history; None without validation data
+    private: bool = False,  # True: no client tells anything of its samples
+) -> Callable | None:  # (model, client or None) -> numbers for the history; None where nothing is told
     "Accuracy and loss of a model on validation data: of all clients, or of one."
     everything = torch.cat(split.val)
-    if not len(everything):
+    if private or not len(everything):
         return None
 
     def judge(model: nn.Module, client: int | None = None) -> dict:
@@ -54,12 +55,13 @@ def own_quality(
     scratch: nn.Module,  # of the form of the network; its weights are overwritten
     data: Dataset,
     split: Split,
-) -> list[dict]:  # for every client: accuracy (None without model or samples), count, correct and loss of every class
+    private: bool = False,  # True: no client tells anything of its samples
+) -> list[dict]:  # for every client: accuracy (None where it tells none), count, correct and loss of every class
     "What the model that each client holds after its last local work is worth on its own validation samples."
     records = []
     for client, rows in enumerate(split.val):
         judged = None
-        if client in result.client_parameters and len(rows):
+        if client in result.client_parameters and len(rows) and not private:
             own = result.load(scratch, client)
             judged = evaluate(own, data.x_train[rows], data.y_train[rows], data.n_classes)
         records.append(_record(client, judged, data.n_classes))
@@ -93,12 +95,12 @@ def owner_scores(
     level: str,
     ledger: Ledger,  # gets a message for every client that is measured
 ) -> tuple[Tensor, Tensor, Tensor]:  # recall, mean loss and number of validation samples, [K, C] float64 each
-    "What every client's upper part is worth on its own validation samples; NaN and 0 without a model."
+    "What every client's upper part is worth on its own validation samples; NaN and 0 where it tells nothing."
     n_classes = run.data.n_classes
     absent = torch.full((n_classes,), torch.nan, dtype=torch.float64)
     recalls, losses, counts = [], [], []
     for client, (z, y) in enumerate(client_features(run, level, part="val")):
-        upper = client_model(run, client)
+        upper = None if run.private else client_model(run, client)
         result = None if upper is None else evaluate(upper.view(level), z, y, n_classes)
         recalls.append(absent if result is None else result.recall.double())
         losses.append(absent if result is None else result.loss.double())

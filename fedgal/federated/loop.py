@@ -168,6 +168,12 @@ def _begun(options, clients, seed, state, weights):
     _check_postprocessors(options, state.payload, len(clients), weights)
     return replace(state, postprocessors=begun)
 
+def _begin_round(state, options, saved):
+    "Let postprocessors pay for the coming round before a message leaves; raises where they may not begin it."
+    paid = [p.paid() for p in options.make_postprocessors(state.postprocessors)]
+    if saved and any(paid):
+        saved.begin_round(state.payload.round, paid)
+
 def _last_round(state, accepted, base, model, clients, options, seed, engine, loss):
     "The last round with the model of every client; where each has its own, nobody trains for it."
     if options.make_algorithm().personal:
@@ -175,9 +181,15 @@ def _last_round(state, accepted, base, model, clients, options, seed, engine, lo
     return last_round_of_all(state, accepted, base, model, clients, options, seed, engine, loss)
 
 # %% ../../nbs/federated/08_loop.ipynb #30ccf6f1
+def _with_scores(state, evaluate, algorithm, model, clients):
+    "The state with what `evaluate` says of the last round in its history."
+    row = {**state.history[-1], **judged(evaluate, algorithm, model, state, clients)}
+    return replace(state, history=(*state.history[:-1], row))
+
+
 def _result(algorithm, model, state, last, engine, reason):
     final, history = delivered(algorithm, model, state), list(state.history)
-    return FederationResult(final, last, history, Ledger(state.ledger), engine, reason)
+    return FederationResult(final, last, history, Ledger(state.ledger), engine, reason, state.postprocessors)
 
 
 # %% ../../nbs/federated/08_loop.ipynb #7a5c0013
@@ -205,23 +217,23 @@ def fit(
     first = [clients[i] for i in choose(len(clients), options.participation, seed, 0)]
     wanted = name_of(engine) if isinstance(engine, Engine) else engine
     name, reason = resolve_engine(wanted, model, first, algorithm.loss(state.payload, loss), options.rounds)
-    if checkpoint:
-        who = identity(state.payload, clients, options, seed, kind_of(engine, name), loss, weights, own, model, held)
-        saved = Checkpoints(checkpoint, who)
-        state, last = saved.load(next(model.parameters()).device) or (state, None)
+    who = (state.payload, clients, options, seed, kind_of(engine, name), loss, weights, own, model, held)
+    saved = Checkpoints(checkpoint, identity(*who)) if checkpoint else None
+    if saved:
+        state, last = saved.resume(state, next(model.parameters()).device)
     done = state.payload.round
     opened = contextlib.nullcontext(engine) if isinstance(engine, Engine) else ENGINES.make(name)
     with opened as runner:
         for r in progress(range(done, options.rounds), f"resumed after round {done}: round" if done else "round"):
             base = state.payload
             final = r + 1 == options.rounds
+            _begin_round(state, options, saved)
             state, accepted = run_round(state, model, clients, options, seed, runner, loss, weights, messages)
             if evaluate and (final or (r + 1) % options.eval_every == 0):
-                row = {**state.history[-1], **judged(evaluate, algorithm, model, state, clients)}
-                state = replace(state, history=(*state.history[:-1], row))
+                state = _with_scores(state, evaluate, algorithm, model, clients)
             if final:
                 state, last = _last_round(state, accepted, base, model, clients, options, seed, runner, loss)
-            if checkpoint:
+            if saved:
                 saved.save(state, last)
             if on_round:
                 on_round(state)

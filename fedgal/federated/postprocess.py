@@ -61,6 +61,10 @@ class PostprocessorFacts:
         "What is remembered before the first round, seen who could take part."
         return self.state
 
+    def stated(self) -> str:
+        "What it promises of a run, by what it remembers, in one line; nothing where it protects nobody."
+        return ""
+
     def check_federation(self, federation) -> None:
         "Raise a `FedgalError` for `FederationOptions` that it cannot be combined with."
 
@@ -82,6 +86,10 @@ class Postprocessor(PostprocessorFacts):
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         "What leaves the client."
         return update
+
+    def paid(self) -> dict:  # JSON values
+        "What is remembered of the coming round even if that is never finished; raises where it may not begin."
+        return {}
 
     def without_step(self) -> dict:
         "What is remembered after a round in which too few updates came for a step."

@@ -31,6 +31,7 @@ class FederationResult:
     ledger: Ledger
     engine: str
     reason: str  # why this engine
+    postprocessors: tuple[dict, ...] = ()  # what each remembers, for example of a budget
 
     @property
     def parameters(self) -> Tensors:

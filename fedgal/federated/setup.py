@@ -40,6 +40,11 @@ class Training:
         "Enter what was exchanged before the first round."
         record_counts(ledger, self.counts)
 
+    def promises(self, remembered: tuple[dict, ...]) -> str | None:  # of a result: what postprocessors remember
+        "What noise hides, at which budget, in a line for each postprocessor that adds some; None without any."
+        lines = [p.stated() for p in self.options.make_postprocessors(remembered)]
+        return "; ".join(filter(None, lines)) or None
+
     def __str__(self):
         samples = sum(c.n_examples for c in self.clients)
         weights = sum(v.numel() for v in self.network.parameters())

@@ -49,6 +49,11 @@ class FederationOptions(Options):
         "Accepted updates that a round needs."
         return max(self.min_clients, self.make_aggregation().least, *(p.least for p in self.make_postprocessors()))
 
+    @property
+    def private(self) -> bool:
+        "Whether nothing but what noise protects may leave a client."
+        return any(p.private for p in self.make_postprocessors())
+
     def check_cohort(self, n: int) -> None:
         "Raise where no round of `n` clients could succeed."
         needs = {f"aggregation {self.aggregation}": self.make_aggregation().least}

@@ -22,6 +22,7 @@ from ..data.split import Split
 from ..data.auto import Auto
 from .algorithm import ALGORITHMS
 from .result import FederationResult
+from .state import FederationOptions
 from ..models.encode import encode, encode_from
 from ..models.networks import build_model
 from ..models.split import SplitModel
@@ -40,6 +41,7 @@ class TrainedRun:
     clients: dict[int, dict[str, Tensor]]  # the models that clients held after the last round
     key: str  # of the training run; names the encoder
     personal: bool = False  # every client has its own model, and there is no global one
+    private: bool = False  # training told nothing but what noise protects
 
     def space(self, level: str) -> Space:
         "The tag of these encoders' features."
@@ -88,9 +90,9 @@ def load_run(stage) -> TrainedRun:  # a stage with `10_data` and `20_train` amon
     model.load_state_dict(load_tensors(folder / "model.safetensors"))
     clients = {int(k): t for k, t in by_first(load_tensors(folder / "clients.safetensors")).items()}
     clients = dict(sorted(clients.items()))
-    personal = ALGORITHMS[t["algorithm"]].personal
+    personal, private = ALGORITHMS[t["algorithm"]].personal, FederationOptions.make(**t).private
     model = model.to(stage.runtime.device).eval().requires_grad_(True)
-    return TrainedRun(data, split, model, clients, stage.keys["20_train"], personal)
+    return TrainedRun(data, split, model, clients, stage.keys["20_train"], personal, private)
 
 # %% ../../nbs/federated/09_trained.ipynb #43f0b517
 def owners_in_turn(

@@ -120,7 +120,7 @@ def check_training(
     check_participants(params["n_clients"], params["participation"], params["min_clients"])
     federation.check_cohort(n_chosen(params["n_clients"], params["participation"]))
     check_kept(params["keep_messages"], federation)
-    if params["train_sampling"] != "plain" and any(p.private for p in federation.make_postprocessors()):
+    if params["train_sampling"] != "plain" and federation.private:
         raise FedgalError("with privacy all clients weigh the same: train_sampling = plain")
 
 # %% ../../nbs/pipeline/02_parameters.ipynb #fa1a0013

@@ -33,7 +33,7 @@ def train(
     clients = {k: fixed | own for k, own in sorted(result.client_parameters.items())}
     key = fingerprint(p | {"split": split.fingerprint})
     model = result.load(t.network).eval().requires_grad_(True)
-    return TrainedRun(data, split, model, clients, key, ALGORITHMS[p["algorithm"]].personal)
+    return TrainedRun(data, split, model, clients, key, ALGORITHMS[p["algorithm"]].personal, t.options.private)
 
 # %% ../../nbs/pipeline/18_script.ipynb #3685d262
 def class_statistics(

@@ -7,12 +7,12 @@ from __future__ import annotations
 import functools, math
 from dataclasses import asdict, dataclass, replace
 import numpy as np
-from scipy.special import log_ndtr
-from ..core.errors import FedgalError, require
+from scipy.special import log_ndtr, logsumexp
+from ..core.errors import FedgalError, one_of
 
 # %% auto #0
-__all__ = ['ORDERS', 'gaussian_delta', 'zcdp_epsilon', 'gaussian_sigma', 'gaussian_epsilon', 'laplace_scale', 'rdp_epsilon',
-           'gaussian_rdp', 'sampled_rdp', 'Charge', 'Accountant', 'least_noise']
+__all__ = ['ORDERS', 'NEIGHBOURS', 'gaussian_delta', 'zcdp_epsilon', 'gaussian_sigma', 'gaussian_epsilon', 'laplace_scale',
+           'rdp_epsilon', 'gaussian_rdp', 'sampled_rdp', 'Charge', 'Accountant', 'least_noise']
 
 # %% ../../nbs/privacy/01_accountant.ipynb #d9010007
 def _check(epsilon=1.0, delta=0.5, **positive):
@@ -94,33 +94,49 @@ def gaussian_rdp(mu: float) -> np.ndarray:  # [len(ORDERS)]
 
 @functools.cache
 def _sampled_rdp_of_a_step(noise_multiplier, rate):
-    analysis = require("opacus.accountants.analysis.rdp", "dp")
-    return analysis.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=ORDERS)
+    sigma = noise_multiplier
+    fine = min(sigma / 20, sigma**2 / 2)  # below the width of the Gaussian, and of the rise of the likelihood ratio
+    x = np.arange(-12 * sigma, ORDERS[-1] + 12 * sigma, fine)
+    ratio = np.logaddexp(np.log1p(-rate), np.log(rate) + (2 * x - 1) / (2 * sigma**2))
+    density = -(x**2) / (2 * sigma**2) + math.log(fine / (sigma * math.sqrt(2 * math.pi)))
+    return np.array([logsumexp(order * ratio + density) / (order - 1) for order in ORDERS])
 
 def sampled_rdp(
     noise_multiplier: float,  # sigma / sensitivity
-    rate: float,  # of Poisson sampling
+    rate: float,  # of Poisson sampling, below 1
     steps: int,
 ) -> np.ndarray:  # [len(ORDERS)]
-    "Rényi divergence of Gaussian answers on random samples; needs Opacus."
+    "Rényi divergence of Gaussian answers on random samples (Mironov, Talwar & Zhang 2019)."
     return steps * _sampled_rdp_of_a_step(noise_multiplier, rate)
 
 # %% ../../nbs/privacy/01_accountant.ipynb #d9010025
+NEIGHBOURS = {  # adjacency -> how two neighbouring data sets differ
+    "add/remove": "one {unit} more or less",
+    "replace-one": "one {unit} replaced by any other",
+    "zero-out": "one {unit} adds nothing to any sum or count, and what these are divided by stays",
+}
+
 @dataclass(frozen=True)
 class Charge:
     "One kind of Gaussian answer, and how often it was given."
 
     what: str  # in words
     unit: str  # whose presence is hidden: "record" or "client"
-    adjacency: str  # "add/remove", "replace-one", or "zero-out": a client's message becomes zero
+    adjacency: str  # see `NEIGHBOURS`
     sensitivity: float  # L2
     sigma: float  # standard deviation of the noise, in the unit of the sensitivity
     steps: int = 1
     rate: float = 1.0  # of Poisson sampling; 1: everyone takes part
 
     def __post_init__(self):
+        one_of("adjacency", self.adjacency, tuple(NEIGHBOURS))
         _check(sensitivity=self.sensitivity, sigma=self.sigma, steps=self.steps, rate=self.rate)
         if self.rate > 1: raise FedgalError(f"rate = {self.rate}: a probability, at most 1")
+
+    @property
+    def neighbours(self) -> str:
+        "What is hidden, in words."
+        return NEIGHBOURS[self.adjacency].format(unit=self.unit)
 
     @property
     def mu(self) -> float:

@@ -101,8 +101,18 @@ class Private(Postprocessor):
             advice = "use a model without BatchNorm (norm: group)"
             raise FedgalError(f"{self.name}: the model has buffers ({next(iter(payload.buffers))}); {why}; {advice}")
 
+    def paid(self) -> dict:
+        accountant = self.spent().to_json()
+        return {"accountant": accountant} if self.options.noise == "secret" else {}
+
     def without_step(self) -> dict:
         return {"accountant": self.spent().to_json()}
+
+    def stated(self) -> str:
+        o, spent = self.options, Accountant.from_json(self.state["accountant"])
+        source = "secret" if o.noise == "secret" else "repeatable, no protection from who knows the seed"
+        facts = f"noise multiplier {o.noise_multiplier:g}, clip {self.state.get('clip', o.clip):.4g}, noise {source}"
+        return f"{self.name}: {spent}, hidden is whether {self.charge.neighbours}; {facts}"
 
     def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
         accountant = self.spent()

@@ -182,10 +182,6 @@ class RecordDP(Private):
     def charge(self) -> Charge:
         return self.options.charge()
 
-    def check_federation(self, federation) -> None:
-        super().check_federation(federation)
-        self.spent().epsilon()  # raises where sampling cannot be counted
-
     def prepare(self, client: MultiStepClient) -> RecordDPClient:
         if type(client) is not MultiStepClient:
             raise FedgalError(f"record_dp: client {client.id} is a {type(client).__name__}; it takes a MultiStepClient")

@@ -17,8 +17,8 @@ from ..stats.moments import clip_eigenvalues, variances
 from ..stats.space import Space
 
 # %% auto #0
-__all__ = ['BLOCKS', 'DROP', 'scaled_sensitivity', 'noise_scales', 'Release', 'clipped_statistics', 'release', 'release_clients',
-           'repaired']
+__all__ = ['BLOCKS', 'DROP', 'scaled_sensitivity', 'noise_scales', 'Release', 'ClippedStatistics', 'clipped_statistics',
+           'release', 'release_clients', 'repaired']
 
 # %% ../../nbs/privacy/03_release.ipynb #d9030007
 BLOCKS = ("counts", "sums", "moments")
@@ -92,6 +92,24 @@ class Release:
         )
 
 # %% ../../nbs/privacy/03_release.ipynb #d9030012
+@dataclass(frozen=True, eq=False)
+class ClippedStatistics(ClassStatistics):
+    "Sums of clipped records, which carry their bound; they add up with sums under the same bound only."
+
+    bound: float = math.inf  # R
+
+    def __add__(self, other: ClippedStatistics) -> ClippedStatistics:
+        return super().__add__(self._alike(other))
+
+    def __sub__(self, other: ClippedStatistics) -> ClippedStatistics:
+        return super().__sub__(self._alike(other))
+
+    def _alike(self, other):
+        if (theirs := getattr(other, "bound", math.inf)) != self.bound:
+            raise FedgalError(f"sums of records clipped to {self.bound:g} and to {theirs:g} do not add up; clip alike")
+        return other
+
+# %% ../../nbs/privacy/03_release.ipynb #d903001c
 def clipped_statistics(
     z: Tensor,  # [N, d]
     y: Tensor,  # [N]
@@ -99,9 +117,10 @@ def clipped_statistics(
     space: Space,
     bound: float,  # R
     moments: str = "full",
-) -> ClassStatistics:
-    "Sums of rows that are no longer than a bound, each client's own part of a release."
-    return ClassStatistics.from_features(clip_rows(z.double(), bound), y, n_classes, space, moments=moments)
+) -> ClippedStatistics:
+    "Sums of rows that are made no longer than a bound, each client's own part of a release."
+    s = ClippedStatistics.from_features(clip_rows(z.double(), bound), y, n_classes, space, moments=moments)
+    return replace(s, bound=bound)
 
 def _noisy(s, scales, noise):
     "The three tables with their noise; every class has some, also an absent one."
@@ -109,20 +128,25 @@ def _noisy(s, scales, noise):
     second = None if s.second is None else draw(s.second, scales["moments"])
     if s.moments == "full":
         second = (second + second.mT) / 2
-    return replace(s, count=draw(s.count, scales["counts"]), sum=draw(s.sum, scales["sums"]), second=second)
+    return ClassStatistics(s.space, draw(s.count, scales["counts"]), draw(s.sum, scales["sums"]), second)
 
 def _check_release(s, bound):
     if s.fourier is not None:
         raise FedgalError("Fourier sums have no noise here; collect the statistics that are to be released without rff")
     if not 0 < bound < math.inf: raise FedgalError(f"bound = {bound}: a finite length above 0 is needed")
-    if s.second is not None:
-        energy = variances(s.second).sum(1)  # [C] sum of squared lengths
-        if (energy > s.count * bound**2 * (1 + 1e-6)).any():
-            raise FedgalError(f"records are longer than bound = {bound:g}; clip them first with clipped_statistics")
+    if not all(t.isfinite().all() for t in (s.count, s.sum, s.second) if t is not None):
+        raise FedgalError("sums that are not finite cannot be hidden by noise; make them with clipped_statistics")
+
+def _check_clipped(s, bound):
+    "Sums do not show how long a record was, so that they have to say it themselves."
+    if not isinstance(s, ClippedStatistics):
+        raise FedgalError("nothing bounds the records of these sums; make them with clipped_statistics")
+    if s.bound != bound:
+        raise FedgalError(f"records were clipped to {s.bound:g}, not to bound = {bound:g}; give their own bound")
 
 # %% ../../nbs/privacy/03_release.ipynb #d9030013
 def release(
-    s: ClassStatistics,  # of clipped records, summed over the clients
+    s: ClippedStatistics,  # summed over the clients
     bound: float,  # R they were clipped to
     epsilon: float,
     delta: float,
@@ -131,6 +155,7 @@ def release(
 ) -> Release:
     "Counts, sums and moments of all classes under noise, private for a record."
     _check_release(s, bound)
+    _check_clipped(s, bound)
     mu = 1 / gaussian_sigma(epsilon, delta)
     scales = noise_scales(mu, bound, s.space.dim, s.moments, adjacency)
     return Release(_noisy(s, scales, noise), "record", adjacency, bound, scales, mu, epsilon, delta, noise.kind)

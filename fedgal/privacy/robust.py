@@ -7,12 +7,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from ..core.options import option
-from ..federated.aggregation import Robust, RobustOptions
+from ..federated.aggregation import Robust, RobustOptions, safe_shares
 
 # %% auto #0
 __all__ = ['coordinate_median', 'Median', 'TrimmedMean', 'krum_scores', 'Krum', 'MultiKrumOptions', 'MultiKrum',
-           'GeometricOptions', 'geometric_median', 'GeometricMedian', 'weighted_median', 'ClippingOptions',
-           'CentredClipping']
+           'GeometricOptions', 'weights_of', 'geometric_median', 'GeometricMedian', 'weighted_median',
+           'ClippingOptions', 'CentredClipping']
 
 # %% ../../nbs/privacy/20_robust.ipynb #6d7cee49
 def _largest_last(rows):
@@ -91,6 +91,11 @@ class GeometricOptions(RobustOptions):
     steps: int = option(100, "steps of the Weiszfeld algorithm at most", ge=1)
     weighted: bool = option(True, "clients weigh by their numbers of examples, as they tell them")
 
+def weights_of(options, shares):
+    "The shares that a rule counts with, and for the history whether all weigh the same against what they told."
+    told = safe_shares(shares, options.n_faulty) if options.weighted else torch.full_like(shares, 1 / len(shares))
+    return told, {"equal_shares": True} if options.weighted and not torch.equal(told, shares) else {}
+
 def geometric_median(
     rows: Tensor,  # [n, d] float64
     shares: Tensor,  # [n] of each
@@ -116,9 +121,8 @@ class GeometricMedian(Robust):
     reference = "Pillutla et al., IEEE TSP 2022"
 
     def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
-        o = self.options
-        shares = shares if o.weighted else torch.full_like(shares, 1 / len(shares))
-        return geometric_median(rows, shares, coordinate_median(rows), o.smoothing, o.steps), {}
+        o, (shares, facts) = self.options, weights_of(self.options, shares)
+        return geometric_median(rows, shares, coordinate_median(rows), o.smoothing, o.steps), facts
 
 # %% ../../nbs/privacy/20_robust.ipynb #5b0d1002
 def weighted_median(
@@ -133,6 +137,7 @@ def weighted_median(
 class ClippingOptions(RobustOptions):
     factor: float = option(1.0, "length that counts, in weighted medians of the distances", gt=0)
     steps: int = option(3, "of the centre; 1: lengths are bounded and no more", ge=1)
+    weighted: bool = option(True, "clients weigh by their numbers of examples, as they tell them")
 
 class CentredClipping(Robust):
     "The weighted mean of updates that count to a median distance from it."
@@ -143,6 +148,7 @@ class CentredClipping(Robust):
     reference = "Karimireddy et al., ICML 2021"
 
     def combine(self, rows: Tensor, shares: Tensor) -> tuple[Tensor, dict]:
+        shares, facts = weights_of(self.options, shares)
         finite = rows.isfinite().all(1)
         rows, v = torch.where(finite[:, None], rows, 0.0), torch.zeros_like(rows[0])
         for _ in range(self.options.steps):
@@ -150,4 +156,4 @@ class CentredClipping(Robust):
             bound = self.options.factor * weighted_median(lengths, shares)
             counted = torch.where(finite, shares * (bound / lengths.clamp(min=1e-300)).clamp(max=1), 0.0)
             v = v + counted @ (rows - v)
-        return v, {"clipped_to": bound.item()}
+        return v, {"clipped_to": bound.item(), **facts}

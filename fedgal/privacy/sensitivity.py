@@ -27,7 +27,7 @@ SENSITIVITIES = {  # release -> by adding or removing a record, by replacing one
         lambda r, n: math.hypot(1, r, r**2),
         lambda r, n: math.sqrt(2) * math.hypot(1, r, r**2),
     ),
-    "scatter": (lambda r, n: 4 * r**2 * (n - 1) / n, lambda r, n: 4 * r**2 * (n - 1) / n),
+    "scatter": (lambda r, n: 4 * r**2 * (n - 1) / n, lambda r, n: math.sqrt(2) * 4 * r**2 * (n - 1) / n),
     "mean": (None, lambda r, n: 2 * r / n),
     "covariance": (None, lambda r, n: 4 * r**2 * (n - 1) / n**2),
     "RFF sum, paired": (lambda r, n: 1.0, lambda r, n: 2.0),
@@ -41,7 +41,7 @@ def sensitivity(
     release: str,  # see `SENSITIVITIES`
     adjacency: str = "add/remove",  # or "replace-one"
     bound: float = 1.0,  # R, the largest length of a record
-    n: int | None = None,  # records, of the larger of two neighbours
+    n: int | None = None,  # records of a class at most, in the larger of two neighbours
 ) -> float:  # L2
     "How far one record can move a release; of all classes together."
     one_of("release", release, tuple(SENSITIVITIES))
