@@ -1,4 +1,7 @@
-"""Three faulty clients of ten (NaN, sign flip, drop-out) hardly move what quickstart's training reaches."""
+"""Three faulty clients of ten (NaN, sign flip, drop-out) in quickstart's training: what one seed shows after 20 rounds.
+
+One seed says that quarantine and a rule that bounds lengths work, not that three faulty clients cost nothing: over the five seeds and
+40 rounds of `params/faults_digits.yaml` no rule stays within three points of the run without faults."""
 import pytest
 from conftest import REPO
 
@@ -33,8 +36,8 @@ def clean():
 
 
 @pytest.mark.parametrize("rule", ["mean", "centred_clipping"])
-def test_quickstart_ends_within_three_points_of_the_clean_run(rule, clean):
-    "Quarantine finds the NaN; rules that ignore numbers of samples would cost far more on this split."
+def test_seed_0_ends_within_three_points_of_the_clean_run(rule, clean):
+    "Quarantine finds the NaN; which client flips its sign is drawn from the seed, and here it is not one of the large ones."
     faulty, history = trained(rounds=20, eval_every=20, aggregation=rule, **FAULTS)
     reasons = {reason for row in history for _, reason in row["rejected"]}
     assert any("not finite" in reason for reason in reasons) and "dropped out" in reasons

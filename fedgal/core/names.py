@@ -22,7 +22,13 @@ def member_name(
     return "--".join([base, *(f"{name}={word(value)}" for name, value in changed.items())])
 
 # %% ../../nbs/core/14_names.ipynb #0654c8b2
+def _sorted(value):
+    "The same value with its keys in order: a params file and a metrics file may have them in another one."
+    if isinstance(value, list):
+        return [_sorted(v) for v in value]
+    return {k: _sorted(value[k]) for k in sorted(value)} if isinstance(value, dict) else value
+
 def spelt(value) -> str:
-    "A value as contests write it: `{a:1,b:2}` for `{'b': 2, 'a': 1}`."
-    text = re.sub(r"[ ']", "", str(value))
+    "A value as contests write it: `{a:1,b:2}` for `{'b': 2, 'a': 1}`, in a list too."
+    text = re.sub(r"[ ']", "", str(_sorted(value)))
     return "{" + ",".join(sorted(text[1:-1].split(","))) + "}" if text.startswith("{") else text

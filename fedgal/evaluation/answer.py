@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['share_of_gap', 'cell_answer', 'headroom_lines', 'answer', 'comparison_table', 'difference_text', 'contest_table',
-           'readouts_table', 'cell_spreads', 'level_values', 'comparison_record']
+           'readouts_table', 'left_out_of_runs', 'cell_spreads', 'level_values', 'comparison_record']
 
 # %% ../../nbs/evaluation/17_answer.ipynb #e0ba0a94
 import pandas as pd
 from ..core.names import spelt
+from ..core.store import canonical
 from .compare import varied
 from .contests import in_points, p_text
 from .headroom import headroom, headroom_points, headroom_text, headroom_verdict, headrooms
@@ -160,6 +161,26 @@ def readouts_table(
 def _runs(values):
     every = f" ({', '.join(f'{100 * v:.1f}' for v in values)})" if len(values) > 1 else ""
     return f"{100 * sum(values) / len(values):.1f} %{every}"
+
+# %% ../../nbs/evaluation/17_answer.ipynb #1eff0018
+def left_out_of_runs(
+    runs: list[dict],  # metrics, some with "left_out": client, reason and number of rounds
+) -> pd.DataFrame:  # row, reason, clients by seed, updates a run
+    "Whose updates were left out, setting by setting, and why."
+    names, groups = varied(runs), {}
+    for run in sorted(runs, key=lambda r: r["params"]["seed"]):
+        params = {n: run["params"].get(n) for n in names}
+        for out in run.get("left_out", []):
+            _, who, updates = groups.setdefault((canonical(params), out["reason"]), (params, {}, []))
+            who.setdefault(run["params"]["seed"], []).append(out["client"])
+            updates.append(out["rounds"])
+    labels = [r["label"] for r in shorten([{"arm": "none", "params": params} for params, *_ in groups.values()])]
+    lines = []
+    for label, ((setting, reason), (_, who, updates)) in zip(labels, groups.items(), strict=True):
+        by_seed = "; ".join(f"{seed}: {' '.join(map(str, clients))}" for seed, clients in who.items())
+        n = sum(canonical({m: r["params"].get(m) for m in names}) == setting for r in runs)
+        lines.append({"row": label, "reason": reason, "clients, by seed": by_seed, "updates a run": sum(updates) / n})
+    return pd.DataFrame(lines)
 
 # %% ../../nbs/evaluation/17_answer.ipynb #a52c19b1
 def cell_spreads(

@@ -66,7 +66,10 @@ def label(
     return ", ".join(words) + (" (not federated)" if pooled(row) else "")
 
 def _of_postprocessor(given):
-    return given["name"] + (f" epsilon {given['epsilon']:g}" if "epsilon" in given else "")
+    told = f" epsilon {given['epsilon']:g}" if given.get("epsilon") is not None else ""
+    if not told and "noise_multiplier" in given:
+        told = f" noise {given['noise_multiplier']:g}"
+    return given["name"] + told + (f" ({' '.join(given['kinds'])})" if "kinds" in given else "")
 
 def _spoken(name, value):
     if name in ("algorithm", "level", "aggregation"):

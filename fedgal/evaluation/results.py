@@ -24,10 +24,10 @@ def tag_of(run: TrainedRun) -> str:
     return fingerprint({"split": run.split.fingerprint, "readout": readout_of(run)})
 
 # %% ../../nbs/evaluation/08_results.ipynb #2ebacbe9
-def validation_judge(run: TrainedRun) -> Callable | None:  # models -> EvalResult; None: there are no validation samples
+def validation_judge(run: TrainedRun) -> Callable | None:  # models -> EvalResult; None: nothing is told of such samples
     "What judges the model of a run, or the models of its clients, on the clients' validation data."
     val, data = torch.cat(run.split.val), run.data
-    if not len(val):
+    if run.private or not len(val):
         return None
 
     def score(model, at):

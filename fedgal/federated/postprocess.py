@@ -47,6 +47,7 @@ class PostprocessorFacts:
     private = False  # True: all clients weigh the same, and nothing but their tensors is of use to the server
     blind = False  # True: the server sees sums over the clients of a round and nothing else
     single = False  # True: its server hook has to see every update by itself
+    lengthens = False  # True: its client hook may leave an update longer than it was
     least = 1  # accepted updates that a round needs
 
     def __init__(self, options: Options | None = None):
@@ -68,8 +69,11 @@ class PostprocessorFacts:
     def check_federation(self, federation) -> None:
         "Raise a `FedgalError` for `FederationOptions` that it cannot be combined with."
 
+    def check_cohort(self, n_expected: int) -> None:
+        "Raise a `FedgalError` for a number of clients in a round that it cannot work with."
+
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
-        "Raise a `FedgalError` for a model, or a number of clients in a round, that it cannot work with."
+        "Raise a `FedgalError` for a model that it cannot work with."
 
 # %% ../../nbs/federated/02d_postprocess.ipynb #9057a018
 class Postprocessor(PostprocessorFacts):

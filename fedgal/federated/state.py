@@ -61,6 +61,8 @@ class FederationOptions(Options):
         for what, least in needs.items():
             if n < least:
                 raise FedgalError(f"{what} needs {least} accepted updates a round, and a round asks {n} clients")
+        for p in self.make_postprocessors():
+            p.check_cohort(n)
 
     def make_algorithm(self) -> Algorithm:
         return get_algorithm(self.algorithm, **self.options)

@@ -22,7 +22,7 @@ PASSING = ("dropout", "straggler")  # drawn anew in each round
 LASTING = ("nan", "sign_flip", "scale", "noise", "label_flip")  # drawn once
 
 class FaultsOptions(Options):
-    share: float = option(0.3, "share of the clients that are faulty, over all kinds", gt=0, le=1)
+    share: float = option(0.3, "share of faulty clients, over all kinds; a straggler may still be in time", gt=0, le=1)
     kinds: list[str] = option(["sign_flip"], "what goes wrong; the share is dealt evenly", one_of=PASSING + LASTING)
     factor: float = option(10.0, "scale: times the update; noise: its length over that of the update", gt=0)
     delay: float = option(1.0, "mean delay of a straggler, in rounds of a client that is none", gt=0)
@@ -73,6 +73,10 @@ class Faults(Postprocessor):
 
     Options = FaultsOptions
     name = "faults"
+
+    @property
+    def lengthens(self) -> bool:
+        return bool({"scale", "noise"} & set(self.options.kinds))
 
     @property
     def each(self) -> float:

@@ -54,13 +54,31 @@ class PrivacyOptions(Options):
 def anonymous(
     update: ClientUpdate,
     tensors: Tensors,
-    words: str,  # what protects them
+    words: str,  # what protects them, beside what is said already
 ) -> ClientUpdate:
     "An update without anything beside its tensors; raises `FedgalError` for a gradient."
     if update.kind != "delta":
         raise FedgalError("privacy clips changes of parameters, not gradients; let clients take local steps instead")
     told = {"labels": None, "hyperparams": None, "statistics": None, "train_loss": None}
+    words = ", ".join(filter(None, (update.privacy, words)))
     return replace(update, tensors=tensors, n_examples=1, buffers={}, terms={}, privacy=words, **told)
+
+# %% ../../nbs/privacy/04_clipping.ipynb #d904001c
+def _check_budget(private, rounds):
+    "Raise for a budget that does not last, with the noise under which it would."
+    o, run = private.options, replace(private.charge, steps=private.charge.steps * rounds)
+    try:
+        Accountant(o.epsilon, o.delta).spend(run)
+    except FedgalError as error:
+        least = f"noise_multiplier >= {least_noise(run, o.epsilon, o.delta):.4g}"
+        raise FedgalError(f"{private.name}: {error}; {rounds} rounds need {least}") from None
+
+def _in_one_line(private):
+    "What is hidden, at which budget, by which noise."
+    o, spent = private.options, Accountant.from_json(private.state["accountant"])
+    source = "secret" if o.noise == "secret" else "repeatable, no protection from who knows the seed"
+    facts = f"noise multiplier {o.noise_multiplier:g}, clip {private.state.get('clip', o.clip):.4g}, noise {source}"
+    return f"{private.name}: {spent}, hidden is whether {private.charge.neighbours}; {facts}"
 
 # %% ../../nbs/privacy/04_clipping.ipynb #d9040012
 class Private(Postprocessor):
@@ -88,18 +106,12 @@ class Private(Postprocessor):
             raise FedgalError(f"{self.name}: {beyond}, which has no noise; use fedavg or fedprox")
         if federation.norm_factor:
             raise FedgalError(f"{self.name}: norm_factor compares lengths, which are not private; set it to 0")
-        o, run = self.options, replace(self.charge, steps=self.charge.steps * federation.rounds)
-        try:
-            Accountant(o.epsilon, o.delta).spend(run)
-        except FedgalError as error:
-            least = f"noise_multiplier >= {least_noise(run, o.epsilon, o.delta):.4g}"
-            raise FedgalError(f"{self.name}: {error}; {federation.rounds} rounds need {least}") from None
+        _check_budget(self, federation.rounds)
 
     def check_start(self, payload: ServerPayload, n_expected: int) -> None:
         if payload.buffers:
-            why = "running statistics would leave the clients without noise"
-            advice = "use a model without BatchNorm (norm: group)"
-            raise FedgalError(f"{self.name}: the model has buffers ({next(iter(payload.buffers))}); {why}; {advice}")
+            why = "running statistics would leave clients without noise; use a model without BatchNorm (norm: group)"
+            raise FedgalError(f"{self.name}: the model has buffers ({next(iter(payload.buffers))}); {why}")
 
     def paid(self) -> dict:
         accountant = self.spent().to_json()
@@ -109,21 +121,24 @@ class Private(Postprocessor):
         return {"accountant": self.spent().to_json()}
 
     def stated(self) -> str:
-        o, spent = self.options, Accountant.from_json(self.state["accountant"])
-        source = "secret" if o.noise == "secret" else "repeatable, no protection from who knows the seed"
-        facts = f"noise multiplier {o.noise_multiplier:g}, clip {self.state.get('clip', o.clip):.4g}, noise {source}"
-        return f"{self.name}: {spent}, hidden is whether {self.charge.neighbours}; {facts}"
+        return _in_one_line(self)
 
     def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
-        accountant = self.spent()
-        row = {"dp_epsilon": accountant.epsilon(), "dp_source": draws.noise(self.options.noise).kind}
-        return step, {"accountant": accountant.to_json()}, row
+        row = {"dp_epsilon": self.spent().epsilon(), "dp_source": draws.noise(self.options.noise).kind}
+        return step, {"accountant": self.spent().to_json()}, row
 
 # %% ../../nbs/privacy/04_clipping.ipynb #d9040014
 class ClientDPOptions(PrivacyOptions):
     quantile: float = option(0.0, "share of updates that are not to be clipped; 0: the bound is fixed", ge=0, lt=1)
     rate: float = option(0.2, "how fast the bound follows", gt=0)
     count_noise: float = option(0.05, "noise on how many are not clipped, as a share of the clients asked", gt=0)
+
+def _check_order(postprocessors):
+    "Raise for one behind `client_dp` that makes updates longer than they were clipped to."
+    last = max(i for i, p in enumerate(postprocessors) if p.name == "client_dp")
+    if longer := [p.name for p in postprocessors[last + 1 :] if p.lengthens]:
+        what = f"{longer[0]} makes updates longer than they were clipped to"
+        raise FedgalError(f"client_dp: {what}, and the noise is made for that; list {longer[0]} before client_dp")
 
 def _check_cohort(options, n_expected):
     "Raise for clients too few to hide how many were clipped."
@@ -160,9 +175,9 @@ class ClientDP(Private):
         if federation.make_aggregation().single:
             why = f"its noise is made for a mean, and aggregation {federation.aggregation} is none"
             raise FedgalError(f"client_dp: {why}; use aggregation mean, or local_noise with this one")
+        _check_order(federation.make_postprocessors())
 
-    def check_start(self, payload: ServerPayload, n_expected: int) -> None:
-        super().check_start(payload, n_expected)
+    def check_cohort(self, n_expected: int) -> None:
         _check_cohort(self.options, n_expected)
 
     def without_step(self) -> dict:
@@ -174,8 +189,7 @@ class ClientDP(Private):
 
     def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
         o, clip, accountant, noise = self.options, self.state["clip"], self.spent(), draws.noise(self.options.noise)
-        z, row = o.noise_multiplier, {}
-        state = {"accountant": accountant.to_json(), "clip": clip}
+        z, row, state = o.noise_multiplier, {}, {"accountant": accountant.to_json(), "clip": clip}
         if o.quantile:
             share, z = _not_clipped(o, clip, updates, n_expected, noise)
             state["clip"] = clip * math.exp(-o.rate * (share - o.quantile))
@@ -192,6 +206,7 @@ class LocalNoise(Private):
 
     name = "local_noise"
     adjacency = "replace-one"
+    lengthens = True
 
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
         o, noise = self.options, draws.noise(self.options.noise)

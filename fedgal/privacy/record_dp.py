@@ -79,6 +79,13 @@ class RecordDPOptions(PrivacyOptions):
         "Of a shuffled pass."
         return round(1 / self.rate)
 
+    @property
+    def words(self) -> str:
+        "What protects the examples of a client that trained with these options."
+        std = self.noise_multiplier * self.clip
+        sums = f"noise of {std:.4g} on their sum in each step ({self.noise})"
+        return f"gradients of examples clipped to {self.clip:.4g}, {sums}"
+
     def charge(self) -> Charge:
         "Of one round."
         poisson = self.sampling == "poisson"
@@ -156,10 +163,7 @@ def train_privately(
         for grads in _noisy_gradients(client, weights, batches, gradients, noise, views):
             step(weights, grads)
     delta = {n: weights.get(n, p) - p for n, p in payload.parameters.items()}
-    std = o.noise_multiplier * o.clip
-    sums = f"noise of {std:.4g} on their sum in each step ({noise.kind})"
-    words = f"gradients of examples clipped to {o.clip:.4g}, {sums}"
-    return ClientUpdate(client.id, "delta", delta, client.n_examples, privacy=words)
+    return ClientUpdate(client.id, "delta", delta, client.n_examples, privacy=o.words)
 
 @dataclass(frozen=True, eq=False)
 class RecordDPClient(MultiStepClient):
@@ -191,6 +195,6 @@ class RecordDP(Private):
         return RecordDPClient(**held | {"config": config}, privacy=self.options)
 
     def client(self, update: ClientUpdate, draws: Draws) -> ClientUpdate:
-        if not update.privacy:
+        if self.options.words not in update.privacy:
             raise FedgalError(f"record_dp: client {update.client} trained without it; let `fit` prepare the clients")
-        return anonymous(update, update.tensors, update.privacy)
+        return anonymous(update, update.tensors, "")

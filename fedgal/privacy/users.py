@@ -29,8 +29,8 @@ from fedgal.privacy.user_options import (
 )
 
 # %% auto #0
-__all__ = ['USERS', 'Shared', 'Truth', 'on_cpu', 'Sends', 'data_of', 'pick_user', 'complete', 'worked', 'used_points', 'User',
-           'GradientUser', 'UpdateUser', 'AggregateClient', 'described', 'construct_user']
+__all__ = ['HONEST', 'USERS', 'Shared', 'Truth', 'on_cpu', 'Sends', 'data_of', 'pick_user', 'complete', 'worked', 'used_points',
+           'User', 'GradientUser', 'UpdateUser', 'AggregateClient', 'described', 'construct_user']
 
 # %% ../../nbs/privacy/12_users.ipynb #3f97f3ab
 @dataclass(frozen=True, eq=False)
@@ -224,6 +224,8 @@ class AggregateClient(User):
         return described(self, f"{who}, after {self.options.in_words()}")
 
 # %% ../../nbs/privacy/12_users.ipynb #b1f0ebc2
+HONEST = "honest but curious; it knows the model that it sent and reads what it gets"
+
 def described(
     user: User,
     sends: str,  # what leaves, in words
@@ -240,7 +242,7 @@ def described(
     lines = {
         "Message": sends,
         "Made of": f"{used} of {points} data points ({o.data_key})",
-        "Server": "honest but curious; it knows the model that it sent and reads what it gets",
+        "Server": getattr(user.model, "server", HONEST),
         "Also sent": ", ".join(extras) or "nothing",
         "Kept back": ", ".join(kept) or "nothing",
         "Batch normalisation": o.bn_mode,

@@ -19,6 +19,8 @@ __all__ = ['ImprintedModel', 'imprinted', 'expected_alone', 'imprint_of', 'Impri
 class ImprintedModel(nn.Module):
     "A model behind k rows that take one measurement; what it gives is that of the model."
 
+    server = "dishonest; it put rows in front of the model that write single examples into the message"
+
     def __init__(
         self,
         model: nn.Module,
