@@ -1,6 +1,8 @@
 """The documentation is whole: every link leads somewhere, names that it gives exist, and it is light enough to be published."""
 import json
 import re
+import subprocess
+from html import unescape
 
 import pytest
 from conftest import REPO
@@ -74,3 +76,49 @@ def test_every_link_of_the_published_reports_leads_somewhere():
     from fedgal.report.docs import dead_links
     assert dead_links(REPO / "reports") == []
     assert sum(p.stat().st_size for p in (REPO / "reports").rglob("*") if p.is_file()) < 40e6
+
+
+# --- where a published page comes from ---
+
+RECORDS = sorted((REPO / "reports").glob("*/run.json"))
+
+
+def facts_of(page):
+    "What the card of a page says: name -> text."
+    pairs = re.findall(r"(?s)<dt>([^<]+)</dt>\s*<dd>(.*?)</dd>", page.read_text(encoding="utf-8"))
+    return {name: unescape(re.sub(r"<[^>]+>", "", value)).strip() for name, value in pairs}
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
+def test_a_published_page_says_what_its_record_says(path):
+    "Commit, params file and key; and the versions of the stage are the same on every page that names them."
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["status"] == "finished" and (REPO / record["params_file"]).is_file()
+    stages = {stage["href"]: stage for stage in record["stages"]}
+    pages = {page.name: facts_of(page) for page in path.parent.glob("*.html")}
+    assert set(pages) == set(stages) and "index.html" in pages
+    for name, facts in pages.items():
+        assert (facts["Git"], facts["Params file"], facts["Key"]) == (record["git"], record["params_file"], stages[name]["key"]), name
+        assert "torch" in facts["Versions"] and re.search(rf"python {record['python'].rsplit('.', 1)[0]}\b", facts["Versions"]), name
+
+
+def test_published_pages_were_made_by_commits_of_the_history():
+    "None by a tree with changes, none by a commit that nobody else has."
+    history = subprocess.run(["git", "log", "--format=%H"], cwd=REPO, capture_output=True, text=True)
+    if history.returncode or (REPO / ".git" / "shallow").exists(): pytest.skip("no history here")
+    commits = history.stdout.split()
+    made_by = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))["git"] for path in RECORDS}
+    assert len(made_by) > 15 and {name: git for name, git in made_by.items() if not any(c.startswith(git) for c in commits)} == {}
+
+
+def test_published_files_are_light():
+    "As `fedgal publish` leaves them: writing them once more would save nothing."
+    from fedgal.report.lighter import lighter_svg
+    heavy = []
+    for path in (p for p in (REPO / "reports").rglob("*") if p.suffix in (".json", ".ipynb", ".svg", ".html")):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".json", ".ipynb"): light = text.count("\n") == 1
+        elif path.suffix == ".svg": light = lighter_svg(text) == text
+        else: light = 'src="data:image/png' not in text
+        heavy += [] if light else [path.relative_to(REPO).as_posix()]
+    assert heavy == []

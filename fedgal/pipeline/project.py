@@ -46,6 +46,7 @@ def publish(name: str) -> Path:  # the published folder
     "Move the report of a finished experiment to `published`; raises where it is unfinished, or of code not committed."
     from fedgal.pipeline.clean import is_running
     from fedgal.report.index import collect, index_page
+    from fedgal.report.lighter import lighten, lighter_page
 
     here, there = settings().reports, settings().published
     if here == there: raise FedgalError(f"reports and published are one folder, {here}; change one in settings.ini")
@@ -63,12 +64,13 @@ def publish(name: str) -> Path:  # the published folder
     waiting = there / f".{name}.new"
     shutil.rmtree(waiting, ignore_errors=True)
     shutil.copytree(here / name, waiting)
+    lighten(waiting)
     if target.exists():
         shutil.rmtree(target)
     os.replace(waiting, target)
     shutil.rmtree(here / name)
     for place in (here, there):
-        write_bytes(place / "index.html", index_page(collect(place)).encode())
+        write_bytes(place / "index.html", lighter_page(index_page(collect(place))).encode())
     return target
 
 # %% ../../nbs/pipeline/19_project.ipynb #c32fb4ae
