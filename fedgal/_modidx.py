@@ -4339,6 +4339,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fedgal/privacy/budgets.py'),
                                         'fedgal.privacy.budgets.released_statistics': ( 'privacy/budgets.html#released_statistics',
                                                                                         'fedgal/privacy/budgets.py'),
+                                        'fedgal.privacy.budgets.taught_by': ('privacy/budgets.html#taught_by', 'fedgal/privacy/budgets.py'),
                                         'fedgal.privacy.budgets.train_privately_under': ( 'privacy/budgets.html#train_privately_under',
                                                                                           'fedgal/privacy/budgets.py')},
             'fedgal.privacy.faults': { 'fedgal.privacy.faults.Faults': ('privacy/faults.html#faults', 'fedgal/privacy/faults.py'),
