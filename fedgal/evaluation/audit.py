@@ -138,9 +138,10 @@ class _Features:
             if math.isinf(reading.epsilon):
                 self.audit.curves[f"{name}, {reading.attack}"] = scores, self.candidates.member
 
-    def sums(self, message, sent, parts, epsilon=math.inf):
-        self.audit.readings.append(read_few(message, sent, parts, epsilon))
-        self.take("sums", [read_sums(message, sum(sent[1:], sent[0]), self.candidates, epsilon)])
+    def total(self, message, total, epsilon=math.inf):
+        "Sums of all clients together."
+        self.audit.readings.append(read_few(message, [total], [self.inputs.pooled], epsilon))
+        self.take("sums", [read_sums(message, total, self.candidates, epsilon)])
 
     def weights(self, message, generator, shadows, epsilon=math.inf):
         try:
@@ -159,17 +160,18 @@ def audit_features(
 ) -> Audit:
     "What statistics, banks and weights give away, as they are and under each budget."
     run, level, audit, judge = inputs.run, inputs.level, Audit(), judge_of(inputs.run)
-    sums, bank, weights = f"statistics, level {level}", "bank of gaussian", "weights of gaussian"
+    each, total = f"statistics of each client, level {level}", f"sum of all statistics, level {level}"
+    bank, weights = "bank of gaussian", "weights of gaussian"
     own, moments = client_features(run, level), inputs.statistics.moments
     sent = sent_statistics(run, level, inputs.latents, moments, inputs.views)
+    audit.readings.append(read_few(each, sent, inputs.latents))
     try:
         candidates = candidates_at(run, level, own, inputs.seed)
     except FedgalError as reason:
-        audit.readings.append(read_few(sums, sent, inputs.latents))
-        audit.readings += [does_not_fit(m, "membership", reason) for m in (sums, bank, weights)]
+        audit.readings += [does_not_fit(m, "membership", reason) for m in (total, bank, weights)]
         return audit
     reader = _Features(inputs, candidates, audit)
-    reader.sums(sums, sent, inputs.latents)
+    reader.total(total, sum(sent[1:], sent[0]))
     for arm, (generator, made) in generators.items():
         name = f"bank of {generator.name}"
         if arm == "gaussian" or name != bank:
@@ -178,13 +180,12 @@ def audit_features(
     if not plan.epsilons:
         return audit
     exact = replace(inputs.statistics, fourier=None, rff=None)
-    left = audit.accuracy[sums] = {math.inf: judge(made_of(exact, inputs, sizes, options, **params)[1])}
+    left = audit.accuracy[total] = {math.inf: judge(made_of(exact, inputs, sizes, options, **params)[1])}
     audit.accuracy |= {bank: left, weights: left}
-    pooled = [inputs.pooled]
     for epsilon in sorted(plan.epsilons, reverse=True):
         given = (epsilon, plan.delta, moments, inputs.seed)
         noisy = repaired(released_statistics(run, level, own, candidates.public, *given))
-        reader.sums(sums, [noisy], pooled, epsilon)
+        reader.total(total, noisy, epsilon)
         made, model = made_of(noisy, inputs, sizes, options, **params)
         left[epsilon] = judge(model)
         if made is None:
