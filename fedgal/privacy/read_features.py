@@ -174,8 +174,7 @@ def read_members(
     shares = [k for k in row if k.startswith("TPR") and "," not in k]
     told = [f"{row[k]:.1%} [{row[f'{k}, from']:.1%}, {row[f'{k}, to']:.1%}] ({k})" for k in shares]
     words = "; ".join([f"AUC {row['AUC']:.2f} (by chance up to {chance:.2f})", *told])
-    leaks = row["AUC"] > chance or any(row[f"{k}, from"] > rate for k, rate in zip(shares, (0.01, 0.001), strict=False))
-    return Reading(message, attack.name, "AUC", row["AUC"], 0.5, leaks, words, epsilon), scores
+    return Reading(message, attack.name, "AUC", row["AUC"], 0.5, row["AUC"] > chance, words, epsilon), scores
 
 # %% ../../nbs/privacy/32_read_features.ipynb #31049bcc
 def read_sums(message: str, total: ClassStatistics, candidates: Candidates, epsilon: float = math.inf):
