@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'ALPHA', 'granted', 'received', 'senders', 'read_labels', 'Pictures', 'psnr_table', 'best_order',
-           'best_control', 'decoy_gains', 'read_pictures', 'Round', 'sign_test', 'read_updates']
+           'best_control', 'decoy_gains', 'compared', 'read_pictures', 'Round', 'sign_test', 'read_alone', 'read_round',
+           'read_updates']
 
 # %% ../../nbs/privacy/31_read_updates.ipynb #e0310004
 import copy
@@ -127,6 +128,15 @@ def decoy_gains(
         gains.append((psnr_there - without[columns]).clamp(min=0).sum())
     return torch.stack(gains)
 
+def compared(client: MultiStepClient, guess: Tensor, public: Tensor, others: tuple[Tensor, Tensor], sets: int) -> Pictures:
+    "What was made of a client's message beside its inputs, controls and decoys; guesses [n, ...] in no order."
+    truth, free, strangers = (unit_range(t.cpu()) for t in (client.inputs, public, others[0]))
+    guess = unit_range(guess.cpu()).view_as(truth)
+    guess = guess[best_order(psnr_table(guess, truth))].to(truth)
+    alike = ssim(guess, truth) if truth.ndim == 4 else torch.full((len(truth),), torch.nan)
+    decoys = decoy_gains(guess, client.targets.cpu(), (strangers, others[1].cpu()), free, sets)
+    return Pictures(client.id, truth, guess, psnr(guess, truth), best_control(truth, free), alike, decoys)
+
 def read_pictures(
     client: MultiStepClient,
     update: ClientUpdate,
@@ -139,14 +149,7 @@ def read_pictures(
 ) -> Pictures:
     "Pictures whose gradient points where an update does."
     known = Knowledge(labels=labels, n_examples=client.n_examples, public=public)
-    truth, free = unit_range(client.inputs.cpu()), unit_range(public.cpu())
-    guess = unit_range(attack(update, model, known)[0].value.cpu())
-    guess = guess[best_order(psnr_table(guess, truth))].to(truth)
-    strangers = unit_range(others[0].cpu()), others[1].cpu()
-    decoys = decoy_gains(guess, client.targets.cpu(), strangers, free, sets)
-    return Pictures(
-        client.id, truth, guess, psnr(guess, truth), best_control(truth, free), ssim(guess, truth), decoys
-    )
+    return compared(client, attack(update, model, known)[0].value, public, others, sets)
 
 # %% ../../nbs/privacy/31_read_updates.ipynb #e0310012
 ALPHA = 0.025  # of readings without any meaning, the share that is said to leak
@@ -156,9 +159,10 @@ class Round:
     "What was read in the messages of one round."
 
     round: int  # counted from 1
-    labels: list[tuple[Tensor, float, float]]  # see `read_labels`
+    labels: list[tuple[Tensor, float, float]]  # see `read_labels`; none where they cannot be read
     pictures: list[Pictures]
-    first_layer: Reading
+    alone: list[Pictures]  # of the first layer, from updates of a single example
+    reasons: dict[str, str]  # attack -> why it did not fit
 
 def sign_test(better: int, worse: int) -> float:
     "The chance that a fair coin falls so often on one side."
@@ -170,6 +174,7 @@ def _beyond(sure):
     return f"beyond chance in round {' and '.join(rounds)}" if rounds else "not beyond chance"
 
 def _of_labels(rounds, epsilon):
+    rounds = [r for r in rounds if r.labels]
     sides = {r.round: [(value, without) for _, value, without in r.labels] for r in rounds}
     better, worse = ({n: sum(s * (v - w) > 0 for v, w in of) for n, of in sides.items()} for s in (1, -1))
     sure = {n: sign_test(better[n], worse[n]) < ALPHA / len(rounds) for n in sides}
@@ -178,33 +183,61 @@ def _of_labels(rounds, epsilon):
     words = f"{value:.0%} of the labels are right ({without:.0%} by guessing); more in {counts}: {_beyond(sure)}"
     return Reading("update", "label_counts", "share of the labels", value, without, any(sure.values()), words, epsilon)
 
-def _of_pictures(rounds, epsilon):
-    shown = {r.round: r.pictures for r in rounds if r.pictures}
-    sure = {n: bool(sum(p.gain for p in ps) > sum(p.decoys for p in ps).max()) for n, ps in shown.items()}
-    every = [p for ps in shown.values() for p in ps]
+def _of_inputs(attack, of_rounds, epsilon):
+    "Of inputs that were made of updates, by round."
+    sure = {n: bool(sum(p.gain for p in ps) > sum(p.decoys for p in ps).max()) for n, ps in of_rounds.items()}
+    every = [p for ps in of_rounds.values() for p in ps]
     value, without, alike = (torch.cat([getattr(p, n) for p in every]) for n in ("psnr", "without", "ssim"))
-    mean = value.mean().item(), without.mean().item()
-    better = {n: sum(int((p.psnr > p.without).sum()) for p in ps) for n, ps in shown.items()}
-    sizes = {n: sum(len(p.psnr) for p in ps) for n, ps in shown.items()}
-    counts = ", ".join(f"{better[n]} of {sizes[n]} pictures of round {n}" for n in shown)
+    mean = value.clamp(max=200).mean().item(), without.mean().item()
+    better = {n: sum(int((p.psnr > p.without).sum()) for p in ps) for n, ps in of_rounds.items()}
+    sizes = {n: sum(len(p.psnr) for p in ps) for n, ps in of_rounds.items()}
+    counts = ", ".join(f"{better[n]} of {sizes[n]} pictures of round {n}" for n in of_rounds)
+    similar = "" if alike.isnan().any() else f", SSIM {alike.mean():.2f}"
     said = f"{counts} are better than a gray and a mean picture: {_beyond(sure)}"
-    said += f" (PSNR {mean[0]:.1f} dB against {mean[1]:.1f} dB, SSIM {alike.mean():.2f})"
-    return Reading("update", "inversion", "PSNR in dB", *mean, any(sure.values()), said, epsilon)
+    said += f" (PSNR {mean[0]:.1f} dB against {mean[1]:.1f} dB{similar})"
+    return Reading("update", attack, "PSNR in dB", *mean, any(sure.values()), said, epsilon)
 
 # %% ../../nbs/privacy/31_read_updates.ipynb #e0310022
-def _first_layer(pairs, model, epsilon):
-    try:
-        first_linear(model)
-    except FedgalError as reason:
-        return does_not_fit("update", "first_layer", reason, epsilon)
+def read_alone(pairs, model: nn.Module, public: Tensor, others: tuple[Tensor, Tensor], sets: int) -> list[Pictures]:
+    "What the first layer says of updates of a single example; raises `FedgalError` where it cannot."
+    first_linear(model)
     lone = [(c, u) for c, u in pairs if c.n_examples == 1]
     if not lone:
-        return does_not_fit("update", "first_layer", "no update is made of a single example", epsilon)
-    found = [get_attack("first_layer")(u, model, Knowledge(n_examples=1))[0].value.cpu() for _, u in lone]
-    truth = torch.cat([unit_range(c.inputs.cpu()).flatten(1) for c, _ in lone])
-    value = psnr(unit_range(torch.cat(found)), truth).clamp(max=200).mean().item()
-    words = f"{len(lone)} single examples with {value:.0f} dB"
-    return Reading("update", "first_layer", "PSNR in dB", value, 0.0, value > 30, words, epsilon)
+        raise FedgalError("no update is made of a single example")
+    attack = get_attack("first_layer")
+    return [compared(c, attack(u, model, Knowledge(n_examples=1))[0].value, public, others, sets) for c, u in lone]
+
+def read_round(
+    number: int,  # counted from 1
+    training: Training,
+    kept: KeptMessages,
+    public: Tensor,
+    others: tuple[Tensor, Tensor],
+    n_clients: int,
+    attack: Inversion,
+    sets: int,
+) -> Round:
+    "The messages of one round, by every attack that fits."
+    payload, updates = kept.load(number)
+    try:
+        pairs, model = senders(training.clients, updates), received(training.network, payload)
+    except FedgalError as reason:
+        return Round(number, [], [], [], dict.fromkeys(("label_counts", "first_layer", "inversion"), str(reason)))
+    labels, pictures, alone, reasons = [], [], [], {}
+    try:
+        alone = read_alone(pairs, model, public, others, sets)
+    except FedgalError as reason:
+        reasons["first_layer"] = str(reason)
+    try:
+        labels = read_labels(pairs, model, number - 1, public)  # in the order of the pairs
+    except FedgalError as reason:
+        return Round(number, [], [], alone, reasons | dict.fromkeys(("label_counts", "inversion"), str(reason)))
+    told = [(*p, model, of[0]) for p, of in zip(pairs, labels, strict=True)]
+    small = [t for t in told if t[0].n_examples <= MOST and t[0].x.ndim == 4][:n_clients]
+    if not small:
+        reasons["inversion"] = f"every update is made of more than {MOST} examples, or of no pictures"
+    pictures = [read_pictures(*t, public, attack, others, sets) for t in small]
+    return Round(number, labels, pictures, alone, reasons)
 
 # %% ../../nbs/privacy/31_read_updates.ipynb #94e259b9
 def read_updates(
@@ -219,20 +252,16 @@ def read_updates(
     "What the kept updates of a run give away; raises `FedgalError` if none was kept."
     if not kept.kept():
         raise FedgalError("no messages were kept; add keep_messages: [1] to the params of 20_train")
-    rounds, sets = [], round(len(kept.kept()) / ALPHA) - 1
-    for number in kept.kept():
-        payload, updates = kept.load(number)
-        try:
-            pairs, model = senders(training.clients, updates), received(training.network, payload)
-            labels = read_labels(pairs, model, number - 1, public)  # in the order of the pairs
-        except FedgalError as reason:
-            return [does_not_fit("update", name, reason, epsilon) for name in ("label_counts", "inversion")], []
-        told = [(*p, model, of[0]) for p, of in zip(pairs, labels, strict=True)]
-        small = [t for t in told if t[0].n_examples <= MOST and t[0].x.ndim == 4][:n_clients]
-        pictures = [read_pictures(*t, public, attack, others, sets) for t in small]
-        rounds.append(Round(number, labels, pictures, _first_layer(pairs, model, epsilon)))
-    readings, pictures = [_of_labels(rounds, epsilon), rounds[0].first_layer], sum([r.pictures for r in rounds], [])
-    if not pictures:
-        why = f"every update is made of more than {MOST} examples, or of no pictures"
-        return [*readings, does_not_fit("update", "inversion", why, epsilon)], []
-    return [*readings, _of_pictures(rounds, epsilon)], pictures
+    given = public, others, n_clients, attack, round(len(kept.kept()) / ALPHA) - 1
+    rounds = [read_round(number, training, kept, *given) for number in kept.kept()]
+    of_rounds = {"label_counts": "labels", "first_layer": "alone", "inversion": "pictures"}
+    readings = []
+    for name, part in of_rounds.items():
+        found = {r.round: getattr(r, part) for r in rounds if getattr(r, part)}
+        missing = "; ".join(f"round {r.round} not read: {r.reasons[name]}" for r in rounds if name in r.reasons)
+        if not found:
+            readings.append(does_not_fit("update", name, rounds[0].reasons[name], epsilon))
+            continue
+        read = _of_labels(rounds, epsilon) if part == "labels" else _of_inputs(name, found, epsilon)
+        readings.append(replace(read, said=f"{read.said}; {missing}" if missing else read.said))
+    return readings, [p for r in rounds for p in r.pictures]
