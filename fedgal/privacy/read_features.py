@@ -67,19 +67,20 @@ def candidates_at(
     features: list[tuple[Tensor, Tensor]],  # of every client's own samples at the level, see `client_features`
     seed: int = 0,
 ) -> Candidates:
-    "As many members as others of every class, at a level."
+    "As many members as others of every class of which some samples are public, at a level."
     if run.personal:
         raise FedgalError("every client has an encoder of its own, so that members and others share no space")
     z, y = map(torch.cat, zip(*features, strict=True))
     others, labels, _ = held_out(run, level)
+    free = free_rows(run, seed)
     size = torch.minimum(*(torch.bincount(t, minlength=run.data.n_classes) for t in (y, labels)))
+    size = size * (torch.bincount(run.data.y_train[free], minlength=len(size)) > 1).to(size)
     sides = []
     for rows, of in ((z, y), (others, labels)):
         order = torch.randperm(len(of), generator=stream(seed, "candidates")).to(of.device)
         chosen = order[rank_in_class(of[order], len(size)) < size[of[order]]]
         sides.append((rows[chosen], of[chosen]))
     (a, ya), (b, yb) = sides
-    free = free_rows(run, seed)
     public = encode(run.model, run.data.x_train[free].to(next(run.model.parameters()).device), level)
     member = torch.arange(len(ya) + len(yb), device="cpu") < len(ya)
     return Candidates(torch.cat([a, b]), torch.cat([ya, yb]), member, public, run.data.y_train[free])
