@@ -92,7 +92,11 @@ def audit_updates(
     engine: str = "auto",
 ) -> Audit:
     "What the updates of a run give away, as they are and under each budget."
-    public, judge, audit = run.data.x_train[free_rows(run)], judge_of(run), Audit()
+    judge, audit = judge_of(run), Audit()
+    try:
+        public = run.data.x_train[free_rows(run)]
+    except FedgalError as reason:
+        return Audit([does_not_fit("update", name, reason) for name in ("label_counts", "inversion")])
     attack = get_attack("inversion", iterations=plan.steps, restarts=1)
     others = tuple(t[:MOST_OTHERS] for t in (run.data.x_test, run.data.y_test))
     audit.readings, audit.pictures = read_updates(training, kept, public, others, plan.clients, attack)
@@ -105,7 +109,8 @@ def audit_updates(
             try:
                 model = train_privately_under(training, epsilon, plan.delta, engine, messages)
             except FedgalError as reason:
-                audit.readings += [does_not_fit("update", r.attack, reason, epsilon) for r in audit.readings]
+                named = dict.fromkeys(r.attack for r in audit.readings)
+                audit.readings += [does_not_fit("update", name, reason, epsilon) for name in named]
                 return audit
             left.accuracy[epsilon] = judge(model)
             private = at_work(training, epsilon, plan.delta)
