@@ -41,7 +41,7 @@ def test_every_engine_keeps_the_same_messages(project: Project, tmp_path):
         assert a.n_examples == b.n_examples and all(torch.equal(t, b.tensors[n]) for n, t in a.tensors.items())
 
 
-def test_an_audit_says_what_leaks_where_it_stops_and_what_it_costs(project):
+def test_an_audit_says_what_leaks_under_which_budgets_nothing_was_found_and_what_is_left(project):
     stages = {"stages": [*CHAIN, "80_audit"], "title": "Audited"}
     project.write("audited", **stages, keep_messages=[1], audit_clients=1, audit_steps=20, audit_shadows=4, epsilons=[100.0])
     done = project.fedgal("run", "audited", "--jobs", 1)
@@ -49,13 +49,14 @@ def test_an_audit_says_what_leaks_where_it_stops_and_what_it_costs(project):
     (folder,) = project.folders("80_audit")
     audit = json.loads((folder / "audit.json").read_text())
     assert audit["rounds"] == [1] and audit["noise"] == "repeatable"
-    few = {r["epsilon"]: r for r in audit["readings"] if r["attack"] == "few_samples"}
-    assert few[None]["leaks"] and few[None]["value"] > 0, "a class with one sample on a client comes out as it is"
-    assert few[100.0]["value"] == 0
+    few = {(r["message"][:3], r["epsilon"]): r["value"] for r in audit["readings"] if r["attack"] == "few_samples"}
+    assert few["sta", None] > few["sum", None], "a class with one sample on a client comes out as it is; their sum hides most"
+    assert few["sum", 100.0] == 0 and ("sta", 100.0) not in few, "noise is credited with what it does to the sum"
     messages = {r["message"] for r in audit["readings"]}
-    assert messages >= {"update", "bank of gaussian", "weights of gaussian"} and any(m.startswith("statistics") for m in messages)
+    assert messages >= {"update", "bank of gaussian", "weights of gaussian"} and any(m.startswith("statistics of each") for m in messages)
     page = (project.reports / "audited" / "index.html").read_text()
-    assert "stops at epsilon" in page and "cost (points)" in page and 'alt="Originals above and reconstructions below' in page
+    assert "stop it" not in page and "nothing found at epsilon" in page and "≤ 100 (the largest tried)" in page
+    assert 'alt="Originals above and reconstructions below' in page
 
 
 if __name__ == "__main__":

@@ -67,19 +67,20 @@ def candidates_at(
     features: list[tuple[Tensor, Tensor]],  # of every client's own samples at the level, see `client_features`
     seed: int = 0,
 ) -> Candidates:
-    "As many members as others of every class, at a level."
+    "As many members as others of every class of which some samples are public, at a level."
     if run.personal:
         raise FedgalError("every client has an encoder of its own, so that members and others share no space")
     z, y = map(torch.cat, zip(*features, strict=True))
     others, labels, _ = held_out(run, level)
+    free = free_rows(run, seed)
     size = torch.minimum(*(torch.bincount(t, minlength=run.data.n_classes) for t in (y, labels)))
+    size = size * (torch.bincount(run.data.y_train[free], minlength=len(size)) > 1).to(size)
     sides = []
     for rows, of in ((z, y), (others, labels)):
         order = torch.randperm(len(of), generator=stream(seed, "candidates")).to(of.device)
         chosen = order[rank_in_class(of[order], len(size)) < size[of[order]]]
         sides.append((rows[chosen], of[chosen]))
     (a, ya), (b, yb) = sides
-    free = free_rows(run, seed)
     public = encode(run.model, run.data.x_train[free].to(next(run.model.parameters()).device), level)
     member = torch.arange(len(ya) + len(yb), device="cpu") < len(ya)
     return Candidates(torch.cat([a, b]), torch.cat([ya, yb]), member, public, run.data.y_train[free])
@@ -174,8 +175,7 @@ def read_members(
     shares = [k for k in row if k.startswith("TPR") and "," not in k]
     told = [f"{row[k]:.1%} [{row[f'{k}, from']:.1%}, {row[f'{k}, to']:.1%}] ({k})" for k in shares]
     words = "; ".join([f"AUC {row['AUC']:.2f} (by chance up to {chance:.2f})", *told])
-    leaks = row["AUC"] > chance or any(row[f"{k}, from"] > rate for k, rate in zip(shares, (0.01, 0.001), strict=False))
-    return Reading(message, attack.name, "AUC", row["AUC"], 0.5, leaks, words, epsilon), scores
+    return Reading(message, attack.name, "AUC", row["AUC"], 0.5, row["AUC"] > chance, words, epsilon), scores
 
 # %% ../../nbs/privacy/32_read_features.ipynb #31049bcc
 def read_sums(message: str, total: ClassStatistics, candidates: Candidates, epsilon: float = math.inf):
