@@ -18,6 +18,9 @@ test-slow: $(VENV)/ready  ## what `make test` leaves out
 test-all: $(VENV)/ready  ## every test
 	$(BIN)/python -m pytest
 
+bench: $(VENV)/ready  ## run the benchmarks of speed and write their pages to reports/benchmarks; BENCH="clients engines" chooses
+	$(BIN)/python nbs/benchmarks/pages.py $(BENCH)
+
 gpu: $(VENV)/ready  ## a few minutes on a GPU: every part of the library against the CPU, one row each
 	$(BIN)/python tests/gpu.py --device cuda
 
