@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: report test test-slow test-all gpu gpu-lt lab docs clean
+.PHONY: report test test-slow test-all bench gpu gpu-lt gpu-bench lab docs clean
 
 report: $(VENV)/ready  ## run the quickstart and print the path of its report
 	$(BIN)/fedgal run params/quickstart.yaml
@@ -18,12 +18,18 @@ test-slow: $(VENV)/ready  ## what `make test` leaves out
 test-all: $(VENV)/ready  ## every test
 	$(BIN)/python -m pytest
 
+bench: $(VENV)/ready  ## run the benchmarks of speed and write their pages to reports/benchmarks; BENCH="clients engines" chooses
+	$(BIN)/python nbs/benchmarks/pages.py $(BENCH)
+
 gpu: $(VENV)/ready  ## a few minutes on a GPU: every part of the library against the CPU, one row each
 	$(BIN)/python tests/gpu.py --device cuda
 
 gpu-lt: $(VENV)/ready  ## minutes on a GPU: a published protocol on long-tailed CIFAR-10, PROTOCOL=mixup, wcdas or sfd
 	test -d artifacts/gpu_lt || $(BIN)/python tests/gpu_lt.py cut
 	FEDGAL_DATA_ROOT=artifacts/gpu_lt $(BIN)/python tests/gpu_lt.py run $(or $(PROTOCOL),mixup)
+
+gpu-bench: $(VENV)/ready  ## under eight minutes on a GPU: pfl-research's benchmark on CIFAR-10, two experiments against the CPU
+	$(BIN)/python tests/gpu_bench.py --device cuda
 
 lab: $(VENV)/ready  ## open JupyterLab on the tour; LAB_ARGS='--no-browser --port 8899' are its options
 	$(BIN)/fedgal lab $(LAB_ARGS)

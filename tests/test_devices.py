@@ -134,3 +134,13 @@ def test_a_published_protocol_refuses_other_images(monkeypatch):
     assert gpu_lt.change("alpha=0.2") == ("alpha", "0.2")
     with pytest.raises(argparse.ArgumentTypeError, match="no NAME=VALUE"):
         gpu_lt.change("alpha")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_in_its_small_form():
+    "The script behind `make gpu-bench`."
+    script = Path(__file__).with_name("gpu_bench.py")
+    done = subprocess.run([sys.executable, script, "--device", "cpu", "--small"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("pfl: scaled to 1,500 rounds", "pfl: share in kernels", "quickstart: all", "fashion_lt: all"):
+        assert what in done.stdout, what

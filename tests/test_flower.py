@@ -94,6 +94,20 @@ def test_nothing_is_sent_home(flower):
     assert os.environ["FLWR_HOME"].startswith(os.environ["FEDGAL_ARTIFACTS"])
 
 
+def test_a_chain_on_flower_has_the_metrics_of_serial(project):
+    pytest.importorskip("flwr")
+    pytest.importorskip("ray")
+    done = project.fedgal("run", "tiny", env={"FEDGAL_ENGINE": "serial"})
+    assert done.returncode == 0, done.stderr
+    others = project.clone(project.home.parent / "other")
+    for path in others.artifacts.glob("*_*"): path.rename(path.with_name(f"old-{path.name}"))
+    done = others.fedgal("run", "tiny", env={"FEDGAL_ENGINE": "flower"})
+    assert done.returncode == 0, done.stderr
+    assert " cached" not in done.stdout and (others.artifacts / "flower" / "tensors").is_dir()
+    serial, flower = (p.json("tiny/metrics.json") | {"seconds": {}} for p in (project, others))
+    assert flower == serial
+
+
 class Deadly:
     "A view that ends the process which looks at it."
 

@@ -79,12 +79,14 @@ def _as_rows(metrics):
     return [{"arm": arm, "params": {}, "balanced_accuracy": {"values": [v]}} for arm, v in arms.items()]
 
 # %% ../../nbs/report/07_index.ipynb #a12d42d8
+_ASIDE = (".", "_", "benchmarks")  # folders of other pages
+
 def collect(
     reports: Path,  # folder with one directory per experiment
 ) -> list[dict]:  # rows for `index_page`, sorted by name
     "What every experiment under a folder came to; a broken directory is a row with status `unreadable`."
     rows = []
-    for folder in sorted(p for p in Path(reports).glob("*") if p.is_dir() and not p.name.startswith((".", "_"))):
+    for folder in sorted(p for p in Path(reports).glob("*") if p.is_dir() and not p.name.startswith(_ASIDE)):
         try:
             row = _read_run(folder)
         except (FedgalError, OSError, KeyError, TypeError, ValueError, AttributeError) as e:
