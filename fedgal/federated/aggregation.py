@@ -16,7 +16,7 @@ from .algorithm import Algorithm, only_averages
 from .messages import ClientUpdate, ServerPayload
 
 # %% auto #0
-__all__ = ['AGGREGATIONS', 'Aggregation', 'as_rows', 'from_row', 'RobustOptions', 'safe_shares', 'Robust']
+__all__ = ['AGGREGATIONS', 'Aggregation', 'as_rows', 'from_row', 'safe_shares', 'RobustOptions', 'Robust']
 
 # %% ../../nbs/federated/06c_aggregation.ipynb #727ab005
 class Aggregation:
@@ -69,10 +69,7 @@ def from_row(
     parts = row.split([t.numel() for t in start.values()])
     return {n: (t.double() + part.view(t.shape)).to(t.dtype) for (n, t), part in zip(start.items(), parts, strict=True)}
 
-# %% ../../nbs/federated/06c_aggregation.ipynb #ca555745
-class RobustOptions(Options):
-    n_faulty: int = option(1, "faulty clients that a round is to survive", ge=0)
-
+# %% ../../nbs/federated/06c_aggregation.ipynb #ca555744
 def safe_shares(
     shares: Tensor,  # [n] with sum 1, from numbers of examples as clients tell them
     n_faulty: int,
@@ -80,6 +77,10 @@ def safe_shares(
     "Equal shares where the `n_faulty` largest together reach one half: a claim must not buy a majority."
     majority = shares.sort(descending=True).values[:n_faulty].sum() >= 0.5
     return torch.full_like(shares, 1 / len(shares)) if majority else shares
+
+# %% ../../nbs/federated/06c_aggregation.ipynb #ca555745
+class RobustOptions(Options):
+    n_faulty: int = option(1, "faulty clients that a round is to survive", ge=0)
 
 class Robust(Aggregation):
     "A rule that survives some arbitrary updates."

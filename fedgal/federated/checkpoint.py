@@ -118,8 +118,28 @@ def _check_same(path, written_by, who):
         advice = "choose another folder or delete this one"
         raise FedgalError(f"{path} belongs to another run (different: {differs}); {advice}")
 
+# %% ../../nbs/federated/07_checkpoint.ipynb #7bb58dc1
+class _PaidRounds:
+    "What was paid for rounds before they ran; expects the attributes folder and who, and `load`."
+
+    def begin_round(self, round: int, paid: list[dict]) -> None:
+        "Write, before the messages of a round leave, what it costs each postprocessor; a kill does not undo that."
+        save_json(self.folder / BEGUN, {"round": round, "identity": self.who, "paid": paid})
+
+    def resume(self, start: State, device: str | torch.device = "cpu") -> tuple[State, LastRound | None]:
+        "Where a run goes on, with what was paid for rounds that were begun and are not in its checkpoint."
+        state, last = self.load(device) or (start, None)
+        if not (self.folder / BEGUN).is_file():
+            return state, last
+        begun = load_json(self.folder / BEGUN)
+        _check_same(self.folder, begun["identity"], self.who)
+        if begun["round"] < state.payload.round:
+            return state, last
+        remembered = tuple(s | p for s, p in zip(state.postprocessors, begun["paid"], strict=True))
+        return replace(state, postprocessors=remembered), last
+
 # %% ../../nbs/federated/07_checkpoint.ipynb #7bb58dc2
-class Checkpoints:
+class Checkpoints(_PaidRounds):
     "The checkpoints of one run."
 
     def __init__(
@@ -148,22 +168,6 @@ class Checkpoints:
         save_json(work / "state.json", record)
         commit(work, self.folder / name)
         self.files.keep(_remove_old(self.folder))
-
-    def begin_round(self, round: int, paid: list[dict]) -> None:
-        "Write, before the messages of a round leave, what it costs each postprocessor; a kill does not undo that."
-        save_json(self.folder / BEGUN, {"round": round, "identity": self.who, "paid": paid})
-
-    def resume(self, start: State, device: str | torch.device = "cpu") -> tuple[State, LastRound | None]:
-        "Where a run goes on, with what was paid for rounds that were begun and are not in its checkpoint."
-        state, last = self.load(device) or (start, None)
-        if not (self.folder / BEGUN).is_file():
-            return state, last
-        begun = load_json(self.folder / BEGUN)
-        _check_same(self.folder, begun["identity"], self.who)
-        if begun["round"] < state.payload.round:
-            return state, last
-        remembered = tuple(s | p for s, p in zip(state.postprocessors, begun["paid"], strict=True))
-        return replace(state, postprocessors=remembered), last
 
     def load(self, device: str | torch.device = "cpu") -> tuple[State, LastRound | None] | None:
         "The newest whole checkpoint, None without any; damaged ones are named, removed and skipped."

@@ -19,8 +19,26 @@ from .algorithm import Algorithm, get_algorithm
 from .messages import ClientUpdate, ServerPayload
 from .postprocess import Postprocessor, make_postprocessors
 
+# %% ../../nbs/federated/06a_state.ipynb #a412b6a1
+class _Parts:
+    "What is made of the names in `FederationOptions`."
+
+    def make_algorithm(self) -> Algorithm:
+        return get_algorithm(self.algorithm, **self.options)
+
+    def make_aggregation(self) -> Aggregation:
+        return AGGREGATIONS.make(self.aggregation, values=self.aggregation_options)
+
+    def make_postprocessors(self, states: tuple[dict, ...] = ()) -> tuple[Postprocessor, ...]:
+        return make_postprocessors(self.postprocessors, states)
+
+    @property
+    def private(self) -> bool:
+        "Whether nothing but what noise protects may leave a client."
+        return any(p.private for p in self.make_postprocessors())
+
 # %% ../../nbs/federated/06a_state.ipynb #a412b6a2
-class FederationOptions(Options):
+class FederationOptions(Options, _Parts):
     "How a federation runs."
 
     rounds: int = option(10, "communication rounds", ge=1, shared="rounds")
@@ -49,11 +67,6 @@ class FederationOptions(Options):
         "Accepted updates that a round needs."
         return max(self.min_clients, self.make_aggregation().least, *(p.least for p in self.make_postprocessors()))
 
-    @property
-    def private(self) -> bool:
-        "Whether nothing but what noise protects may leave a client."
-        return any(p.private for p in self.make_postprocessors())
-
     def check_cohort(self, n: int) -> None:
         "Raise where no round of `n` clients could succeed."
         needs = {f"aggregation {self.aggregation}": self.make_aggregation().least}
@@ -63,15 +76,6 @@ class FederationOptions(Options):
                 raise FedgalError(f"{what} needs {least} accepted updates a round, and a round asks {n} clients")
         for p in self.make_postprocessors():
             p.check_cohort(n)
-
-    def make_algorithm(self) -> Algorithm:
-        return get_algorithm(self.algorithm, **self.options)
-
-    def make_aggregation(self) -> Aggregation:
-        return AGGREGATIONS.make(self.aggregation, values=self.aggregation_options)
-
-    def make_postprocessors(self, states: tuple[dict, ...] = ()) -> tuple[Postprocessor, ...]:
-        return make_postprocessors(self.postprocessors, states)
 
 # %% ../../nbs/federated/06a_state.ipynb #2c0b95a8
 def n_chosen(
