@@ -128,7 +128,9 @@ def decoy_gains(
         gains.append((psnr_there - without[columns]).clamp(min=0).sum())
     return torch.stack(gains)
 
-def compared(client: MultiStepClient, guess: Tensor, public: Tensor, others: tuple[Tensor, Tensor], sets: int) -> Pictures:
+def compared(
+    client: MultiStepClient, guess: Tensor, public: Tensor, others: tuple[Tensor, Tensor], sets: int
+) -> Pictures:
     "What was made of a client's message beside its inputs, controls and decoys; guesses [n, ...] in no order."
     truth, free, strangers = (unit_range(t.cpu()) for t in (client.inputs, public, others[0]))
     guess = unit_range(guess.cpu()).view_as(truth)
