@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_OTHERS', 'AuditPlan', 'Audit', 'judge_of', 'nothing_spent', 'audit_updates', 'audit_prototypes',
-           'audit_features']
+           'audit_features', 'fitted_generators', 'sent_messages']
 
 # %% ../../nbs/evaluation/20_audit.ipynb #e0350004
 import math
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import pandas as pd
 from torch import Tensor
 
 from ..algorithms.prototypes import FedProto
@@ -23,7 +24,7 @@ from ..federated.kept import KeptMessages
 from ..federated.setup import Training
 from ..federated.trained import TrainedRun, client_features
 from ..finetune.clients import FinetuneOptions
-from ..generators.base import Bank, Generator
+from ..generators.base import Bank, Generator, load_generator
 from ..generators.inputs import GeneratorInputs
 from ..models.split import SplitModel
 from ..privacy.attacks.base import get_attack
@@ -205,3 +206,28 @@ def audit_features(
             reader.take(bank, read_bank(bank, made.bank, candidates, epsilon))
             reader.weights(weights, made.generator, plan.shadows, epsilon)
     return audit
+
+# %% ../../nbs/evaluation/20_audit.ipynb #e0350013
+def fitted_generators(
+    folder: Path,  # artifact of `40_generator`
+    device: str,
+) -> dict[str, tuple[Generator, Bank]]:  # "gaussian", "generator": each with the bank that it made
+    "What `40_generator` has left."
+    arms = ("gaussian", "generator")
+    made = {arm: Bank.load(folder / f"bank_{arm}.safetensors") for arm in arms}
+    return {arm: (load_generator(folder / f"generator_{arm}.safetensors", device), made[arm]) for arm in arms}
+
+# %% ../../nbs/evaluation/20_audit.ipynb #e0350014
+def sent_messages(
+    ledgers: dict[str, list[dict]],  # stage -> rows of its ledger
+    level: str,  # whose statistics are read
+) -> pd.DataFrame:
+    "Every kind of message that clients sent, and whether an attack of the audit reads it."
+    sent = {}
+    for stage, rows in ledgers.items():
+        for row in rows:
+            if row["sender"].startswith("client"):
+                sent[stage, row["kind"]] = sent.get((stage, row["kind"]), 0) + row["bytes"]
+    read = {("20_train", "delta"), ("20_train", "gradient"), ("30_statistics", f"statistics {level}")}
+    rows = [(*kind, size, "yes" if kind in read else "no") for kind, size in sent.items()]
+    return pd.DataFrame(rows, columns=["stage", "kind", "bytes", "read"])
