@@ -12,14 +12,10 @@ from conftest import REPO, Project
 BANKS = {"seeds": [100, 101], "rounds": 1, "per_class": 10, "options": {"steps": 4, "rounds": 2, "width": 16}, "tuning": {"rounds": 1, "steps": 2}}
 SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide_steps": 1, "narrow_steps": 10, "rounds": 1, "options": {"steps": 10}, "per_class": 4, "claims": False},
          "engines": {"repeats": 1, "n_clients": 4, "examples": 4, "batch_size": 2, "full": False},
-<<<<<<< HEAD
-         "clients": {"dataset": "", "n_clients": 2, "per_client": 20, "repeats": 1, "processes": 1, "small_clients": 4, "many_clients": [4], "images": 200},
-         "client_generators": {"repeats": 2, "alone": 1, "batches": [8, 32], "options": {"hidden_dim": 24, "latent_dim": 8}},
-=======
          "clients": {"dataset": "noise", "n_clients": 2, "per_client": 20, "repeats": 1},
          "small_clients": {"dataset": "noise", "flute_clients": 12, "flute_rounds": 1, "n_clients": 4, "repeats": 1},
          "many_clients": {"many_clients": [4, 12], "engines": ["serial"], "repeats": 1, "images": 200},
->>>>>>> h16
+         "client_generators": {"repeats": 2, "alone": 1, "batches": [8, 32], "options": {"hidden_dim": 24, "latent_dim": 8}},
          "inversion": {"dataset": "digits", "images": 2, "iterations": 4, "restarts": 1, "short": 3},
          "beyond_gaussian": {"few": {"dataset": "digits"}, "seeds": [100, 101], "rounds": 1, "steps": 2, "per_class": 8, "tuning": {"rounds": 4, "steps": 1},
                              "images": {"steps": 4, "rounds": 2, "width": 16, "sample_steps": 2}},
