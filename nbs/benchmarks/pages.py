@@ -17,9 +17,10 @@ from nbformat.v4 import new_markdown_cell, new_notebook
 from fedgal.core.settings import root, settings
 from fedgal.pipeline.kernels import kernel_manager
 from fedgal.report.exporter import render
+from fedgal.report.lighter import lighten
 
 HERE = Path(__file__).resolve().parent
-SPEED = ("clients", "small_clients", "many_clients", "engines", "diffusion")
+SPEED = ("clients", "small_clients", "many_clients", "engines", "diffusion", "client_generators")
 
 
 def execute(name):
@@ -72,6 +73,7 @@ def write_pages(names):
     text = "\n".join(f"* [{title}]({stem}.html): {line}" for title, line, stem in rows)
     listed = new_notebook(cells=[new_markdown_cell(f"# Benchmarks\n\n{text}")])
     render(listed, "Benchmarks", [("All experiments", "../index.html", False)], out=home / "index.html")
+    lighten(home)
     return home / "index.html"
 
 

@@ -421,7 +421,7 @@ class Way:
 
 
 class Ways:
-    "Several ways, asked in turn, each alone at work; the memory is that of the first round and of the last."
+    "Several ways, asked in turn, each alone at work; the memory is that of the first round."
 
     def __init__(self, ways):  # name -> (problem, way)
         self.given, self.running, self.rows, self.last = ways, {}, [], {}
@@ -466,8 +466,6 @@ class Ways:
                 way.each("resume")
                 self.last[name] = way.ask(rounds)
                 row[name] = self.last[name]["seconds"] / rounds
-                if number == repeats - 1:
-                    self._watched(way)
                 way.each("suspend")
             self.rows.append(row)
         return pd.DataFrame(self.rows)[list(self.running)]
