@@ -271,12 +271,14 @@ def cmd_report(args) -> int:
         raise FedgalError(
             f"no experiment {args.experiment!r} in {_short(settings().reports)}; `fedgal status` lists them"
         )
+    drawn = []
     for path in paths:
         r = load_json(path)
         if r["status"] != "finished":
             continue
+        file = path.with_name("params.yaml") if r.get("origin") else root() / r["params_file"]
         try:
-            exp = plan(root() / r["params_file"], r["overrides"], r["experiment"])
+            exp = plan(file, r["overrides"], r["experiment"])
         except FedgalError as e:
             print(f"{path.parent.name}: left as it is ({e})")
             continue
@@ -289,10 +291,11 @@ def cmd_report(args) -> int:
             print(f"{path.parent.name}: left as it is ({e})")
             continue
         publish_members(exp, r)
+        drawn.append(path)
         print(_short(path.with_name("index.html")))
     write_bytes(settings().reports / "index.html", index_page(collect(settings().reports)).encode())
     print(_short(settings().reports / "index.html"))
-    return 0
+    return 0 if drawn or not args.experiment else 2
 
 # %% ../nbs/cli.ipynb #377c7d3b
 def lab_command(rest: list[str]) -> list[str]:

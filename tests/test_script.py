@@ -201,6 +201,20 @@ def test_a_run_of_a_fresh_clone_leaves_git_as_it_was(project):
     assert refused.returncode == 2 and "not committed" in refused.stderr
 
 
+@pytest.mark.slow
+def test_a_params_file_outside_the_project_draws_its_report_again(project):
+    file = project.write("outside", {"title": "Outside", "stages": CHAIN[:1], "dataset": "digits", "imbalance": 10})
+    file = file.rename(project.away / "outside.yaml")
+    assert project.fedgal("run", file).returncode == 0
+    (project.reports / "outside" / "index.html").unlink()
+    file.unlink()
+    done = project.fedgal("report", "outside")
+    assert done.returncode == 0 and (project.reports / "outside" / "index.html").is_file(), done.stdout
+    (project.reports / "outside" / "params.yaml").unlink()
+    done = project.fedgal("report", "outside")
+    assert done.returncode == 2 and "outside: left as it is" in done.stdout
+
+
 def test_what_cannot_be_written_is_told_before_a_kernel_starts(project):
     (project.home / "file").touch()
     for key in ("ARTIFACTS", "REPORTS"):

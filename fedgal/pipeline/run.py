@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from ..core.errors import FedgalError
 from ..core.names import member_name
 from ..core.settings import settings
-from ..core.store import load_json, save_json
+from ..core.store import load_json, save_json, write_bytes
 from .executors import EXECUTORS
 from .kernels import warm_up
 from .keys import keys
@@ -126,6 +126,8 @@ def run(
         record = new_record(exp) | {"pages": published_pages(home)}
         try:
             save_json(home / "run.json", record)
+            if record["origin"]:  # outside the project, where `fedgal report` would not find it
+                write_bytes(home / "params.yaml", exp.file.read_bytes())
             jobs = jobs or executor.jobs
             os.environ["FEDGAL_AT_ONCE"] = str(min(jobs, len(exp.members)))  # each stage has its share of the cores
             run_members(exp, record, jobs, executor)

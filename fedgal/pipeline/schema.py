@@ -156,7 +156,7 @@ def _unknown(name, known):
     for stage in STAGES:
         if name in schema(stage):
             return f"parameter {name!r} belongs to stage {stage}, which is not among the stages of this experiment"
-    close = did_you_mean(name, known)
+    close = did_you_mean(name, [*known, "title", "question", *RESERVED])
     owner = ", ".join(f"{n} of {stage}" for n, stage in known.items() if repr(n) in close)
     return f"unknown parameter {name!r}{close}" + (f": {owner}" if owner else "; `fedgal params` lists all")
 

@@ -123,9 +123,9 @@ def _views(real, fake, seed, tsne):  # (x label, y label, real [n, 2], fake [m, 
     pca = PCA(2, random_state=seed).fit(real)
     one, two = (percent(v) for v in pca.explained_variance_ratio_)
     views = [(f"PCA 1 ({one} of real variance)", f"PCA 2 ({two})", pca.transform(real), pca.transform(fake))]
-    if not tsne:
-        return views
     both = np.concatenate((real, fake))
+    if not tsne or not both.std(0).max() > 0:  # where all are the same, t-SNE has nothing to start from
+        return views
     flat = TSNE(2, perplexity=min(30, (len(both) - 1) / 3), max_iter=500, init="pca", random_state=seed)
     z = flat.fit_transform(both)
     return [*views, ("t-SNE 1", "t-SNE 2", z[: len(real)], z[len(real) :])]
@@ -184,7 +184,7 @@ def projection(
     names = class_names(classes, len(n))
     _keys(ax, {f"{names[c]} ({n[c]:.0f})": palette[c] for c in order})
     legend_below(fig, ax, 4)
-    kinds = "PCA and t-SNE" if tsne else "PCA"
+    kinds = "PCA and t-SNE" if len(views) > 1 else "PCA"
     return fig, (
         f"{kinds} of real and generated features of {len(order)} classes; {right} of the generated ones are "
         "nearest to the real mean of their own class."
