@@ -1,4 +1,7 @@
 """The accountant against that of Opacus on twenty settings, whose numbers were made once in an environment of its own."""
+import subprocess
+import sys
+
 import pytest
 
 from fedgal.privacy.accountant import Accountant, Charge, gaussian_rdp, rdp_epsilon, sampled_rdp
@@ -38,3 +41,9 @@ def test_the_same_epsilon(setting):
         assert 0.8 * OPACUS[setting] < stated < OPACUS[setting], "without sampling the account is exact, below a Renyi bound"
     else:
         assert stated == pytest.approx(OPACUS[setting], rel=1e-9)
+
+
+def test_two_processes_draw_the_same_noise_only_if_it_is_repeatable():
+    draw = "from fedgal.core.random import PrivacyNoise; print(*(PrivacyNoise(seed, 'release', 1, 2).normal((4,)).tolist() for seed in (None, 0)), sep='\\n')"
+    first, second = (subprocess.run([sys.executable, "-c", draw], capture_output=True, text=True, check=True).stdout.splitlines() for _ in range(2))
+    assert first[0] != second[0] and first[1] == second[1]
