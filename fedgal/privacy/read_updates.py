@@ -124,7 +124,7 @@ def decoy_gains(
     gains = []
     for columns in torch.multinomial(same, sets, replacement=True, generator=rng).T:  # [n] for each set
         found = table[:, columns]
-        psnr_there = found[best_order(found), torch.arange(len(columns))]
+        psnr_there = found[best_order(found), torch.arange(len(columns), device=found.device)]
         gains.append((psnr_there - without[columns]).clamp(min=0).sum())
     return torch.stack(gains)
 
@@ -135,7 +135,8 @@ def compared(
     truth, free, strangers = (unit_range(t.cpu()) for t in (client.inputs, public, others[0]))
     guess = unit_range(guess.cpu()).view_as(truth)
     guess = guess[best_order(psnr_table(guess, truth))].to(truth)
-    alike = ssim(guess, truth) if truth.ndim == 4 else torch.full((len(truth),), torch.nan)
+    nothing = torch.full((len(truth),), torch.nan, device=truth.device)
+    alike = ssim(guess, truth) if truth.ndim == 4 else nothing
     decoys = decoy_gains(guess, client.targets.cpu(), (strangers, others[1].cpu()), free, sets)
     return Pictures(client.id, truth, guess, psnr(guess, truth), best_control(truth, free), alike, decoys)
 
