@@ -17,16 +17,33 @@ from ..core.store import write_bytes
 def _text(cell):
     return re.sub(r"\s+", " ", cell.get_text(" ", strip=True))
 
-def _spread_out(row):
-    "The texts of a row, those of spanning cells as often as they span."
-    return [_text(c) for c in row.find_all(["td", "th"], recursive=False) for _ in range(int(c.get("colspan", 1)))]
+def _spread_out(lines):
+    "The texts of rows, those of spanning cells as often as they span, across and down."
+    open_cells, texts = {}, []  # column -> text and the rows it still covers
+    for row in lines:
+        cells, line = iter(row.find_all(["td", "th"], recursive=False)), []
+        wide, text, down = 0, "", 0  # the cell being laid out
+        while True:
+            if open_cells.get(len(line), ("", 0))[1]:
+                above, left = open_cells[len(line)]
+                open_cells[len(line)] = above, left - 1
+                line.append(above)
+                continue
+            if not wide:
+                if (cell := next(cells, None)) is None:
+                    break
+                wide, text, down = int(cell.get("colspan", 1)), _text(cell), int(cell.get("rowspan", 1))
+            open_cells[len(line)] = text, down - 1
+            line.append(text)
+            wide -= 1
+        texts.append(line)
+    return texts
 
 def table_texts(
     table,  # a `<table>` of BeautifulSoup
 ) -> tuple[list[str], list[list[str]]]:  # names of the columns, rows
     "What a table says, column by column."
-    head = [_spread_out(r) for r in table.select("thead tr")]
-    rows = [_spread_out(r) for r in table.select("tbody tr")]
+    head, rows = (_spread_out(table.select(f"{part} tr")) for part in ("thead", "tbody"))
     width = max(map(len, head + rows), default=0)
     head = [[""] * (width - len(line)) + line for line in head]
     names = [" ".join(dict.fromkeys(n for n in column if n)) for column in zip(*head, strict=True)]
