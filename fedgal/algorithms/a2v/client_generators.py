@@ -5,7 +5,7 @@
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #7ee1e74f
 from __future__ import annotations
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,10 @@ class ClientGenerator:
         y = torch.zeros(n, dtype=torch.long, device=device)
         made = self.net.decode(self.net.noise(n, generator).to(device), texts[label : label + 1], y)
         return made + self.residual[label] * torch.randn(made.shape, generator=generator).to(device)
+
+    def bare(self) -> ClientGenerator:
+        "The same without noise: what its decoder makes."
+        return replace(self, residual=torch.zeros_like(self.residual))
 
     @torch.inference_mode()
     def reconstruct(self, x: Tensor, y: Tensor, texts: Tensor) -> Tensor | None:

@@ -39,7 +39,7 @@ def generator_training(params: dict, nodes: Nodes, objective: str | None = None,
     "The training of client generators; with another objective or number of rounds for a comparison."
     p, options = params, dict(params["feature_net_options"])
     if objective:
-        options |= {"objective": objective, "residual": False}
+        options |= {"objective": objective}
     local = LocalOptions(
         epochs=p["generator_training_epochs"],
         batch_size=p["generator_batch_size"],
