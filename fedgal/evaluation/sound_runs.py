@@ -25,7 +25,7 @@ from ..models.adapters import retrieve
 
 # %% auto #0
 __all__ = ['JudgedGenerators', 'first_run', 'adapter_curves', 'loaded', 'PairedRuns', 'paired_runs', 'pictures', 'class_recall',
-           'arm_of', 'save_first', 'save_second']
+           'arm_of', 'all_messages', 'save_first', 'save_second']
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #cec66859
 @dataclass(frozen=True, eq=False)
@@ -138,9 +138,10 @@ class PairedRuns:
         means = {arm: sum(self.scores(arm)) / len(runs) for arm, runs in self.arms.items()}
         versus = [f"{in_points(*self.against(arm), ' points')} against {_CONTROLS[arm]}" for arm in list(means)[:-1]]
         reached = f"With samples of the clients' generators {100 * means['generator']:.1f} % of the held-out clips find"
-        seeds = f"{len(self.scores('none'))} seeds, 95 % intervals over them"
+        seeds = f"{len(self.scores('none'))} seeds of adapters and samples, 95 % intervals over them"
         note = "an interval that holds 0 shows no difference; chance is"
-        return f"**Answer.** {reached} their text: {', '.join(versus)}. {seeds}; {note} {100 / self.n_classes:.0f} %."
+        text = f"{reached} their text: {', '.join(versus)}. {seeds}; {note} {100 / self.n_classes:.0f} %."
+        return f"**Answer.** {text} All seeds share one training of the generators, of which intervals know nothing."
 
 _CONTROLS = {
     "none": "class means alone (`none`)",
@@ -198,10 +199,14 @@ def arm_of(scores: list[float], per_class: list[float], n_bytes: dict) -> dict: 
     more = {"per_class": per_class, "values": scores, "clients": {}, "federated": True, "bytes": n_bytes}
     return {"balanced_accuracy": accuracy, **nothing, **more}
 
+def all_messages(nodes: Nodes, adapters) -> Ledger:
+    "What was sent to make one scale of all clients' features, and to train adapters (None: there are none)."
+    return Ledger(nodes.ledger.to_json() + (adapters.ledger.to_json() if adapters else []))
+
 def save_first(stage, nodes: Nodes, judged: JudgedGenerators | None, adapters, split, rows: list[dict]) -> dict:
     "Write the artifact of run 1; returns its metrics."
     work, facts = stage.work, {"classes": list(nodes.classes), "feature_spec": nodes.spec.to_dict()}
-    ledger = Ledger(nodes.ledger.to_json() + (adapters.ledger.to_json() if adapters else []))
+    ledger = all_messages(nodes, adapters)
     save_tensors(work / "scaler.safetensors", nodes.scaler)
     if judged:
         facts |= {"overall": judged.overall, "control": judged.control, "original": judged.original}

@@ -127,7 +127,8 @@ def in_words(quality: dict, control: dict, original: dict | None = None) -> str:
     if original:
         seen = original["probe"]["synthetic"]
         text += f"Under the original's objective in the same form the classifier gets {seen:.1%}. {_parts(original)}"
-    kinds = {"samples": quality, "those of the original's objective": original, CONTROL: control}
+    kinds = {"samples": quality, "the decoder alone": quality.get("decoder")}
+    kinds |= {"those of the original's objective": original, CONTROL: control}
     far = {name: q["fidelity"]["frechet"] for name, q in kinds.items() if q}
     text += f"Fréchet distance favours {min(far, key=far.get)} ("
     return f"{text}{', '.join(f'{name} {v:.0f}' for name, v in far.items())}).".replace("%", " %")
