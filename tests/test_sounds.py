@@ -123,6 +123,7 @@ def plan_of(places, monkeypatch, **changed):
     ({"generator_training_mode": False}, "untrained generator"), ({"generator_training_mode": False, "use_pretrained_generators": True}, "run 2, which is stage 52_a2v_use"),
     ({"stages": ["10_data", "52_a2v_use"]}, "run 1, which is stage 22_a2v_train"), ({"generator_checkpoint_dir": "../elsewhere"}, "below artifacts/a2v"),
     ({"generator_granularity": "per_group"}, "needs generator_class_groups"), ({"feature_net_options": {"latent": 3}}, "did you mean 'latent_dim'"),
+    ({"adapter_aggregation_mode": "kd"}, "run 1 has none"),
     ({"partitioner": {}}, "needs the classes of every client"), ({"adapter": "clap"}, "adapter = 'clap'")])
 def test_what_cannot_be_is_refused_before_anything_runs(places, monkeypatch, changed, words):
     with pytest.raises(FedgalError) as error: plan_of(places, monkeypatch, **changed)
@@ -205,6 +206,35 @@ def test_the_loss_of_a_batch_is_that_of_its_clips_one_at_a_time(nodes, name):
     for term, values in whole.items(): torch.testing.assert_close(values, torch.cat([terms[term] for terms in alone]))
 
 
+def test_a_client_that_was_refused_in_every_round_is_named_and_has_no_generator(nodes, tmp_path):
+    from fedgal.algorithms.a2v.runs import train_generators
+    x = nodes.x.clone()
+    x[nodes.index[1]] = float("nan")
+    t = training(replace(nodes, x=x), 2)
+    with pytest.raises(FedgalError, match="client 1: its generator 'unified' was never trained .* 2 rounds"): t.run("serial")
+    with pytest.raises(FedgalError, match="client 1: .* was never trained"): train_generators(t, tmp_path / "a", "fresh", tmp_path / "begun", every=1, engine="serial")
+
+
+def test_a_net_that_is_told_no_class_needs_a_generator_for_each(nodes):
+    from fedgal.algorithms.a2v.setup import one_class_each
+    for granularity in ("unified", "per_group"):
+        with pytest.raises(FedgalError, match="vae is told no class"): one_class_each(training(nodes, name="vae", granularity=granularity, groups=GROUPS))
+    one_class_each(training(nodes, name="vae", granularity="per_class"))
+
+
+def test_the_variance_of_samples_is_noise_where_a_decoder_has_collapsed(nodes):
+    "With the residual both objectives, and no generator at all, have the variance of the clips; the decoder alone tells."
+    from fedgal.evaluation.sounds import control_quality, overall_quality
+    found = {}
+    for objective in ("elbo", "reference"):
+        t = training(nodes, 3)
+        made = replace(t, options=t.options | {"objective": objective}).run("serial").generators
+        assert all(g.residual.any() for g in made)
+        found[objective] = overall_quality(nodes, made)
+    assert all(q["variance"]["within"] > 0.5 for q in (*found.values(), control_quality(nodes)))
+    assert found["reference"]["decoder"]["variance"]["within"] < 0.01
+
+
 # --- the guide's files ---
 
 def guide(second=False):
@@ -253,6 +283,13 @@ def test_both_files_of_the_guide_run_one_after_the_other(tmp_path):
         else: assert done.returncode == 0, done.stderr
     sent = json.loads((project.reports / "guide2" / "metrics.json").read_text())["synthetic_samples"]
     assert sent == {"0": 10, "1": 20}                      # classes of the node that the data have x 10
+
+
+def test_folds_of_the_guide_that_are_not_used_are_refused():
+    from fedgal.pipeline.guide import translate
+    config = guide()
+    config["nodes"]["0"]["train_folds"] = [0, 1]
+    with pytest.raises(FedgalError, match="node 0: train_folds = .0, 1."): translate(config, classes=("tone", "hiss", "clicks"))
 
 
 def test_a_key_that_the_guide_has_not_is_told_with_the_closest():

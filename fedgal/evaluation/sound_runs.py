@@ -19,13 +19,13 @@ from ..core.store import save_json, save_tensors
 from .contests import in_points
 from .results import metrics_record
 from .significance import paired_interval
-from .sounds import overall_quality, quality_table
+from .sounds import CONTROL, control_quality, in_words, overall_quality, quality_table
 from ..federated.ledger import Ledger
 from ..models.adapters import retrieve
 
 # %% auto #0
 __all__ = ['JudgedGenerators', 'first_run', 'adapter_curves', 'loaded', 'PairedRuns', 'paired_runs', 'pictures', 'class_recall',
-           'arm_of', 'save_first', 'save_second']
+           'arm_of', 'all_messages', 'save_first', 'save_second']
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #cec66859
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,8 @@ class JudgedGenerators:
     history: list[dict]  # one row a round
     table: pd.DataFrame  # a row for every class of every node
     overall: dict
-    collapsed: dict | None  # the same of the original's objective
+    control: dict  # the same of class means with noise, without a generator
+    original: dict | None  # the same of the original's objective
 
     def curves(self) -> list[dict]:
         "The loss of every node, a row a round."
@@ -47,24 +48,17 @@ class JudgedGenerators:
         return [{"round": row["round"], "loss": row["train_loss"], **m} for row, m in pairs]
 
     def summary(self) -> pd.DataFrame:
-        "Samples of both objectives beside real clips, a row for every measure."
-        q, other = self.overall, self.collapsed
-        real = {"variance": {"all": 1.0, "within": 1.0}, "probe": {"synthetic": q["probe"]["real"]}}
-        columns = {"samples": q} | ({"samples, original's objective": other} if other else {})
-        columns |= {"real clips": real | {"fidelity": q["floor"]}}
-        return pd.DataFrame({name: _measures(of) for name, of in columns.items()})
+        "Samples of both objectives beside the control and real clips, a row for every measure."
+        real = {"variance": {"all": 1.0, "within": 1.0}, "probe": {"synthetic": self.overall["probe"]["real"]}}
+        columns = {}
+        for name, q in {"samples": self.overall, "original's objective": self.original}.items():
+            columns |= {name: q, f"{name}, decoder alone": q.get("decoder")} if q else {}
+        columns |= {CONTROL: self.control, "real clips": real | {"fidelity": self.overall["floor"]}}
+        return pd.DataFrame({name: _measures(of) for name, of in columns.items() if of})
 
     def answer(self) -> str:  # Markdown
-        "What samples are worth, and what the original's objective makes of them."
-        reached, real = (self.overall["probe"][n] for n in ("synthetic", "real"))
-        text = f"A linear classifier that saw nothing but samples gets {reached:.1%} of the held-out clips right; "
-        text += f"one that saw the real clips {real:.1%}: that is {reached / real:.0%} of it. "
-        text += f"Samples have {_spread(self.overall)}."
-        if self.collapsed:
-            seen = self.collapsed["probe"]["synthetic"]
-            text += f" Under the original's objective they have {_spread(self.collapsed)}; the classifier trained on "
-            text += f"those gets {seen:.1%}, for which the means of the classes are enough."
-        return f"**Answer.** {text.replace('%', ' %')} One seed."
+        "What samples are worth, how much of that is noise, and whether a generator was needed for it."
+        return f"**Answer.** {in_words(self.overall, self.control, self.original)} One seed of training."
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #15a10004
 _FIDELITY = {"frechet": "Fréchet distance", "memorisation": "distance to training over held-out clips"}
@@ -75,9 +69,6 @@ def _measures(q: dict) -> dict[str, float]:
     names = ("frechet", "precision", "recall", "density", "coverage", "memorisation")
     fidelity = {_FIDELITY.get(n, n): q["fidelity"][n] for n in names}
     return rows | {"linear classifier, held-out accuracy": q["probe"]["synthetic"]} | fidelity
-
-def _spread(q: dict) -> str:
-    return f"{q['variance']['all']:.0%} of the data's variance ({q['variance']['within']:.1%} within a class)"
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #7f09bd59
 def first_run(params: dict, nodes: Nodes, mode: str, checkpoint: Path, engine: str = "auto") -> JudgedGenerators | None:
@@ -90,11 +81,11 @@ def first_run(params: dict, nodes: Nodes, mode: str, checkpoint: Path, engine: s
     command = f"fedgal run params/{p['experiment']}.yaml"
     trained = train_generators(training, folder, mode, begun, every, p["experiment"], engine, command)
     table, overall = (judge(nodes, trained.generators, n, p["seed"]) for judge in (quality_table, overall_quality))
-    collapsed = None
+    control, original = control_quality(nodes, n, p["seed"]), None
     if p["compare_objective"] and p["feature_net"] != "gan":
         other = generator_training(p, nodes, "reference")
-        collapsed = overall_quality(nodes, other.run(engine, checkpoint / "other").generators, n, p["seed"])
-    return JudgedGenerators(training, trained.generators, trained.history, table, overall, collapsed)
+        original = overall_quality(nodes, other.run(engine, checkpoint / "other").generators, n, p["seed"])
+    return JudgedGenerators(training, trained.generators, trained.history, table, overall, control, original)
 
 def adapter_curves(history: list[dict]) -> list[dict]:
     "The loss of every node and of held-out clips, a row a round."
@@ -147,9 +138,10 @@ class PairedRuns:
         means = {arm: sum(self.scores(arm)) / len(runs) for arm, runs in self.arms.items()}
         versus = [f"{in_points(*self.against(arm), ' points')} against {_CONTROLS[arm]}" for arm in list(means)[:-1]]
         reached = f"With samples of the clients' generators {100 * means['generator']:.1f} % of the held-out clips find"
-        seeds = f"{len(self.scores('none'))} seeds, 95 % intervals over them"
+        seeds = f"{len(self.scores('none'))} seeds of adapters and samples, 95 % intervals over them"
         note = "an interval that holds 0 shows no difference; chance is"
-        return f"**Answer.** {reached} their text: {', '.join(versus)}. {seeds}; {note} {100 / self.n_classes:.0f} %."
+        text = f"{reached} their text: {', '.join(versus)}. {seeds}; {note} {100 / self.n_classes:.0f} %."
+        return f"**Answer.** {text} All seeds share one training of the generators, of which intervals know nothing."
 
 _CONTROLS = {
     "none": "class means alone (`none`)",
@@ -207,13 +199,17 @@ def arm_of(scores: list[float], per_class: list[float], n_bytes: dict) -> dict: 
     more = {"per_class": per_class, "values": scores, "clients": {}, "federated": True, "bytes": n_bytes}
     return {"balanced_accuracy": accuracy, **nothing, **more}
 
+def all_messages(nodes: Nodes, adapters) -> Ledger:
+    "What was sent to make one scale of all clients' features, and to train adapters (None: there are none)."
+    return Ledger(nodes.ledger.to_json() + (adapters.ledger.to_json() if adapters else []))
+
 def save_first(stage, nodes: Nodes, judged: JudgedGenerators | None, adapters, split, rows: list[dict]) -> dict:
     "Write the artifact of run 1; returns its metrics."
     work, facts = stage.work, {"classes": list(nodes.classes), "feature_spec": nodes.spec.to_dict()}
-    ledger = Ledger(nodes.ledger.to_json() + (adapters.ledger.to_json() if adapters else []))
+    ledger = all_messages(nodes, adapters)
     save_tensors(work / "scaler.safetensors", nodes.scaler)
     if judged:
-        facts |= {"overall": judged.overall, "collapsed": judged.collapsed}
+        facts |= {"overall": judged.overall, "control": judged.control, "original": judged.original}
         facts |= {"generators": judged.history, "table": judged.table.astype(object).to_dict("records")}
     if adapters:
         save_tensors(work / "adapter.safetensors", adapters.parameters)

@@ -122,6 +122,7 @@ def _flat(config: dict) -> dict:
             out |= {f"{section}.{k}": v for k, v in values.items() if not k.startswith("_")}
     return out
 
+# %% ../../nbs/pipeline/16_guide.ipynb #92d7b184
 _NODE = ("dataset", "selected_classes", "excluded_classes", "train_folds", "test_folds", "diffusion_type")
 NODE_NOTHING = {  # key of a node -> why
     **dict.fromkeys(("adapter_dropout", "use_cls_token_only"), "adapters are the same on all nodes"),
@@ -142,6 +143,8 @@ def _groups(nodes: dict, known: tuple[str, ...], notes: list[str]) -> dict[str, 
             notes.append(f"nodes.{name}.{key}: means nothing here ({NODE_NOTHING[key]})")
         if node.get("test_folds", [4]) != [4]:
             raise FedgalError(f"node {name}: test_folds = {node['test_folds']}: the last fold, [4], is held out")
+        if node.get("train_folds", [0, 1, 2, 3]) != [0, 1, 2, 3]:
+            raise FedgalError(f"node {name}: train_folds = {node['train_folds']}: [0, 1, 2, 3], all others, are used")
         wanted = [c for c in node.get("selected_classes") or known if c not in node.get("excluded_classes", ())]
         absent = [c for c in wanted if c not in known]
         if absent:

@@ -73,7 +73,7 @@ class A2VTrain(Sounds):
 
     modes: ClassVar = ("none", "resume", "fresh")
 
-    compare_objective: bool = option(True, "train the original's objective too, to show that it collapses")
+    compare_objective: bool = option(True, "train the original's objective too, in the same form")
 
 # %% ../../nbs/pipeline/03a_parameters_a2v.ipynb #fa90c172
 class A2VUse(Sounds):

@@ -5,7 +5,7 @@
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #7ee1e74f
 from __future__ import annotations
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ...models.init import initialised
 
 # %% auto #0
 __all__ = ['GRANULARITIES', 'Unit', 'units_of', 'ClientGenerator', 'with_residual', 'TrainedGenerators', 'GeneratorPlan',
-           'GeneratorTraining']
+           'require_trained', 'GeneratorTraining']
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #65576f8f
 GRANULARITIES = ("unified", "per_class", "per_group")
@@ -86,6 +86,10 @@ class ClientGenerator:
         made = self.net.decode(self.net.noise(n, generator).to(device), texts[label : label + 1], y)
         return made + self.residual[label] * torch.randn(made.shape, generator=generator).to(device)
 
+    def bare(self) -> ClientGenerator:
+        "The same without noise: what its decoder makes."
+        return replace(self, residual=torch.zeros_like(self.residual))
+
     @torch.inference_mode()
     def reconstruct(self, x: Tensor, y: Tensor, texts: Tensor) -> Tensor | None:
         "Features through the generator and back; None for one that cannot."
@@ -143,6 +147,16 @@ class GeneratorPlan:
         index = self.nodes.index[unit.client]
         return index[torch.isin(self.nodes.y[index], torch.tensor(unit.classes, device=index.device))]
 
+# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #dce3f404
+def require_trained(units: list[Unit], history: list[dict]) -> None:
+    "Raise `FedgalError` that names the generators of which no round was accepted."
+    refused = [{k: why for k, why in row["rejected"]} for row in history]
+    bad = {u: refused[-1][i] for i, u in enumerate(units) if refused and all(i in of for of in refused)}
+    if bad:
+        each = [f"client {u.client}: its generator {u.key!r} was never trained ({why})" for u, why in bad.items()]
+        cure = "look at its clips, or try a smaller generator_learning_rate"
+        raise FedgalError(f"{'; '.join(each)}: refused in each of {len(history)} rounds, so it makes nothing; {cure}")
+
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #3169416a
 class GeneratorTraining(GeneratorPlan):
     "The training of all of them."
@@ -167,8 +181,17 @@ class GeneratorTraining(GeneratorPlan):
         net = self.net()
         loss = Making(self.nodes.texts, self.net(), self.noise)
         federation = FederationOptions(rounds=self.rounds, algorithm="a2v_local")
-        made = lambda own: [self.finished(u, own[i]) for i, u in enumerate(self.units)]
-        tell = on_round and (lambda state: on_round(state.payload.round, lambda: made(state.own), list(state.history)))
+
+        def made(own, history):
+            require_trained(self.units, history)
+            return [self.finished(u, own[i]) for i, u in enumerate(self.units)]
+
+        def tell(state):
+            if not on_round:
+                return
+            past = list(state.history)
+            on_round(state.payload.round, lambda: made(state.own, past), past)
+
         result = fit(net, self.clients(), federation, self.seed, engine, loss, checkpoint=checkpoint, on_round=tell)
-        trained = made(result.client_parameters)
+        trained = made(result.client_parameters, result.history)
         return TrainedGenerators(trained, result.history, result.ledger, result.engine)

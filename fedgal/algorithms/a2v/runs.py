@@ -186,13 +186,17 @@ def in_rows(held: Tensors, n: int) -> Tensors:
     share = held["weight"] / at.bincount(minlength=len(held["y"])).clamp(min=1)
     return {"x": held["x"][at], "y": held["y"][at], "weight": share[at], "texts": held["texts"]}
 
-def moment_samples(nodes: Nodes, n: int, seed: int) -> dict[int, dict[int, Tensor]]:
+def moment_samples(nodes: Nodes, n: int, seed: int, diagonal: bool = False) -> dict[int, dict[int, Tensor]]:
     "client -> class -> n draws [n, S, d] from the Gaussian of the client's own clips of the class."
     out = {k: {} for k in range(nodes.n_clients)}
     for k, index in enumerate(nodes.index):
         for c in nodes.owned(k):
-            own = nodes.x[index][nodes.y[index] == c]
-            mix = torch.randn(n, len(own), generator=stream(seed, f"moments {nodes.classes[c]}", 0, k)).to(own.device)
+            own, rng = nodes.x[index][nodes.y[index] == c], stream(seed, f"moments {nodes.classes[c]}", 0, k)
             mean, root = own.mean(0), (own - own.mean(0)) / max(1, len(own) - 1) ** 0.5  # root.T @ root: covariance
+            if diagonal:
+                spread = root.square().sum(0).sqrt()
+                out[k][c] = mean + spread * torch.randn(n, *mean.shape, generator=rng).to(own.device)
+                continue
+            mix = torch.randn(n, len(own), generator=rng).to(own.device)
             out[k][c] = mean + torch.einsum("nm,msd->nsd", mix, root)
     return out
