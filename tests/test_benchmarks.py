@@ -18,7 +18,7 @@ SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide
          "inversion": {"dataset": "digits", "images": 2, "iterations": 4, "restarts": 1, "short": 3},
          "beyond_gaussian": {"few": {"dataset": "digits"}, "seeds": [100, 101], "rounds": 1, "steps": 2, "per_class": 8, "tuning": {"rounds": 4, "steps": 1},
                              "images": {"steps": 4, "rounds": 2, "width": 16, "sample_steps": 2}},
-         "choose_encoder": {"seeds": [100, 101], "names": ["two passes", "steps, sharp, balanced", "steps, crop"], "few": {"dataset": "digits"}, "clothes": {"dataset": "digits"}, "rounds": 1, "steps": 2, "per_class": 10, "tuning": {"rounds": 1, "steps": 2}},
+         "choose_encoder": {"seeds": [100, 101], "names": ["two passes", "twenty steps", "steps, sharp, balanced"], "few": {"dataset": "digits"}, "clothes": {"dataset": "digits"}, "rounds": 1, "steps": 2, "per_class": 10, "tuning": {"rounds": 1, "steps": 2}},
          "choose_widen": {"seeds": [100, 101], "candidates": [0.0, 3.0], "rounds": 1, "per_class": 10, "tuning": {"rounds": 1, "steps": 2}},
          "moments_or_shape": BANKS | {"trained": [1, 2]}, "views": BANKS}
 RUN = """
