@@ -124,8 +124,8 @@ class Private(Postprocessor):
         return _in_one_line(self)
 
     def server(self, step: Tensors, updates: list[ClientUpdate], n_expected: int, draws: Draws):
-        row = {"dp_epsilon": self.spent().epsilon(), "dp_source": draws.noise(self.options.noise).kind}
-        return step, {"accountant": self.spent().to_json()}, row
+        spent, source = self.spent(), draws.noise(self.options.noise).kind
+        return step, {"accountant": spent.to_json()}, {"dp_epsilon": spent.epsilon(), "dp_source": source}
 
 # %% ../../nbs/privacy/04_clipping.ipynb #d9040014
 class ClientDPOptions(PrivacyOptions):
