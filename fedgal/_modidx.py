@@ -2106,6 +2106,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fedgal.federated.ledger': { 'fedgal.federated.ledger.Ledger': ('federated/ledger.html#ledger', 'fedgal/federated/ledger.py'),
                                          'fedgal.federated.ledger.Ledger.__init__': ( 'federated/ledger.html#ledger.__init__',
                                                                                       'fedgal/federated/ledger.py'),
+                                         'fedgal.federated.ledger.Ledger.copy': ( 'federated/ledger.html#ledger.copy',
+                                                                                  'fedgal/federated/ledger.py'),
                                          'fedgal.federated.ledger.Ledger.down': ( 'federated/ledger.html#ledger.down',
                                                                                   'fedgal/federated/ledger.py'),
                                          'fedgal.federated.ledger.Ledger.record': ( 'federated/ledger.html#ledger.record',
