@@ -40,7 +40,7 @@ class Ledger:
     def copy(self) -> Ledger:
         "Another with the same rows; as long as only some clients send, a round must not touch the rows of all."
         other = Ledger()
-        other.rows = dict(self.rows)
+        other.rows |= self.rows
         return other
 
     def down(self, payload: ServerPayload, client: int, what: str = "global model") -> int:
@@ -57,9 +57,8 @@ class Ledger:
 
     def totals(self) -> dict:  # JSON: bytes and messages, up (to the server) and down
         "Sums over all rows."
-        sides = {"up": [], "down": []}
-        for row in self.rows.values():
-            sides["up" if row.receiver == "server" else "down"].append(row)
+        rows = list(self.rows.values())
+        sides = {way: [r for r in rows if (r.receiver == "server") == (way == "up")] for way in ("up", "down")}
         sizes = {side: sum(r.bytes for r in rows) for side, rows in sides.items()}
         return sizes | {f"messages_{side}": sum(r.messages for r in rows) for side, rows in sides.items()}
 
