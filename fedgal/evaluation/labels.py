@@ -54,14 +54,15 @@ def shorten(rows: list[dict]) -> list[dict]:
         for name, value in row["params"].items():
             values.setdefault(name, []).append(canonical(value))
     usual = {name: Counter(v).most_common(1)[0][0] for name, v in values.items()}
-    short = []
+    short, alone = [], all(row["arm"] == "none" for row in rows)
     for row in rows:
         has_name = bool(row["params"].get(SETTING))
         telling = {n: v for n, v in row["params"].items() if canonical(v) != usual[n] or n in _ALWAYS}
         hidden = silent | (told if has_name else {SETTING})
         telling = {n: telling[n] for n in sorted(telling, key=lambda n: n != SETTING) if n not in hidden}
         row = row | {"params": {n: v for n, v in telling.items() if _matters(row, n)}}
-        short.append(row | {"label": label(row, leads)})
+        name = label(row, leads)
+        short.append(row | {"label": name.removeprefix("none, ") if has_name and alone else name})
     return short
 
 # %% ../../nbs/evaluation/15_labels.ipynb #e64276b5
