@@ -37,6 +37,7 @@ def _companions(rows):
     groups = [names for names in led.values() if len(names) > 1]
     return {n for _, *others in groups for n in others}, {first for first, *_ in groups}
 
+# %% ../../nbs/evaluation/15_labels.ipynb #5e7700b0
 def told_by_setting(params: list[dict]) -> set[str]:
     "Parameters that the name of a setting already tells: each setting has one value of them."
     values = {}
