@@ -1903,6 +1903,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fedgal/federated/engines/memory.py'),
                                                  'fedgal.federated.engines.memory._probe_batch': ( 'federated/engines/memory.html#_probe_batch',
                                                                                                    'fedgal/federated/engines/memory.py'),
+                                                 'fedgal.federated.engines.memory.budget_of': ( 'federated/engines/memory.html#budget_of',
+                                                                                                'fedgal/federated/engines/memory.py'),
                                                  'fedgal.federated.engines.memory.chunk_size': ( 'federated/engines/memory.html#chunk_size',
                                                                                                  'fedgal/federated/engines/memory.py'),
                                                  'fedgal.federated.engines.memory.probed': ( 'federated/engines/memory.html#probed',
