@@ -3662,6 +3662,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.Carrier.__init__': ( 'pipeline/deployed.html#carrier.__init__',
                                                                                          'fedgal/pipeline/deployed.py'),
+                                          'fedgal.pipeline.deployed._told': ('pipeline/deployed.html#_told', 'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.client_app': ( 'pipeline/deployed.html#client_app',
                                                                                    'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.facts_and_parts': ( 'pipeline/deployed.html#facts_and_parts',

@@ -175,8 +175,9 @@ def _check_alike(updates):
     kinds = {u.client: (sorted(u.terms), {n: t.shape for n, t in (u.statistics or {}).items()}) for u in updates}
     common = max(kinds.values(), key=list(kinds.values()).count, default=None)
     if odd := [k for k, kind in kinds.items() if kind != common]:
-        words = " and ".join(f"{sorted(part)}" for part in kinds[odd[0]])
-        raise FedgalError(f"client {odd[0]} sent the terms and statistics {words}, which are not those of the others")
+        usual = next(k for k, kind in kinds.items() if kind == common)
+        told = " and ".join(f"client {k} the terms and statistics {kinds[k]}" for k in (odd[0], usual))
+        raise FedgalError(f"clients do not answer alike: {told}")
 
 def _received(client, data, round):
     "An update that is said to come from a client, in its name and with its number of examples."
