@@ -1,9 +1,15 @@
 """What the server of a real federation does with what nodes send, and with its files; without Flower's processes."""
+import os
+import socket
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPO
 
 from fedgal.core.errors import FedgalError
@@ -170,3 +176,112 @@ def test_what_is_not_deployed_is_refused(monkeypatch):
         return replace(split, train=[split.train[0][:0], *split.train[1:]])
     monkeypatch.setattr(deployed, "make_split", one_is_empty)
     with pytest.raises(FedgalError, match="clients 0 would have no examples"): deployed.facts_and_parts(FILE, SHORT)
+
+
+# the folder of a deployment, and the processes that check it
+
+@pytest.fixture
+def written(monkeypatch):
+    "A function that writes a federation of two clients with few examples."
+    pytest.importorskip("cryptography")
+    from fedgal.pipeline import deploy
+
+    def write(folder, x=torch.zeros(4, 1, 8, 8, dtype=torch.uint8), **more):
+        facts = {"n_clients": 2}
+        monkeypatch.setattr(deploy, "facts_and_parts", lambda *_: (facts, [(x, torch.arange(4))] * 2))
+        return deploy.init(folder, FILE, **more)
+
+    return write
+
+
+def test_examples_that_cannot_be_written_leave_nothing_behind(written, tmp_path):
+    for x in (torch.rand(4, 1, 8, 8), torch.rand(4, 6, 8)):
+        with pytest.raises(FedgalError, match="deploy takes images of bytes"): written(tmp_path / "f", x)
+        assert not list(tmp_path.iterdir())
+    assert sorted(p.name for p in written(tmp_path / "f").iterdir()) == ["README.md", "deploy.json", "node0", "node1", "server"]
+
+
+def test_a_party_s_folder_works_where_it_is_put(written, tmp_path):
+    import tomllib
+    folder = written(tmp_path / "f", host="192.168.1.10", patience=700.0)
+    for file in (f for f in folder.rglob("*") if f.is_file() and f.name != "config.toml"):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+    readme = (folder / "node1" / "README.md").read_text()
+    assert "--superlink 192.168.1.10:9443" in readme and "export FLWR_HOME=\"$PWD/flwr\"" in readme and "module:function" in readme
+    for word in ("--host 0.0.0.0", "node0.pub", "programs on every node"):
+        assert any(word in (folder / name / "README.md").read_text() for name in ("", "server")), word
+    app = tomllib.loads((folder / "server" / "app" / "pyproject.toml").read_text())
+    extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["flower"]
+    assert app["project"]["dependencies"] == [extra[0].replace("[simulation]", "")] and extra[0].startswith("flwr")
+    assert load_json(folder / "server" / "app" / "federation" / "federation.json")["patience"] == 700.0
+    private = {name: {p.name for p in (folder / name).iterdir()} for name in ("server", "node0")}
+    assert "server.key" not in private["node0"] and not [n for n in private["server"] if n.startswith("node") and n.endswith("key")]
+
+
+def test_an_address_is_an_address_in_the_certificate(written, tmp_path):
+    from cryptography import x509
+    from cryptography.x509 import DNSName, IPAddress
+    for host, names, addresses in (("192.168.1.10", ["localhost"], ["192.168.1.10", "127.0.0.1", "::1"]),
+                                   ("a.example.org", ["a.example.org", "localhost"], ["127.0.0.1", "::1"])):
+        folder = written(tmp_path / host, host=host)
+        certificate = x509.load_pem_x509_certificate((folder / "server" / "server.pem").read_bytes())
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert found.get_values_for_type(DNSName) == names
+        assert [str(a) for a in found.get_values_for_type(IPAddress)] == addresses
+
+
+def test_what_is_private_is_so_from_the_first_byte_on(written, tmp_path, monkeypatch):
+    modes, write = {}, os.open
+
+    def watched(path, flags, mode=0o777, **named):
+        handle = write(path, flags, mode, **named)
+        modes[Path(path).name] = os.fstat(handle).st_mode & 0o777
+        return handle
+    monkeypatch.setattr(os, "open", watched)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    before = os.umask(0)
+    try: folder = written(tmp_path / "f")
+    finally: os.umask(before)
+    for name in ("server.key", "node.key", "examples.parquet"):
+        assert modes[name] == 0o600 and {f.stat().st_mode & 0o777 for f in folder.rglob(name)} == {0o600}, name
+    assert {(folder / name).stat().st_mode & 0o777 for name in ("", "server", "node0")} == {0o700}
+
+
+def test_a_check_that_cannot_start_ends_nobody_else_s_processes(tmp_path):
+    from fedgal.pipeline.deploy import environment
+    from fedgal.pipeline.deploy_check import check
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        save_json(tmp_path / "deploy.json", {"port": s.getsockname()[1], "n_clients": 2, "patience": 1.0})
+        homes = [environment(place) for place in (tmp_path, tmp_path / "server")]
+        others = [subprocess.Popen(["sleep", "60"], env={**os.environ, **home}) for home in homes]
+        try:
+            with pytest.raises(FedgalError, match="is taken"): check(tmp_path)
+            time.sleep(0.2)
+            assert [p.poll() for p in others] == [None, None]
+        finally:
+            for p in others: p.kill()
+
+
+def test_what_is_limited_is_silence_and_not_the_run(tmp_path):
+    from fedgal.pipeline.deploy_check import Processes, wait_until
+    with Processes(tmp_path) as processes:
+        processes.running["superlink"] = subprocess.Popen(["sleep", "60"])
+        began = time.monotonic()
+        rounds = lambda: min(int(time.monotonic() - began), 2)    # a sign of life each second, twice
+        wait_until(lambda: time.monotonic() - began > 2.5, processes, 1.6, "no result", rounds)
+        with pytest.raises(FedgalError, match="no result within 1 s"):
+            wait_until(lambda: False, processes, 0.6, "no result", rounds)
+
+
+def test_the_command_line_sets_how_long_is_waited(monkeypatch, tmp_path):
+    from fedgal import cli
+    from fedgal.pipeline import deploy, deploy_check
+    got = []
+    totals = {"messages_down": 1, "messages_up": 1, "down": 1, "up": 1}
+    monkeypatch.setattr(deploy, "init", lambda *args: got.append(args[-1]) or tmp_path)
+    monkeypatch.setattr(deploy_check, "check", lambda *args: got.append(args[-1]) or totals)
+    for what in ("init", "check"):
+        for more in ([], ["--patience", "1200"]): cli.main(["deploy", what, "f", *more])
+    assert got == [300.0, 1200.0, None, 1200.0]
