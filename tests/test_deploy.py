@@ -74,6 +74,7 @@ def replaced(command, option, value):
 
 def strangers(command):
     "Commands of a node that differ from a right one in one thing each."
+    command = replaced(command, "--auth-supernode-private-key", "../node0/node.key")    # they start beside the server
     i, j = command.index("--root-certificates"), command.index("--auth-supernode-private-key")
     return {"unregistered key": replaced(command, "--auth-supernode-private-key", "stranger.key"),
             "other authority": replaced(command, "--root-certificates", "other/ca.crt"),
