@@ -317,7 +317,6 @@ def cmd_lab(args) -> int:
     save_json(settings().artifacts / "lab" / "overrides.json", overrides)
     return subprocess.call(lab_command(args.rest), cwd=root())
 
-
 # %% ../nbs/cli.ipynb #c1100002
 def cmd_clean(args) -> int:
     "remove artifacts that no report uses, those of a stage, one of them, or all"
@@ -329,7 +328,6 @@ def cmd_clean(args) -> int:
     would = "would remove" if args.dry_run else "removed"
     print(f"{would} {n_bytes / 1e6:.1f} MB below {_short(settings().artifacts)}")
     return 0
-
 
 # %% ../nbs/cli.ipynb #c1100013
 def cmd_init(args) -> int:
@@ -401,10 +399,12 @@ def cmd_deploy(args) -> int:
 
     if args.what == "init":
         overrides = _overrides(args.p or [])
-        folder = init(Path(args.folder), params_file(args.params), overrides, args.port, args.host)
-        print(f"written: {_short(folder)}; the commands are in its README.md")
+        file, limit = params_file(args.params), args.patience or 300.0
+        folder = init(Path(args.folder), file, overrides, args.port, args.host, limit)
+        print(f"written: {_short(folder)}, a folder for each party; README.md says whose they are")
+        print("what is deployed is 20_train; the stages after it are not")
         return 0
-    totals = check(Path(args.folder))
+    totals = check(Path(args.folder), args.patience)
     sides = [f"{totals[f'messages_{side}']} messages {side}, {totals[side]:,} bytes" for side in ("down", "up")]
     print("; ".join(sides))
     return 0
@@ -482,7 +482,9 @@ def _add_deploy(add) -> None:
     override = "init: override a parameter"
     deploy.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=override)
     deploy.add_argument("--port", type=int, default=9443, help="init: of the SuperLink; nodes take the next ones")
-    deploy.add_argument("--host", default="localhost", help="init: the name of the server in its certificate")
+    deploy.add_argument("--host", default="localhost", help="init: name or address of the server, as nodes reach it")
+    patience = "seconds; init: that the server waits for a client in a round (300), check: without a sign of life"
+    deploy.add_argument("--patience", type=float, metavar="SECONDS", help=patience)
 
 # %% ../nbs/cli.ipynb #c4fffdc4
 def parser() -> argparse.ArgumentParser:
@@ -580,4 +582,3 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__" and "__file__" in globals():
     main()
-

@@ -1,9 +1,12 @@
-"""A real federation on loopback: TLS, registered nodes only, a node that is killed is named, and the model of `serial`."""
+"""A real federation on one machine: TLS, registered nodes only, a node that is killed is named, and the model of `serial`."""
 import os
 import re
 import socket
+import ssl
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -29,19 +32,33 @@ def free_ports(n):
             for s in sockets: s.close()
 
 
+def own_address():
+    "An address of this machine that other machines could use; none on a machine without a network."
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try: s.connect(("10.255.255.255", 1))    # sends nothing
+        except OSError: return "127.0.0.1"
+        return s.getsockname()[0]
+
+
+ADDRESS = own_address()
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     "A SuperLink with TLS that has registered the keys of two nodes, which run, and three others that it has to refuse."
     pytest.importorskip("flwr")
-    from fedgal.pipeline.deploy import init, write_certificates, write_node_key
+    from fedgal.pipeline import deploy_check
+    from fedgal.pipeline.deploy import commands, init, write_certificates, write_node_key
     from fedgal.pipeline.deploy_check import Processes, start_link, start_nodes
     with pytest.MonkeyPatch.context() as m:
         for name in ("PYTHONPATH", "FEDGAL_ROOT"): m.setenv(name, str(REPO))
         m.setenv("OMP_NUM_THREADS", "1")
         port = free_ports(6)
-        folder = init(tmp_path_factory.mktemp("deploy") / "federation", REPO / "params" / "quickstart.yaml", OVERRIDES, port)
-        write_node_key(folder / "keys" / "stranger")
-        write_certificates(folder / "other", ["localhost"])
+        place, params = tmp_path_factory.mktemp("deploy"), REPO / "params" / "quickstart.yaml"
+        folder = init(place / "federation", params, OVERRIDES, port, ADDRESS)
+        m.setattr(deploy_check, "commands", lambda port, n, host: commands(port, n, ADDRESS))    # as from other machines
+        write_node_key(folder / "server" / "stranger.key")
+        write_certificates(folder / "server" / "other", ["localhost"])
         with Processes(folder) as processes:
             todo = start_link(processes, PATIENCE)
             start_nodes(processes, todo)
@@ -57,8 +74,9 @@ def replaced(command, option, value):
 
 def strangers(command):
     "Commands of a node that differ from a right one in one thing each."
+    command = replaced(command, "--auth-supernode-private-key", "../node0/node.key")    # they start beside the server
     i, j = command.index("--root-certificates"), command.index("--auth-supernode-private-key")
-    return {"unregistered key": replaced(command, "--auth-supernode-private-key", "keys/stranger"),
+    return {"unregistered key": replaced(command, "--auth-supernode-private-key", "stranger.key"),
             "other authority": replaced(command, "--root-certificates", "other/ca.crt"),
             "plain text": [*command[:i], *command[i + 2:j], *command[j + 2:], "--insecure"]}
 
@@ -82,16 +100,18 @@ def test_run_again_it_goes_on_to_the_model_of_serial(processes):
     from fedgal.pipeline.deploy_check import run_app
     from fedgal.pipeline.deployed import own_data, training_of
     folder, port = processes.folder, load_json(processes.folder / "deploy.json")["port"]
-    processes.start("node 1", commands(folder, port, 2)["node 1"])
+    processes.start("node 1", commands(port, 2, ADDRESS)["node 1"])
     totals = run_app(processes, PATIENCE)
-    parts = [own_data(f"{folder}/data/node{k}.parquet") for k in range(2)]
-    t = training_of(load_json(folder / "app" / "federation" / "federation.json"), *parts[0])
+    trained = re.findall(r"ROUND (\d+)\].*\n.*Receiving: train message", processes.log("node 1").read_text())
+    assert trained == ["1", "2"]    # Flower counts from 0: the first round was not done again
+    parts = [own_data(f"{folder}/node{k}/examples.parquet") for k in range(2)]
+    t = training_of(load_json(folder / "server" / "app" / "federation" / "federation.json"), *parts[0])
     config, view = t.clients[0].config, t.clients[0].augment
     clients = [MultiStepClient(k, x, y, config, augment=view) for k, (x, y) in enumerate(parts)]
     here = fit(t.network, clients, t.options, t.seed, "serial", t.loss)
-    there = load_tensors(folder / "result" / "model.safetensors")
+    there = load_tensors(folder / "server" / "result" / "model.safetensors")
     assert there.keys() == here.parameters.keys() and all(torch.equal(v, there[n]) for n, v in here.parameters.items())
-    assert totals == here.ledger.totals() and load_json(folder / "result" / "history.json") == here.history
+    assert totals == here.ledger.totals() and load_json(folder / "server" / "result" / "history.json") == here.history
 
 
 REFUSALS = {"unregistered key": "code: 2004. Failed to activate SuperNode", "other authority": "CERTIFICATE_VERIFY_FAILED", "plain text": "Server disconnected"}
@@ -107,6 +127,24 @@ def test_a_node_is_refused(name, processes):    # after the runs, while which th
     assert re.search(REFUSALS[name], log) and "SuperNode ID" not in log, log[-2000:]
 
 
-def test_private_keys_are_their_owner_s_alone(processes):
-    files = [*(processes.folder / "keys").glob("node?"), processes.folder / "certs" / "server.key"]
-    assert len(files) == 3 and {os.stat(f).st_mode & 0o777 for f in files} == {0o600}
+def asked(processes, host, path):
+    "The status of a request without a credential."
+    port = load_json(processes.folder / "deploy.json")["port"]
+    context = ssl.create_default_context(cafile=processes.folder / "server" / "ca.crt")
+    try: return urllib.request.urlopen(f"https://{host}:{port}{path}", b"", 10, context=context).status
+    except urllib.error.HTTPError as error: return error.code
+
+
+@pytest.mark.skipif(ADDRESS.startswith("127."), reason="a machine without a network")
+def test_other_machines_reach_nothing_but_what_nodes_call(processes):
+    control = ("/v1/control/start-run", "/v1/control/register-node", "/v1/control/list-nodes", "/docs", "/health")
+    assert {asked(processes, ADDRESS, path) for path in control} == {403}
+    assert asked(processes, "127.0.0.1", "/v1/control/list-nodes") != 403
+    assert asked(processes, ADDRESS, "/v1/fleet/pull-messages") in (400, 401, 415, 422)    # asks for a key
+
+
+def test_what_is_private_is_its_owner_s_alone(processes):
+    folder = processes.folder
+    files = [folder / "server" / "server.key", *folder.glob("node?/node.key"), *folder.glob("node?/examples.parquet")]
+    assert len(files) == 5 and {os.stat(f).st_mode & 0o777 for f in files} == {0o600}
+    assert {os.stat(folder / name).st_mode & 0o777 for name in ("", "server", "node0", "node1")} == {0o700}

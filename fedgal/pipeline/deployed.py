@@ -13,15 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import Tensor
-from ..core.errors import FedgalError
-from ..core.random import prepare
-from ..core.store import load_json, save_json, save_tensors
+from ..core.errors import FedgalError, shortlist
+from ..core.random import prepare, runtime
+from ..core.store import content_hash, load_json, save_json, save_tensors
 from ..data.dataset import Dataset
 from ..data.datasets import load_dataset
 from ..data.parquet import read_parquet
 from ..data.split import SplitOptions, make_split
 from ..data.user_function import USER_FUNCTION
-from ..federated.engines.flower import content_of, exchange
+from ..federated.engines.flower import exchange
 from ..federated.engines.nodes import Node, Nodes, absent_client, check_apart
 from ..federated.loop import fit, prepared
 from ..federated.result import FederationResult
@@ -31,19 +31,23 @@ from .plan import plan
 
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a00007
 def facts_and_parts(file: Path, overrides: dict | None = None) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
-    "The facts of an experiment's first member, and the examples of its clients; raises for one that cannot be apart."
-    params = plan(file, overrides, "deploy").members[0].params
+    "The facts of an experiment, and the examples of its clients; raises for one that cannot be apart."
+    first, *more = plan(file, overrides, "deploy").members
+    if more: raise FedgalError(f"{file} is a sweep of {1 + len(more)} runs; choose one by -p, a value for each list")
+    params = first.params
     p, train = params["10_data"], params["20_train"]
     check_apart(FederationOptions.make(**train))
     if train["train_sampling"] != "plain": raise FedgalError("train_sampling: balanced needs the class counts of all")
     data = load_dataset(p["dataset"])
     split = make_split(data, SplitOptions.make(**p), seed=p["seed"])
     held = [i for i in split.train if len(i)]
+    if empty := [k for k, i in enumerate(split.train) if not len(i)]:
+        raise FedgalError(f"clients {shortlist(empty)} would have no examples; take fewer, or another division")
     facts = {"params": train, "in_shape": list(data.in_shape), "n_classes": data.n_classes}
-    facts |= {"characters": data.characters, "n_clients": len(held)}
+    facts |= {"characters": data.characters, "n_clients": len(held), "precision": runtime().precision}
     return facts, [(data.x_train[i], data.y_train[i]) for i in held]
 
-def training_of(facts: dict, x: Tensor, y: Tensor) -> Training:
+def training_of(facts: dict, x: Tensor, y: Tensor, device: str | None = None) -> Training:  # None: of this machine
     "Network, loss, options, and one client that has these examples."
     shape = tuple(facts["in_shape"])
     if tuple(x.shape[1:]) != shape:
@@ -53,7 +57,9 @@ def training_of(facts: dict, x: Tensor, y: Tensor) -> Training:
     names = tuple(map(str, range(facts["n_classes"])))
     data = Dataset("own", x, y, x[:0], y[:0], names, "", facts["characters"])
     alone = SimpleNamespace(train=[torch.arange(len(y), device=y.device)], class_counts=lambda: None)
-    return set_up(data, alone, facts["params"], prepare())
+    machine = prepare()
+    machine = replace(machine, device=device or machine.device, precision=facts["precision"])
+    return set_up(data, alone, facts["params"], machine)
 
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a0000a
 def own_data(source: str) -> tuple[Tensor, Tensor]:
@@ -85,8 +91,9 @@ def client_app(file: Path):  # a `ClientApp` of Flower
 
     @app.query()
     def introduce(message, context):
-        node = node_of(facts, context.node_config)
-        me = ConfigRecord({"client": node.client.id, "examples": node.client.n_examples})
+        client = node_of(facts, context.node_config).client
+        content = content_hash(client.inputs.cpu(), client.targets.cpu())
+        me = ConfigRecord({"client": client.id, "examples": client.n_examples, "content": content})
         return Message(RecordDict({"client": me}), reply_to=message)
 
     @app.train()
@@ -100,24 +107,42 @@ def client_app(file: Path):  # a `ClientApp` of Flower
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a0000d
 PAUSE = 0.5  # seconds between two questions to the SuperLink
 
-def roll_call(grid, n: int, patience: float) -> dict[int, tuple[int, int]]:  # client -> (node, examples)
-    "Wait until all clients are there; raises FedgalError for those that do not come, and for two that are the same."
+def _told(reply, who, *names):
+    "What a node answered under these names; raises FedgalError, with whose it is, for an error and for anything else."
+    if reply.has_error():
+        why = " ".join(str(reply.error.reason).split())
+        why = why.partition(":<'")[2].removesuffix("'>") or why  # Flower writes <class ...>:<'words'>
+        raise FedgalError(f"{who}: {why[:300]}; see to its node and run again: it goes on")
+    told = reply.content.get("client", {})
+    if missing := [name for name in names if name not in told]:
+        raise FedgalError(f"{who} answered without {', '.join(missing)}")
+    return [told[name] for name in names]
+
+def roll_call(grid, n: int, patience: float) -> dict[int, tuple[int, int, str]]:  # client -> (node, examples, content)
+    "Wait until clients 0 to n - 1 are there; raises FedgalError for those that do not come, and for any other."
     from flwr.app import ConfigRecord, RecordDict
+
+    def check(waiting):
+        if waiting and time.monotonic() - began > patience:
+            silent = f"{len(waiting)} of {len(nodes)} nodes have not said within {patience:.0f} s who they are"
+            raise FedgalError(f"{silent}; see to them and run again")
 
     began = time.monotonic()
     while len(nodes := sorted(grid.get_node_ids())) < n:
         if time.monotonic() - began > patience:
             raise FedgalError(f"{len(nodes)} of {n} nodes came within {patience:.0f} s; start the others and run again")
         time.sleep(PAUSE)
-    asked = [RecordDict({"client": ConfigRecord({})}) for _ in nodes]
-    replies = exchange(grid, nodes, asked, 0, kind="query", pause=PAUSE)
+    asked, began = [RecordDict({"client": ConfigRecord({})}) for _ in nodes], time.monotonic()
+    replies = exchange(grid, nodes, asked, 0, check, kind="query", pause=PAUSE)
     there = {}
     for node, reply in zip(nodes, replies, strict=True):
-        told = content_of(reply, f"of node {node}")
-        if (k := int(told["client"])) in there: raise FedgalError(f"two nodes say that they are client {k}")
-        there[k] = (node, int(told["examples"]))
+        k, examples, content = _told(reply, f"node {node}", "client", "examples", "content")
+        if k not in range(n): raise FedgalError(f"a node says that it is client {k}, and there are 0..{n - 1}")
+        if k in there: raise FedgalError(f"two nodes say that they are client {k}")
+        there[k] = (node, int(examples), str(content))
     return dict(sorted(there.items()))
 
+# %% ../../nbs/pipeline/22_deployed.ipynb #d0a0001d
 class Carrier:
     "Takes the messages of a round to the nodes; one that is gone is named."
 
@@ -138,23 +163,23 @@ class Carrier:
         records = [ConfigRecord({"payload": data, "receipt": receipt}) for data, receipt in sent.values()]
         contents, nodes = [RecordDict({"client": r}) for r in records], [self.nodes[k] for k in sent]
         replies = exchange(self.grid, nodes, contents, round, check, pause=PAUSE)
-        return {k: content_of(r, k)["answer"] for k, r in zip(sent, replies, strict=True)}
+        return {k: _told(r, f"client {k}", "answer")[0] for k, r in zip(sent, replies, strict=True)}
 
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a0000e
-def federate(grid, facts: dict, folder: Path, patience: float = 300.0) -> FederationResult:
-    "Run the federation over Flower's grid and leave model, history and ledger in a folder."
-    shape = tuple(facts["in_shape"])
-    t = training_of(facts, torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
+def federate(grid, facts: dict, folder: Path) -> FederationResult:
+    "Run the federation over Flower's grid, on the CPU, and leave model, history and ledger in a folder."
+    shape, patience = tuple(facts["in_shape"]), facts["patience"]
+    t = training_of(facts, torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long), "cpu")
     there = roll_call(grid, facts["n_clients"], patience)
     local = t.clients[0].config
-    clients = [absent_client(k, n, shape, local) for k, (_, n) in there.items()]
-    carrier = Carrier(grid, {k: node for k, (node, _) in there.items()}, patience)
+    clients = [absent_client(k, n, shape, local, content) for k, (_, n, content) in there.items()]
+    carrier = Carrier(grid, {k: node for k, (node, *_) in there.items()}, patience)
     saved = folder / "checkpoint"
     result = fit(t.network, clients, t.options, t.seed, Nodes(carry=carrier), t.loss, checkpoint=saved)
-    shutil.rmtree(saved)
     save_tensors(folder / "model.safetensors", result.parameters)
     save_json(folder / "history.json", result.history)
     save_json(folder / "ledger.json", {"rows": result.ledger.to_json(), "totals": result.ledger.totals()})
+    shutil.rmtree(saved)  # not before the result is on the disk
     return result
 
 def server_app(file: Path):  # a `ServerApp` of Flower
@@ -166,10 +191,13 @@ def server_app(file: Path):  # a `ServerApp` of Flower
     @app.main()
     def main(grid, context):
         folder = Path(context.run_config["result"])
+        failed = folder / "failed.json"
+        failed.unlink(missing_ok=True)
         try:
             federate(grid, facts, folder)
-        except FedgalError as error:
-            save_json(folder / "failed.json", {"error": str(error)})
+        except Exception as error:
+            words = str(error) if isinstance(error, FedgalError) else f"{type(error).__name__}: {error}"
+            save_json(failed, {"error": words})
             raise
 
     return app
