@@ -1128,6 +1128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fedgal/evaluation/audit.py'),
                                          'fedgal.evaluation.audit._nothing': ( 'evaluation/audit.html#_nothing',
                                                                                'fedgal/evaluation/audit.py'),
+                                         'fedgal.evaluation.audit._without_budgets': ( 'evaluation/audit.html#_without_budgets',
+                                                                                       'fedgal/evaluation/audit.py'),
                                          'fedgal.evaluation.audit.audit_features': ( 'evaluation/audit.html#audit_features',
                                                                                      'fedgal/evaluation/audit.py'),
                                          'fedgal.evaluation.audit.audit_prototypes': ( 'evaluation/audit.html#audit_prototypes',

@@ -69,6 +69,7 @@ class Left:
 
     accuracy: dict[float, float]  # epsilon -> balanced accuracy; infinite: the same without noise
     chance: float = 0.0  # see `chance_level`
+    clipped: float | None = None  # what is left with the bounds that noise needs, and without the noise
 
     def at_chance(self, epsilon: float) -> bool:
         return self.accuracy[epsilon] <= self.chance
@@ -77,7 +78,10 @@ class Left:
         if epsilon not in self.accuracy:
             return ""
         now, before = (f"{100 * self.accuracy[e]:.1f} %" for e in (epsilon, math.inf))
-        return f"{now} of {before}" + (", at chance" if self.at_chance(epsilon) else "")
+        chance = ", at chance" if self.at_chance(epsilon) else ""
+        if self.clipped is None:
+            return f"{now} of {before}{chance}"
+        return f"{now} of {before}{chance} (clipped without noise {100 * self.clipped:.1f} %)"
 
 # %% ../../nbs/privacy/30_readings.ipynb #e030000d
 def _quiet(rows):
