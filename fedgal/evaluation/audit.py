@@ -86,6 +86,7 @@ def nothing_spent(run: TrainedRun, model: SplitModel) -> Left:
     n = run.data.n_classes * int(run.data.y_test.bincount(minlength=run.data.n_classes).min())
     return Left({math.inf: judge_of(run)(model)}, chance_level(n, run.data.n_classes))
 
+# %% ../../nbs/evaluation/20_audit.ipynb #e0350a0b
 def _without_budgets(audit, reason, epsilon):
     "An audit of updates that no budget can protect, and why."
     named = dict.fromkeys(r.attack for r in audit.readings)
