@@ -7,7 +7,7 @@ __all__ = ['PAUSE', 'NODES', 'worked', 'answer', 'quiet_flower', 'ray_arguments'
            'content_of', 'FlowerOptions', 'Flower']
 
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a00004
-import importlib.util, logging, os, threading, time
+import importlib.util, logging, os, shutil, threading, time, uuid
 from functools import lru_cache
 from pathlib import Path
 import torch
@@ -143,12 +143,13 @@ def exchange(
     pairs = [(c, nodes[i % len(nodes)]) for i, c in enumerate(contents)]
     sent = list(grid.push_messages([Message(c, node, kind, group_id=str(round)) for c, node in pairs]))
     answers = {}
-    while len(answers) < len(sent):
+    while True:
         check([i for i, message in enumerate(sent) if message not in answers])
         for reply in grid.pull_messages([i for i in sent if i not in answers]):
             answers[reply.metadata.reply_to_message_id] = reply
+        if len(answers) == len(sent):
+            return [answers[i] for i in sent]
         time.sleep(pause)
-    return [answers[i] for i in sent]
 
 def content_of(reply, client):
     "What a client answered; raises FedgalError for one that was lost."
@@ -172,8 +173,6 @@ def _absent():
     install = "pip install -c constraints.txt -e '.[flower]'"
     return f"{' and '.join(missing)} is not installed: {install}" if missing else ""
 
-
-
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a00022
 class Flower(Engine):
     "Runs clients as messages of Flower's simulation, with the bytes of `serial`."
@@ -183,7 +182,7 @@ class Flower(Engine):
 
     def __init__(self, options: FlowerOptions | None = None):
         super().__init__(options)
-        self.folder = TensorFolder(settings().artifacts / "flower" / "tensors")
+        self.folder = TensorFolder(settings().artifacts / "flower" / f"tensors-{uuid.uuid4().hex[:12]}")
         self.simulation = None
         self.model = (None, b"")  # and packed
         self.examples, self.names = {}, {}  # id -> tensor of examples, id -> its name in the folder
@@ -220,3 +219,4 @@ class Flower(Engine):
         if self.simulation:
             self.simulation.close()
         self.simulation = None
+        shutil.rmtree(self.folder.folder, ignore_errors=True)
