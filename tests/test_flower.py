@@ -1,7 +1,7 @@
 """The engine `flower` gives the bytes of `serial` and of `workers`; an actor that is lost is told with its client."""
 import os
-import subprocess
 import signal
+import subprocess
 
 import pytest
 import torch
