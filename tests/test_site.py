@@ -72,6 +72,24 @@ def test_every_link_of_the_documentation_leads_somewhere_and_it_is_light(tmp_pat
         shutil.rmtree(out, ignore_errors=True)
 
 
+def test_the_documentation_of_a_new_project_is_whole_and_takes_nothing_away(tmp_path, monkeypatch, capsys):
+    "In a project of `fedgal init` there is no index of experiments yet; and a folder with something in it is left alone."
+    from fedgal.cli import main
+    project, mine = tmp_path / "project", tmp_path / "thesis" / "chapter.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    assert main(["init", str(project)]) == 0
+    for name, value in {"ROOT": project, "REPORTS": project / "runs", "PUBLISHED": project / "reports"}.items(): monkeypatch.setenv(f"FEDGAL_{name}", str(value))
+    assert main(["docs", str(mine.parent)]) == 2 and "holds what `fedgal docs` did not write" in capsys.readouterr().err
+    assert main(["docs", str(project)]) == 2 and mine.read_text() == "years of work" and (project / "settings.ini").is_file()
+    assert main(["docs"]) == 0, capsys.readouterr().err
+    (project / "docs" / "own.txt").write_text("mine")
+    (project / "runs").mkdir()
+    (project / "runs" / "index.html").write_text("<p>ran</p>")
+    assert main(["docs"]) == 0 and (project / "docs" / "own.txt").read_text() == "mine"
+    assert 'href="../runs/index.html"' in (project / "docs" / "index.html").read_text()
+
+
 def test_every_link_of_the_published_reports_leads_somewhere():
     from fedgal.report.docs import dead_links
     assert dead_links(REPO / "reports") == []
