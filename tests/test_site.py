@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 from html import unescape
+from urllib.parse import unquote
 
 import pytest
 from conftest import REPO
@@ -94,6 +95,25 @@ def test_every_link_of_the_published_reports_leads_somewhere():
     from fedgal.report.docs import dead_links
     assert dead_links(REPO / "reports") == []
     assert sum(p.stat().st_size for p in (REPO / "reports").rglob("*") if p.is_file()) < 40e6
+
+
+def test_the_files_beside_a_page_say_what_its_tables_say():
+    "Every table in all its forms, cell by cell."
+    from bs4 import BeautifulSoup
+    from fedgal.report.takeaway import FORMS, table_texts
+    count, other = 0, []
+    for page in sorted((REPO / "reports").rglob("*.html")):
+        text = re.sub(r"data:[\w/+]+;base64,[\w+/=]+", "data:,", page.read_text(encoding="utf-8"))
+        for table, line in re.findall(r'(?s)<table\b((?:(?!<table\b).)*?)</table></div>\s*<p class="takeaway">(.*?)</p>', text):
+            texts = table_texts(BeautifulSoup(f"<table{table}</table>", "html.parser").table)
+            for href in re.findall(r'href="([^"]+)"', line):
+                file = page.parent / unquote(href)
+                said, now = file.read_text(encoding="utf-8"), FORMS[file.suffix[1:]](*texts)
+                same = json.loads(said) == json.loads(now) if file.suffix == ".json" else said == now
+                other += [] if same else [file.relative_to(REPO).as_posix()]
+                count += 1
+    files = [p for p in (REPO / "reports").glob("**/files/*") if p.suffix in (".csv", ".json", ".tex", ".md")]
+    assert other == [] and count == len(files) > 1000
 
 
 # --- where a published page comes from ---
