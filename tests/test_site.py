@@ -100,6 +100,7 @@ def test_every_link_of_the_published_reports_leads_somewhere():
 def test_the_files_beside_a_page_say_what_its_tables_say():
     "Every table in all its forms, cell by cell."
     from bs4 import BeautifulSoup
+
     from fedgal.report.takeaway import FORMS, table_texts
     count, other = 0, []
     for page in sorted((REPO / "reports").rglob("*.html")):
