@@ -117,6 +117,21 @@ def test_the_files_beside_a_page_say_what_its_tables_say():
     assert other == [] and count == len(files) > 1000
 
 
+def test_a_published_figure_fits_a_phone():
+    "It shrinks to the width of the screen and opens in full, its title is text, and the overview has a narrow form."
+    wide, closed, count = [], [], 0
+    for page in sorted((REPO / "reports").rglob("*.html")):
+        text = re.sub(r"data:[\w/+]+;base64,[\w+/=]+", "data:,", page.read_text(encoding="utf-8"))
+        name, style = page.relative_to(REPO).as_posix(), re.search(r"(?s)<style>(.*?)</style>", text)[1]
+        wide += [name] if re.search(r"figure img[^{]*\{[^}]*(?:max-width: *max|min-width)", style) else []
+        for figure, file in re.findall(r'(?s)<figure\b((?:(?!</figure>).)*)</figure>\s*<p class="takeaway"><a [^>]*?href="(files/[^"]*\.svg)"', text):
+            titled = "font-weight:700" not in (page.parent / unquote(file)).read_text(encoding="utf-8") or "<figcaption>" in figure
+            closed += [] if f'<a href="{file}"><img' in figure and titled else [f"{name}: {file}"]
+            count += 1
+    assert wide == [] and closed == [] and count > 200
+    assert 'class="on-narrow"' in (REPO / "reports" / "index.html").read_text(encoding="utf-8")
+
+
 # --- where a published page comes from ---
 
 RECORDS = sorted((REPO / "reports").glob("*/run.json"))

@@ -119,7 +119,8 @@ def index_page(
     rows = sorted(experiments, key=lambda r: r["name"])
     explained = "; ".join(f"{arm}: {what}" for arm, what in ARMS.items()) + "."
     drawn = overview([(_name(r, rows), r["gains"]) for r in rows if r.get("gains")])
-    figure = {"src": base64.b64encode(drawn[0].encode()).decode(), "alt": drawn[1]} if drawn else None
+    pictures = {form: base64.b64encode(drawn[form].encode()).decode() for form in ("wide", "narrow")} if drawn else {}
+    figure = drawn and drawn | pictures
     return write_page(
         fill(
             "index.html.jinja",
