@@ -117,6 +117,24 @@ def test_the_files_beside_a_page_say_what_its_tables_say():
     assert other == [] and count == len(files) > 1000
 
 
+def test_published_experiments_are_compared_by_the_values_of_their_parameters(tmp_path, monkeypatch, capsys):
+    "quickstart is one of the runs of digits_levels; CIFAR is other data; the page of a comparison links what there is."
+    from fedgal.cli import main
+    from fedgal.report.docs import dead_links
+    monkeypatch.setenv("FEDGAL_REPORTS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FEDGAL_PUBLISHED", str(REPO / "reports"))
+    assert main(["compare", "quickstart", "digits_levels"]) == 0
+    told = capsys.readouterr().out
+    paired = re.search(r"paired by seed\n(.*?)\n\n", told, re.S)[1]
+    assert [line.split("  ")[1] for line in paired.splitlines()[1:]] == ["none", "refit, low", "gaussian, low", "mlp, low", "oracle, low"]
+    differ = told[told.index("Parameters that differ"):].splitlines()[2:]
+    assert {line.split()[0] for line in differ if line.startswith("  ")} == {"arms", "level", "seed"}
+    assert main(["compare", "quickstart", "cifar10_lt"]) == 0
+    told = capsys.readouterr().out
+    assert "different data (digits; cifar10): not comparable" in told and "paired by seed" not in told
+    assert dead_links(tmp_path) == [] and len(list(tmp_path.rglob("*.html"))) == 2
+
+
 def test_a_published_figure_fits_a_phone():
     "It shrinks to the width of the screen and opens in full, its title is text, and the overview has a narrow form."
     wide, closed, count = [], [], 0
