@@ -1081,6 +1081,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fedgal/evaluation/answer.py'),
                                           'fedgal.evaluation.answer.readouts_table': ( 'evaluation/answer.html#readouts_table',
                                                                                        'fedgal/evaluation/answer.py'),
+                                          'fedgal.evaluation.answer.rivals': ( 'evaluation/answer.html#rivals',
+                                                                               'fedgal/evaluation/answer.py'),
                                           'fedgal.evaluation.answer.share_of_gap': ( 'evaluation/answer.html#share_of_gap',
                                                                                      'fedgal/evaluation/answer.py')},
             'fedgal.evaluation.arms': { 'fedgal.evaluation.arms.added_up': ('evaluation/arms.html#added_up', 'fedgal/evaluation/arms.py'),

@@ -117,6 +117,17 @@ def test_the_files_beside_a_page_say_what_its_tables_say():
     assert other == [] and count == len(files) > 1000
 
 
+def test_no_two_rows_of_a_published_comparison_have_the_same_name():
+    "Where one arm has two differences, a column names the row that each is against."
+    import csv
+    tables = sorted((REPO / "reports").glob("*/files/index-all-arms.csv"))
+    for path in tables:
+        rows = list(csv.DictReader(path.open(encoding="utf-8")))
+        names = [(row["row"], row.get("against"), row.get("runs")) for row in rows]
+        assert len(set(names)) == len(names), path.parent.parent.name
+    assert len(tables) > 10
+
+
 def test_published_experiments_are_compared_by_the_values_of_their_parameters(tmp_path, monkeypatch, capsys):
     "quickstart is one of the runs of digits_levels; CIFAR is other data; the page of a comparison links what there is."
     from fedgal.cli import main
