@@ -4639,8 +4639,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fedgal/privacy/readings.py'),
                                          'fedgal.privacy.readings.Reading': ('privacy/readings.html#reading', 'fedgal/privacy/readings.py'),
                                          'fedgal.privacy.readings._end': ('privacy/readings.html#_end', 'fedgal/privacy/readings.py'),
-                                         'fedgal.privacy.readings._leaking': ( 'privacy/readings.html#_leaking',
-                                                                               'fedgal/privacy/readings.py'),
                                          'fedgal.privacy.readings._listed': ('privacy/readings.html#_listed', 'fedgal/privacy/readings.py'),
                                          'fedgal.privacy.readings._quiet': ('privacy/readings.html#_quiet', 'fedgal/privacy/readings.py'),
                                          'fedgal.privacy.readings._sentence': ( 'privacy/readings.html#_sentence',

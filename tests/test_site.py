@@ -117,6 +117,13 @@ def test_the_files_beside_a_page_say_what_its_tables_say():
     assert other == [] and count == len(files) > 1000
 
 
+def test_published_pages_hold_no_progress_and_an_audit_answers_in_a_list():
+    pages = {page: re.sub(r"data:[\w/+]+;base64,[\w+/=]+", "data:,", page.read_text(encoding="utf-8")) for page in (REPO / "reports").rglob("*.html")}
+    assert [page.name for page, text in pages.items() if re.search(r" \d+/\d+ · \d+ s\n", text)] == []
+    audits = [text for page, text in pages.items() if page.parent.name.startswith("audit_") and page.name == "index.html"]
+    assert audits and all(re.search(r"Answer\.</strong> \d of \d kinds of message leak\.</p>\s*<ul>\s*<li>", text) for text in audits)
+
+
 def test_no_two_rows_of_a_published_comparison_have_the_same_name():
     "Where one arm has two differences, a column names the row that each is against."
     import csv
