@@ -207,16 +207,15 @@ class Flower(Engine):
         self._prepare(model, clients)
         shared = {"folder": str(self.folder.folder), "model": self.model[1], "task": pack(task)}
         sent = [{**shared, "client": pack((c, own.get(c.id, {})), self.names)} for c in clients]
-        contents = [RecordDict({"client": ConfigRecord(s)}) for s in sent]
-        s, round = self.simulation, task.payload.round
-        replies = exchange(s.grid, s.nodes, contents, round, lambda _: s.check())
+        contents, s = [RecordDict({"client": ConfigRecord(x)}) for x in sent], self.simulation
+        replies = exchange(s.grid, s.nodes, contents, task.payload.round, lambda _: s.check())
         results = [unpack(content_of(r, c.id)["answer"], self.folder) for r, c in zip(replies, clients, strict=True)]
         for result in results:
             if isinstance(result, FedgalError): raise result
         return results
 
     def close(self) -> None:
-        if self.simulation:
-            self.simulation.close()
-        self.simulation = None
+        simulation, self.simulation = self.simulation, None
+        if simulation:
+            simulation.close()
         shutil.rmtree(self.folder.folder, ignore_errors=True)
