@@ -1,4 +1,4 @@
-"""A real federation on loopback: TLS, registered nodes only, a node that is killed is named, and the model of `serial`."""
+"""A real federation on loopback: TLS, registered nodes only, a node that is killed is named, and every stage gives the simulation's bytes."""
 import os
 import re
 import socket
@@ -14,7 +14,8 @@ from fedgal.core.store import load_json, load_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.flower]
 PATIENCE = 240
-OVERRIDES = {"n_clients": 2, "rounds": 3, "algorithm": "scaffold"}
+OVERRIDES = {"n_clients": 2, "rounds": 3, "algorithm": "scaffold", "generator": "gaussian", "arms": ["none", "gaussian"], "bank_per_class": 20,
+             "rff_dim": 16, "finetune_rounds": 2, "finetune_steps": 3}
 
 
 def free_ports(n):
@@ -39,7 +40,7 @@ def processes(tmp_path_factory):
         for name in ("PYTHONPATH", "FEDGAL_ROOT"): m.setenv(name, str(REPO))
         m.setenv("OMP_NUM_THREADS", "1")
         port = free_ports(6)
-        folder = init(tmp_path_factory.mktemp("deploy") / "federation", REPO / "params" / "quickstart.yaml", OVERRIDES, port)
+        folder = init(tmp_path_factory.mktemp("deploy") / "federation", REPO / "params" / "federation_digits.yaml", OVERRIDES, port)
         write_node_key(folder / "keys" / "stranger")
         write_certificates(folder / "other", ["localhost"])
         with Processes(folder) as processes:
@@ -75,23 +76,37 @@ def test_a_node_that_is_killed_is_named_and_the_run_ends(processes):
     assert processes.running["node 1"].wait(5) != 0
 
 
-def test_run_again_it_goes_on_to_the_model_of_serial(processes):
+def by_call(facts, folder, home):
+    "In place of the grid: the nodes are called."
+    from fedgal.pipeline.deployed_node import DeployedNode, node_answer
+    nodes = {k: DeployedNode(facts, {"client": k, "data": f"{folder}/data/node{k}.parquet", "home": f"{home}/{k}"}) for k in range(2)}
+    return lambda what, sent, when: {k: node_answer(nodes[k], what, *message) for k, message in sent.items()}
+
+
+def test_run_again_it_goes_on_through_all_stages(processes, tmp_path):
     from fedgal.federated.clients import MultiStepClient
     from fedgal.federated.loop import fit
     from fedgal.pipeline.deploy import commands
     from fedgal.pipeline.deploy_check import run_app
     from fedgal.pipeline.deployed import own_data, training_of
+    from fedgal.pipeline.deployed_server import Federation, run_steps
     folder, port = processes.folder, load_json(processes.folder / "deploy.json")["port"]
     processes.start("node 1", commands(folder, port, 2)["node 1"])
     totals = run_app(processes, PATIENCE)
     parts = [own_data(f"{folder}/data/node{k}.parquet") for k in range(2)]
-    t = training_of(load_json(folder / "app" / "federation" / "federation.json"), *parts[0])
+    facts = load_json(folder / "app" / "federation" / "federation.json")
+    t = training_of(facts, *parts[0])
     config, view = t.clients[0].config, t.clients[0].augment
     clients = [MultiStepClient(k, x, y, config, augment=view) for k, (x, y) in enumerate(parts)]
     here = fit(t.network, clients, t.options, t.seed, "serial", t.loss)
-    there = load_tensors(folder / "result" / "model.safetensors")
-    assert there.keys() == here.parameters.keys() and all(torch.equal(v, there[n]) for n, v in here.parameters.items())
-    assert totals == here.ledger.totals() and load_json(folder / "result" / "history.json") == here.history
+    there = folder / "result"
+    model = load_tensors(there / "20_train" / "model.safetensors")
+    assert model.keys() == here.parameters.keys() and all(torch.equal(v, here.parameters[n]) for n, v in model.items())
+    assert load_json(there / "20_train" / "ledger.json")["totals"] == here.ledger.totals()
+    called = Federation(facts, {k: len(y) for k, (_, y) in enumerate(parts)}, by_call(facts, folder, tmp_path / "home"), tmp_path / "result")
+    assert totals == run_steps(called)      # that its bytes are those of the simulation is shown in 22b_deployed_server
+    files = [p.relative_to(called.folder) for p in called.folder.rglob("*") if p.is_file()]
+    assert len(files) > 15 and [f for f in files if (called.folder / f).read_bytes() != (there / f).read_bytes()] == []
 
 
 REFUSALS = {"unregistered key": "code: 2004. Failed to activate SuperNode", "other authority": "CERTIFICATE_VERIFY_FAILED", "plain text": "Server disconnected"}

@@ -96,7 +96,7 @@ result = "{result}"
 """
 
 _SIDE = """from pathlib import Path
-from fedgal.pipeline.deployed import {side}_app
+from fedgal.pipeline.{module} import {side}_app
 
 app = {side}_app(Path(__file__).with_name("federation.json"))
 """
@@ -105,7 +105,8 @@ def write_app(folder: Path, facts: dict) -> None:
     "Flower's app, which imports the installed fedgal."
     app = folder / "app"
     files = {"pyproject.toml": _APP.format(result=(folder / "result").as_posix()), "federation/__init__.py": ""}
-    files |= {f"federation/{side}.py": _SIDE.format(side=side) for side in ("server", "client")}
+    sides = {"server": "deployed_grid", "client": "deployed_node"}
+    files |= {f"federation/{side}.py": _SIDE.format(side=side, module=name) for side, name in sides.items()}
     for name, text in files.items():
         write_bytes(app / name, text.encode())
     save_json(app / "federation" / "federation.json", facts)
@@ -151,12 +152,13 @@ def init(folder: Path, params: Path, overrides: dict | None = None, port: int = 
     "Write a federation into a new folder; raises FedgalError for one that is there, or that cannot be apart."
     folder = Path(folder).resolve()
     if folder.exists(): raise FedgalError(f"{folder} is there already; choose another folder or delete it")
-    facts, parts = facts_and_parts(params, overrides)
+    facts, parts, data = facts_and_parts(params, overrides)
     write_app(folder, facts)
     write_certificates(folder / "certs", [host])
     for k, (x, y) in enumerate(parts):
         write_node_key(folder / "keys" / f"node{k}")
         write_parquet(folder / "data" / f"node{k}.parquet", x, y)
+    write_parquet(folder / "data" / "test.parquet", data.x_test, data.y_test)
     ca = (folder / "certs" / "ca.crt").as_posix()
     link = f'[superlink]\ndefault = "federation"\n\n[superlink.federation]\naddress = "127.0.0.1:{port}"\n'
     write_bytes(folder / "flwr" / "config.toml", (link + f'root-certificates = "{ca}"\n').encode())

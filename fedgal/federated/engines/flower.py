@@ -172,8 +172,6 @@ def _absent():
     install = "pip install -c constraints.txt -e '.[flower]'"
     return f"{' and '.join(missing)} is not installed: {install}" if missing else ""
 
-
-
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a00022
 class Flower(Engine):
     "Runs clients as messages of Flower's simulation, with the bytes of `serial`."
