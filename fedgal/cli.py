@@ -317,7 +317,6 @@ def cmd_lab(args) -> int:
     save_json(settings().artifacts / "lab" / "overrides.json", overrides)
     return subprocess.call(lab_command(args.rest), cwd=root())
 
-
 # %% ../nbs/cli.ipynb #c1100002
 def cmd_clean(args) -> int:
     "remove artifacts that no report uses, those of a stage, one of them, or all"
@@ -329,7 +328,6 @@ def cmd_clean(args) -> int:
     would = "would remove" if args.dry_run else "removed"
     print(f"{would} {n_bytes / 1e6:.1f} MB below {_short(settings().artifacts)}")
     return 0
-
 
 # %% ../nbs/cli.ipynb #c1100013
 def cmd_init(args) -> int:
@@ -395,14 +393,19 @@ def cmd_docs(args) -> int:
 
 # %% ../nbs/cli.ipynb #d1a000c1
 def cmd_deploy(args) -> int:
-    "write a real federation over Flower into a folder, or check one on this machine"
+    "write a real federation over Flower into a folder, check one on this machine, or publish its report"
     from fedgal.pipeline.deploy import init
     from fedgal.pipeline.deploy_check import check
+    from fedgal.pipeline.deploy_report import report
 
     if args.what == "init":
         overrides = _overrides(args.p or [])
         folder = init(Path(args.folder), params_file(args.params), overrides, args.port, args.host)
         print(f"written: {_short(folder)}; the commands are in its README.md")
+        return 0
+    if args.what == "report":
+        record = report(Path(args.folder), args.name or "")
+        print(f"report: {_short(settings().reports / record['experiment'] / 'index.html')}")
         return 0
     totals = check(Path(args.folder))
     sides = [f"{totals[f'messages_{side}']} messages {side}, {totals[side]:,} bytes" for side in ("down", "up")]
@@ -434,7 +437,7 @@ _EXAMPLES = {
     "export": "fedgal export quickstart --arm gaussian --to model\nfedgal export digits_levels -p level low -p seed 3",
     "publish": "fedgal run digits_levels && fedgal publish digits_levels && git add reports",
     "lab": "fedgal lab\nfedgal lab --no-browser --port 8899\nfedgal lab --allow-root --ip 0.0.0.0",
-    "deploy": "fedgal deploy init federation --params quickstart && fedgal deploy check federation",
+    "deploy": "fedgal deploy init federation && fedgal deploy check federation && fedgal deploy report federation",
     "clean": "fedgal clean --dry-run\nfedgal clean 40_generator\nfedgal clean 20_train/5a9963da060061d1",
     "completion": 'eval "$(fedgal completion)"   # in ~/.bashrc, or in ~/.zshrc',
 }
@@ -476,13 +479,16 @@ def _add_results(add) -> None:
 
 def _add_deploy(add) -> None:
     deploy = add("deploy", cmd_deploy)
-    deploy.add_argument("what", choices=("init", "check"), help="write the folder, or run it on this machine")
+    whats = "write the folder, run it on this machine, or publish what it has left"
+    deploy.add_argument("what", choices=("init", "check", "report"), help=whats)
     deploy.add_argument("folder")
-    deploy.add_argument("--params", default="quickstart", metavar="FILE", help="init: the experiment to deploy")
+    file = "init: the experiment to deploy"
+    deploy.add_argument("--params", default="federation_digits", metavar="FILE", help=file)
     override = "init: override a parameter"
     deploy.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=override)
     deploy.add_argument("--port", type=int, default=9443, help="init: of the SuperLink; nodes take the next ones")
     deploy.add_argument("--host", default="localhost", help="init: the name of the server in its certificate")
+    deploy.add_argument("--name", help="report: its name; by default that of the folder")
 
 # %% ../nbs/cli.ipynb #c4fffdc4
 def parser() -> argparse.ArgumentParser:
@@ -580,4 +586,3 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__" and "__file__" in globals():
     main()
-

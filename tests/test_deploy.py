@@ -88,8 +88,9 @@ def test_run_again_it_goes_on_through_all_stages(processes, tmp_path):
     from fedgal.federated.loop import fit
     from fedgal.pipeline.deploy import commands
     from fedgal.pipeline.deploy_check import run_app
-    from fedgal.pipeline.deployed import own_data, training_of
-    from fedgal.pipeline.deployed_server import Federation, run_steps
+    from fedgal.federated.facts import Federation, training_of
+    from fedgal.pipeline.deployed import own_data
+    from fedgal.pipeline.deployed_server import run_steps
     folder, port = processes.folder, load_json(processes.folder / "deploy.json")["port"]
     processes.start("node 1", commands(folder, port, 2)["node 1"])
     totals = run_app(processes, PATIENCE)

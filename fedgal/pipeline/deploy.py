@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.errors import FedgalError
 from ..core.settings import root
 from ..core.store import save_json, write_bytes
-from .deployed import facts_and_parts
+from .deployed import JUDGES, facts_and_parts
 
 # %% ../../nbs/pipeline/23_deploy.ipynb #d1a00007
 def _png(image):
@@ -136,8 +136,17 @@ _README = """# A federation of fedgal
 Each command is started in this folder, with `export FLWR_HOME={folder}/flwr` and the settings of `environment` below.
 The keys and certificates belong to their owners alone: `certs/server.key` to the server, `keys/node*` to the nodes.
 Where nodes are on other machines, the server's `--host` is `0.0.0.0`, and they write its name in place of 127.0.0.1.
+Of `data`, each node has its own file and nobody else's; `test.parquet` is the server's. `kept` is the nodes'.
 
 {commands}
+
+The stages run over the grid: {stages}. Each leaves its folder in `result`. A federation that stopped goes on where it
+was: see to the node that is named and run the last command again. When it has finished, `result/ledger.json` has all
+that was sent, and on the server's machine
+
+    fedgal deploy report {folder}
+
+publishes its report: all arms on the server's test set, and what each node sent.
 
 environment: {environment}
 """
@@ -164,6 +173,7 @@ def init(folder: Path, params: Path, overrides: dict | None = None, port: int = 
     write_bytes(folder / "flwr" / "config.toml", (link + f'root-certificates = "{ca}"\n').encode())
     save_json(folder / "deploy.json", {"port": port, "n_clients": len(parts)})
     told = "\n".join(f"    {shlex.join(c)}" for c in commands(folder, port, len(parts)).values())
-    text = _README.format(folder=folder, commands=told, environment=json.dumps(environment(folder)))
+    stages = ", ".join(s for s in facts["params"] if s not in JUDGES)
+    text = _README.format(folder=folder, commands=told, stages=stages, environment=json.dumps(environment(folder)))
     write_bytes(folder / "README.md", text.encode())
     return folder

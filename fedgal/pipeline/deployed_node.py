@@ -17,7 +17,8 @@ from ..federated.loop import prepared
 from ..federated.messages import load_payload
 from ..federated.trained import TrainedRun
 from ..finetune.apart import part_node, rows_answer
-from .deployed import dataset_of, own_data, training_of
+from ..federated.facts import dataset_of, training_of
+from .deployed import own_data
 
 # %% ../../nbs/pipeline/22a_deployed_node.ipynb #d3a00007
 ASKED = ("train", "model", "sums", "arm", "tune")  # what a node can be asked

@@ -61,6 +61,9 @@ def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
         folder = settings().artifacts / "a2v" / params["generator_checkpoint_dir"]
         latest = [f for f in folder.glob("client_*_generator*.safetensors") if "_round_" not in f.stem]
         files |= {f"generators/{f.name}": f for f in latest}
+    if federation := params.get("federation"):
+        folder = settings().artifacts / "federations" / federation
+        files |= {f"federation/{f.relative_to(folder)}": f for f in sorted(folder.rglob("*")) if f.is_file()}
     for name in params.get("experiments", []):
         files[f"experiments/{name}"] = report_of(name) / "metrics.json"
     return {name: _file_hash(f) for name, f in files.items() if f.is_file()}
