@@ -85,10 +85,10 @@ def by_call(facts, folder, home):
 
 def test_run_again_it_goes_on_through_all_stages(processes, tmp_path):
     from fedgal.federated.clients import MultiStepClient
+    from fedgal.federated.facts import Federation, training_of
     from fedgal.federated.loop import fit
     from fedgal.pipeline.deploy import commands
     from fedgal.pipeline.deploy_check import run_app
-    from fedgal.federated.facts import Federation, training_of
     from fedgal.pipeline.deployed import own_data
     from fedgal.pipeline.deployed_server import run_steps
     folder, port = processes.folder, load_json(processes.folder / "deploy.json")["port"]
@@ -108,6 +108,14 @@ def test_run_again_it_goes_on_through_all_stages(processes, tmp_path):
     assert totals == run_steps(called)      # that its bytes are those of the simulation is shown in 22b_deployed_server
     files = [p.relative_to(called.folder) for p in called.folder.rglob("*") if p.is_file()]
     assert len(files) > 15 and [f for f in files if (called.folder / f).read_bytes() != (there / f).read_bytes()] == []
+
+
+def test_it_leaves_an_ordinary_report(processes, tmp_path, monkeypatch):
+    from fedgal.pipeline.deploy_report import report
+    for name, place in {"ARTIFACTS": tmp_path / "artifacts", "REPORTS": tmp_path / "reports"}.items(): monkeypatch.setenv(f"FEDGAL_{name}", str(place))
+    assert report(processes.folder, "over_tls")["status"] == "finished"
+    metrics, home = load_json(tmp_path / "reports" / "over_tls" / "metrics.json"), tmp_path / "reports" / "over_tls"
+    assert sorted(metrics["arms"]) == ["gaussian", "none"] and "What each node sent" in (home / "index.html").read_text()
 
 
 REFUSALS = {"unregistered key": "code: 2004. Failed to activate SuperNode", "other authority": "CERTIFICATE_VERIFY_FAILED", "plain text": "Server disconnected"}

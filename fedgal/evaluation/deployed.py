@@ -86,6 +86,7 @@ class Deployed:
         as_stage = SimpleNamespace(**told, machine=stage.machine, versions=stage.versions)
         return metrics_record(as_stage, self.run, arms, n_bytes, **more)
 
+# %% ../../nbs/evaluation/21_deployed.ipynb #de10001d
 def load_deployed(folder: Path) -> Deployed:
     "Read the facts, the test set and the results of a federation; raises FedgalError for one that is not finished."
     if not (folder / "federation.json").is_file():

@@ -151,6 +151,7 @@ publishes its report: all arms on the server's test set, and what each node sent
 environment: {environment}
 """
 
+# %% ../../nbs/pipeline/23_deploy.ipynb #d1a0001d
 def environment(folder: Path) -> dict[str, str]:
     "What every process of the federation has in its environment: no news home, no installations."
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}

@@ -43,6 +43,7 @@ def _place(path: Path) -> str:
     bases = [base for base in (root(), settings().data_root, Path.cwd()) if path.is_relative_to(base)]
     return path.relative_to(bases[0]).as_posix() if bases else path.name
 
+# %% ../../nbs/pipeline/06a_keys.ipynb #c833c2ef
 def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
     "The files that parameters name, by content."
     from fedgal.data.sources import places
