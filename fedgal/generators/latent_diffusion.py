@@ -21,13 +21,14 @@ from .diffusion.options import SAMPLERS, DiffusionOptions, GaldOptions, geometry
 from .diffusion.schedule import Schedule, add_noise, factors, min_snr_weight, recover, stratified_t
 from ..models.losses.geometry import Geometry, gald_loss
 from ..stats.blocks import class_sum
+from ..stats.class_statistics import ClassStatistics
 from ..stats.radius import dilate, measured_radius
 from ..stats.space import Space
 
 # %% auto #0
-__all__ = ['DENOISING', 'settled', 'Diffusion', 'fit_diffusion', 'fit_denoiser', 'PlacedGeometry', 'placed_geometry',
-           'messages_of', 'federated_messages', 'guided', 'residuals', 'stretch', 'in_steps', 'Gald', 'DiffusionPooled',
-           'GaldPooled', 'gaussian_denoiser', 'denoising_error', 'error_table']
+__all__ = ['DENOISING', 'settled', 'Diffusion', 'set_frame', 'taught', 'own_residuals', 'fit_diffusion', 'fit_denoiser',
+           'PlacedGeometry', 'placed_geometry', 'messages_of', 'federated_messages', 'guided', 'residuals', 'stretch',
+           'in_steps', 'Gald', 'DiffusionPooled', 'GaldPooled', 'gaussian_denoiser', 'denoising_error', 'error_table']
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #9d497abb
 def settled(z: Tensor, space: Space, clamp: bool) -> Tensor:
@@ -83,13 +84,27 @@ class Diffusion(Generator):
         self.model = model.to(self.count.device).requires_grad_(False)
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #fitden00
+def set_frame(gen: Diffusion, statistics: ClassStatistics, device: str = "cpu") -> None:
+    "Take the coordinates of a generator from class statistics."
+    o = gen.options
+    gen.frame = Frame(*(t.to(device) for t in make_frame(statistics, o.frame, o.kappa, o.widen, o.lam)))
+    gen.count = statistics.count.float().to(device)
+
+def taught(gen: Diffusion) -> Tensor:  # [C] bool
+    "The classes with something to learn from; the residual of a lone sample is zero."
+    return gen.count > (1 if gen.options.frame == "class" else 0)
+
+def own_residuals(gen: Diffusion, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d] and [n]
+    "The features of one client in the coordinates of a generator."
+    used = taught(gen)[y]
+    return gen.frame.encode(z[used], y[used]), y[used]
+
+# %% ../../nbs/generators/10_latent_diffusion.ipynb #fitden01
 def fit_diffusion(gen: Diffusion, task: FitTask) -> list[dict]:
     "Coordinates from the statistics, residuals of the clients in them, the network, and its radii."
-    o, s = gen.options, task.statistics
-    gen.frame = Frame(*(t.to(task.device) for t in make_frame(s, o.frame, o.kappa, o.widen, o.lam)))
-    gen.count = s.count.float().to(task.device)
-    teaches = gen.count > (1 if o.frame == "class" else 0)  # the residual of a lone sample is zero
-    parts = [(gen.frame.encode(z[teaches[y]], y[teaches[y]]), y[teaches[y]]) for z, y in task.latents]
+    o = gen.options
+    set_frame(gen, task.statistics, task.device)
+    parts = [own_residuals(gen, z, y) for z, y in task.latents]
     many = sum(len(x) > 0 for x, _ in parts)
     if gen.trained_on == "pooled":
         parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]

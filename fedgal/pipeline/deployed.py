@@ -18,6 +18,7 @@ from ..data.user_function import USER_FUNCTION
 from ..federated.engines.nodes import check_apart
 from ..federated.state import FederationOptions
 from ..finetune.arms import ARMS
+from ..generators.apart import trains_apart
 from ..generators.base import GENERATORS
 from .plan import plan
 
@@ -38,9 +39,12 @@ def _of_training(params):
 
 def _of_generator(params):
     p = params["40_generator"]
-    kind, fitting = GENERATORS[p["generator"]], "choose one that the server fits to statistics: gaussian or safs"
+    kind = GENERATORS[p["generator"]]
+    fitting = "choose gaussian or safs, which the server fits to statistics, or diffusion or gald"
+    if trains_apart(kind):
+        return []
     if kind.trained_on != "server":
-        where = {"federated": "is trained by clients", "client": "sends features of clients"}
+        where = {"federated": "asks more of clients than updates and sums", "client": "sends features of clients"}
         does = where.get(kind.trained_on, "needs the features of all clients in one place")
         return [f"generator {kind.name} {does}, which nodes cannot do yet; {fitting}"]
     lacking = [need for need in kind.needs if need != "statistics"]

@@ -17,11 +17,12 @@ from ..federated.loop import prepared
 from ..federated.messages import load_payload
 from ..federated.trained import TrainedRun
 from ..finetune.apart import part_node, rows_answer
+from ..generators.apart import denoiser_node
 from ..federated.facts import dataset_of, training_of
 from .deployed import own_data
 
 # %% ../../nbs/pipeline/22a_deployed_node.ipynb #d3a00007
-ASKED = ("train", "model", "sums", "arm", "tune")  # what a node can be asked
+ASKED = ("train", "keep", "sums", "denoise", "arm", "tune")  # what a node can be asked
 
 class DeployedNode:
     "One client of a real federation, as its facts and its configuration describe it."
@@ -67,7 +68,7 @@ class DeployedNode:
 # %% ../../nbs/pipeline/22a_deployed_node.ipynb #d3a00017
 def node_answer(
     node: DeployedNode,
-    what: str,  # of `ASKED`; "tune" with the name of what began the arm
+    what: str,  # of `ASKED`; "denoise" and "tune" with the name of what began these rounds
     data: bytes,
     receipt: int,  # of what it last kept in these rounds; -1: nothing
 ) -> bytes:
@@ -76,17 +77,20 @@ def node_answer(
     one_of("question of the server", what, ASKED)
     if what == "train":
         return node.training().answer(data, receipt)
-    if what == "model":
+    if what == "keep":
         return node.keep(data)
-    begun = node.kept(name) if what == "tune" else data
+    begun = node.kept(name) if name else data
     words, _ = unpacked(begun, "the server")
     with reading("the server"):
         run = node.run(words["model"])
     if what == "sums":
         return answer_sums(run, node.client, data, node.facts["params"]["30_statistics"])
-    agreed = node.facts["params"]["50_finetune"]
+    of, home = node.facts["params"], node.home / what / name
+    if what == "denoise":
+        return denoiser_node(run, node.client, begun, of["40_generator"], home).answer(data, receipt)
+    agreed = of["50_finetune"]
     if what == "tune":
-        return part_node(run, node.client, begun, agreed, node.home / "tune" / name).answer(data, receipt)
+        return part_node(run, node.client, begun, agreed, home).answer(data, receipt)
     node.keep(data)
     return rows_answer(run, node.client, data, agreed)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECEIPT', 'packed', 'named', 'reading', 'unpacked', 'message_bytes', 'read_message', 'Node', 'check_apart',
-           'absent_client', 'Nodes']
+           'absent_client', 'put_away', 'Nodes']
 
 # %% ../../../nbs/federated/engines/07_nodes.ipynb #f1c00004
 import hashlib, json
@@ -129,6 +129,10 @@ def absent_client(client: int, n_examples: int, shape: tuple[int, ...], config: 
     "A client whose examples are elsewhere."
     x, y = torch.zeros(()), torch.zeros((), dtype=torch.long)
     return MultiStepClient(client, x.expand(n_examples, *shape), y.expand(n_examples), config)
+
+def put_away(client: MultiStepClient) -> MultiStepClient:
+    "A client of a node, where one that only stands for it was made."
+    return absent_client(client.id, client.n_examples, tuple(client.x.shape[1:]), client.config)
 
 # %% ../../../nbs/federated/engines/07_nodes.ipynb #f1c0000e
 class Nodes(Engine):
