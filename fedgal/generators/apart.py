@@ -16,8 +16,8 @@ from ..federated.loop import prepared
 from ..federated.trained import TrainedRun, client_features
 from .base import GENERATORS, Generator
 from .diffusion.federated import denoiser_federation, residual_clients
-from .diffusion.frame import Frame
-from .latent_diffusion import Diffusion, own_residuals, placed_geometry, set_frame, taught
+from .diffusion.frame import Frame, own_residuals, taught
+from .latent_diffusion import Diffusion, placed_geometry, set_frame
 from ..stats.class_statistics import ClassStatistics
 from ..stats.space import Space
 
@@ -42,10 +42,10 @@ def denoiser_node(run: TrainedRun, client: int, data: bytes, agreed: dict, home:
     z, y = client_features(run, agreed["level"], views=agreed["views"], seed=agreed["seed"])[client]
     with reading("the server"):
         gen.frame, gen.count = Frame(**{name: tensors[name] for name in Frame._fields}), tensors["count"]
-        count = agreed["views"] * gen.count * taught(gen)
-        parts = [(z[:0], y[:0])] * client + [own_residuals(gen, z, y)]
+        used = taught(gen.count, o.frame)
+        parts = [(z[:0], y[:0])] * client + [own_residuals(gen.frame, used, z, y)]
         rounds = min(o.rounds, o.steps)
-        [own] = residual_clients(parts, C, o, rounds, count)
+        [own] = residual_clients(parts, C, o, rounds, agreed["views"] * gen.count * used)
     how = (C, o, rounds, agreed["seed"], gen.schedule, placed_geometry(gen), o.class_rows, agreed["views"])
     model, federation, loss = denoiser_federation(gen.space.dim, *how)
     algorithm = federation.make_algorithm()

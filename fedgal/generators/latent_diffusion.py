@@ -16,7 +16,7 @@ from ..federated.ledger import Ledger
 from .base import FitTask, Generator, Message, require_known
 from .diffusion.denoiser import Denoiser, train_denoiser
 from .diffusion.federated import train_denoisers
-from .diffusion.frame import Frame, make_frame
+from .diffusion.frame import Frame, make_frame, own_residuals, taught
 from .diffusion.options import SAMPLERS, DiffusionOptions, GaldOptions, geometry_of
 from .diffusion.schedule import Schedule, add_noise, factors, min_snr_weight, recover, stratified_t
 from ..models.losses.geometry import Geometry, gald_loss
@@ -26,9 +26,9 @@ from ..stats.radius import dilate, measured_radius
 from ..stats.space import Space
 
 # %% auto #0
-__all__ = ['DENOISING', 'settled', 'Diffusion', 'set_frame', 'taught', 'own_residuals', 'fit_diffusion', 'fit_denoiser',
-           'PlacedGeometry', 'placed_geometry', 'messages_of', 'federated_messages', 'guided', 'residuals', 'stretch',
-           'in_steps', 'Gald', 'DiffusionPooled', 'GaldPooled', 'gaussian_denoiser', 'denoising_error', 'error_table']
+__all__ = ['DENOISING', 'settled', 'Diffusion', 'set_frame', 'fit_diffusion', 'fit_denoiser', 'PlacedGeometry', 'placed_geometry',
+           'messages_of', 'federated_messages', 'guided', 'residuals', 'stretch', 'in_steps', 'Gald', 'DiffusionPooled',
+           'GaldPooled', 'gaussian_denoiser', 'denoising_error', 'error_table']
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #9d497abb
 def settled(z: Tensor, space: Space, clamp: bool) -> Tensor:
@@ -90,21 +90,12 @@ def set_frame(gen: Diffusion, statistics: ClassStatistics, device: str = "cpu") 
     gen.frame = Frame(*(t.to(device) for t in make_frame(statistics, o.frame, o.kappa, o.widen, o.lam)))
     gen.count = statistics.count.float().to(device)
 
-def taught(gen: Diffusion) -> Tensor:  # [C] bool
-    "The classes with something to learn from; the residual of a lone sample is zero."
-    return gen.count > (1 if gen.options.frame == "class" else 0)
-
-def own_residuals(gen: Diffusion, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [n, d] and [n]
-    "The features of one client in the coordinates of a generator."
-    used = taught(gen)[y]
-    return gen.frame.encode(z[used], y[used]), y[used]
-
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #fitden01
 def fit_diffusion(gen: Diffusion, task: FitTask) -> list[dict]:
     "Coordinates from the statistics, residuals of the clients in them, the network, and its radii."
     o = gen.options
     set_frame(gen, task.statistics, task.device)
-    parts = [own_residuals(gen, z, y) for z, y in task.latents]
+    parts = [own_residuals(gen.frame, taught(gen.count, o.frame), z, y) for z, y in task.latents]
     many = sum(len(x) > 0 for x, _ in parts)
     if gen.trained_on == "pooled":
         parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]
