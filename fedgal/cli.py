@@ -400,14 +400,15 @@ def cmd_deploy(args) -> int:
 
     if args.what == "init":
         overrides = _overrides(args.p or [])
-        folder = init(Path(args.folder), params_file(args.params), overrides, args.port, args.host)
-        print(f"written: {_short(folder)}; the commands are in its README.md")
+        file, limit = params_file(args.params), args.patience or 300.0
+        folder = init(Path(args.folder), file, overrides, args.port, args.host, limit)
+        print(f"written: {_short(folder)}, a folder for each party; README.md says whose they are")
         return 0
     if args.what == "report":
         record = report(Path(args.folder), args.name or "")
         print(f"report: {_short(settings().reports / record['experiment'] / 'index.html')}")
         return 0
-    totals = check(Path(args.folder))
+    totals = check(Path(args.folder), args.patience)
     sides = [f"{totals[f'messages_{side}']} messages {side}, {totals[side]:,} bytes" for side in ("down", "up")]
     print("; ".join(sides))
     return 0
@@ -487,7 +488,9 @@ def _add_deploy(add) -> None:
     override = "init: override a parameter"
     deploy.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=override)
     deploy.add_argument("--port", type=int, default=9443, help="init: of the SuperLink; nodes take the next ones")
-    deploy.add_argument("--host", default="localhost", help="init: the name of the server in its certificate")
+    deploy.add_argument("--host", default="localhost", help="init: name or address of the server, as nodes reach it")
+    patience = "seconds; init: that the server waits for a client in a round (300), check: without a sign of life"
+    deploy.add_argument("--patience", type=float, metavar="SECONDS", help=patience)
     deploy.add_argument("--name", help="report: its name; by default that of the folder")
 
 # %% ../nbs/cli.ipynb #c4fffdc4

@@ -19,6 +19,7 @@ from fedgal.evaluation.metrics import evaluate
 from fedgal.evaluation.readouts import readouts
 from fedgal.federated.algorithm import ALGORITHMS
 from fedgal.federated.clients import MultiStepClient
+from fedgal.federated.engines.nodes import Node, Nodes, absent_client
 from fedgal.federated.local import LocalOptions
 from fedgal.federated.loop import fit
 from fedgal.federated.state import FederationOptions
@@ -30,6 +31,7 @@ from fedgal.generators.run import fit_and_sample
 from fedgal.models.encode import encode, encode_from
 from fedgal.models.losses import base, contrastive, geometry, matching
 from fedgal.models.losses.local import LOCAL_LOSSES, local_loss
+from fedgal.models.losses.protocol import task_loss
 from fedgal.models.networks import MODELS, build_model
 from fedgal.models.split import Features
 from fedgal.stats.blocks import class_sums
@@ -300,6 +302,25 @@ def _algorithm(name, engine, device):
     return [losses, *result.parameters.values(), *extras.values(), *result.client_parameters[1].values()]
 
 
+def _nodes(device):
+    "Clients of a real federation that compute on the device, with a server on the CPU."
+    local = LocalOptions(batch_size=8, steps=3, momentum=0.9)
+    x, y = pictures(48)
+    options = FederationOptions(rounds=2, algorithm="scaffold")
+    algorithm = options.make_algorithm()
+    parts = [torch.arange(k, 48, K) for k in range(K)]
+    with tempfile.TemporaryDirectory() as place:
+        nodes = []
+        for k, i in enumerate(parts):
+            client = MultiStepClient(k, x[i].to(device), y[i].to(device), local)
+            nodes.append(Node(algorithm, model_on(device), client, 0, task_loss, Path(place) / str(k)))
+        carry = lambda sent, round: {k: nodes[k].answer(*message) for k, message in sent.items()}
+        far = [absent_client(k, len(i), tuple(x.shape[1:]), local) for k, i in enumerate(parts)]
+        result = fit(model_on("cpu"), far, options, 0, Nodes(carry=carry))
+    assert not any(row["rejected"] for row in result.history), result.history
+    return [[row["train_loss"] for row in result.history], *result.parameters.values(), *result.payload.extras.values()]
+
+
 FINETUNED = {
     "on clients": ({}, "serial"),
     "on clients, batched": ({}, "batched"),
@@ -316,6 +337,7 @@ CASES |= {f"finetune {name}": partial(_finetuned, *how) for name, how in FINETUN
 CASES |= {f"generator {name}": partial(_generator, name) for name in GENERATORS}
 CASES |= {f"joint, bank {bank}": partial(_joint, bank) for bank in ("denoiser", "gaussian", "real")}
 CASES |= {f"algorithm {name}": partial(_algorithm, name, "serial") for name in TRAINED}
+CASES |= {"algorithm scaffold, nodes": _nodes}
 CASES |= {f"algorithm {name}, batched": partial(_algorithm, name, "batched") for name in TRAINED}
 
 TOLERANCE = {"generator ldmlr": 1e-3}  # errors at low noise weigh a thousandfold; else 1e-5

@@ -29,7 +29,7 @@ from fedgal.evaluation.training import owner_scores
 from fedgal.federated.clients import MultiStepClient
 from fedgal.federated.collect import collect_statistics
 from fedgal.federated.dropout import draw_mask
-from fedgal.federated.engines.batched import Batched, BatchedOptions
+from fedgal.federated.engines.batched import Batched
 from fedgal.federated.ledger import Ledger
 from fedgal.federated.local import LocalOptions
 from fedgal.federated.loop import fit, prepared, run_round, start_state
@@ -41,7 +41,8 @@ from fedgal.finetune.clients import FinetuneOptions
 from fedgal.finetune.context import ArmContext, arm_features
 from fedgal.generators.inputs import GeneratorInputs
 from fedgal.generators.run import bank_sizes
-from fedgal.pipeline.schema import resolve
+from fedgal.pipeline.plan import COMPARE
+from fedgal.pipeline.schema import resolve, schema
 from fedgal.stats.teachers import select_teachers
 
 ROUNDS, OF = 150, 1500
@@ -99,11 +100,6 @@ def network():
     return net
 
 
-def budget(device):
-    "Bytes that the clients of a chunk may take: a quarter of a GPU's memory."
-    return torch.cuda.get_device_properties(0).total_memory // 4 if device == "cuda" else BatchedOptions().budget
-
-
 class Benchmark:
     "The federation, round by round."
 
@@ -117,7 +113,7 @@ class Benchmark:
         self.options = FederationOptions(rounds=OF, participation=0.1 if small else 0.05)
         self.model, self.clients = prepared(self.options.make_algorithm(), network().to(device), clients)
         self.state = start_state(self.options.make_algorithm(), self.model, self.clients, 0)
-        self.weights, self.engine = dict.fromkeys(range(n), 1.0), Batched(BatchedOptions(budget=budget(device)))
+        self.weights, self.engine = dict.fromkeys(range(n), 1.0), Batched()
         self.test = data.x_test.to(device), data.y_test.to(device)
 
     def round(self):
@@ -188,7 +184,7 @@ def pfl(device, small):
 def parameters(experiment, given):
     "The flat parameters of an experiment, without what sweeps and reports."
     values = yaml.safe_load((root() / "params" / f"{experiment}.yaml").read_text(encoding="utf-8"))
-    for name in ("stages", "sweep", "contests", "baseline", "title", "question"):
+    for name in ("stages", "sweep", *schema(COMPARE)):
         values.pop(name, None)
     values |= {"seed": 0} | EXPERIMENTS[experiment] | given
     return {n: v for stage in resolve(STAGES, values).values() for n, v in stage.items()}

@@ -31,7 +31,8 @@ from fedgal.finetune.arms import run_arm
 from fedgal.finetune.clients import FinetuneOptions
 from fedgal.finetune.context import ArmContext, arm_features
 from fedgal.generators.run import bank_sizes, fit_and_sample, fit_task
-from fedgal.pipeline.schema import resolve
+from fedgal.pipeline.plan import COMPARE
+from fedgal.pipeline.schema import resolve, schema
 
 FOLDER = "artifacts/gpu_lt"
 IMAGES = 12_406  # of CIFAR-10 at imbalance 100, in the split of Cao et al. 2019
@@ -80,7 +81,7 @@ def parameters(protocol, given):
     "The flat parameters of a protocol: its params file without what sweeps and reports, changed by `given`."
     file = root() / "params" / f"{PROTOCOLS[protocol]}.yaml"
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for name in ("stages", "sweep", "contests", "baseline", "title", "question"):
+    for name in ("stages", "sweep", *schema(COMPARE)):
         values.pop(name, None)
     values |= HERE | CHANGES.get(protocol, {}) | given | {"arms": ["none"]}
     return {n: v for stage in resolve(STAGES, values).values() for n, v in stage.items()}

@@ -14,6 +14,7 @@ SMALL = {"diffusion": {"repeats": 1, "batch": 4, "own_steps": 2, "few": 1, "wide
          "engines": {"repeats": 1, "n_clients": 4, "examples": 4, "batch_size": 2, "full": False},
          "clients": {"dataset": "noise", "n_clients": 2, "per_client": 20, "repeats": 1},
          "small_clients": {"dataset": "noise", "flute_clients": 12, "flute_rounds": 1, "n_clients": 4, "repeats": 1},
+         "many_clients": {"many_clients": [4, 12], "engines": ["serial"], "repeats": 1, "images": 200},
          "client_generators": {"repeats": 2, "alone": 1, "batches": [8, 32], "options": {"hidden_dim": 24, "latent_dim": 8}},
          "inversion": {"dataset": "digits", "images": 2, "iterations": 4, "restarts": 1, "short": 3},
          "beyond_gaussian": {"few": {"dataset": "digits"}, "seeds": [100, 101], "rounds": 1, "steps": 2, "per_class": 8, "tuning": {"rounds": 4, "steps": 1},

@@ -96,6 +96,8 @@ def test_the_readme_is_short():
     "Two screens: words outside of tables and of what a notebook writes."
     text = re.sub(r"(?s)<!-- (\w+):begin -->.*?<!-- \1:end -->|```.*?```", "", read("README.md"))
     assert len(re.sub(r"(?m)^\|.*|\]\(\S+\)", "", text).split()) < 400
+    answer = re.search(r"(?s)<!-- answer:begin -->(.*?)!\[", read("README.md"))[1]
+    assert len(re.sub(r"\]\(\S+\)", "", answer).split()) < 250
 
 
 def test_what_can_be_chosen_is_explained():

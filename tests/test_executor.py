@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from conftest import begin_fedgal
+from conftest import begin_fedgal, command_line
 
 SPLIT = {"title": "Split", "question": "Who has what?", "stages": ["10_data"], "dataset": "digits", "imbalance": 10, "n_clients": 4}
 
@@ -61,3 +61,16 @@ def test_a_sweep_on_ray_gives_the_comparison_of_a_local_one(project):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 8 and " cached" not in done.stdout
     assert others.json("grid/comparison.json") == local
+
+
+@pytest.mark.slow
+@pytest.mark.flower
+def test_ctrl_c_ends_a_stage_on_ray_at_once(project):
+    pytest.importorskip("ray")
+    project.write("long", {**SPLIT, "stages": ["10_data", "20_train"], "rounds": 100_000})
+    process, files = project.fork(command_line, ["run", "long"], env={"FEDGAL_EXECUTOR": "ray"})
+    while not list(project.artifacts.glob("20_train/*.progress")): time.sleep(0.2); assert process.is_alive(), files[1].read_text()
+    began = time.monotonic()
+    os.kill(process.pid, 2)
+    process.join(60)
+    assert process.exitcode == 130 and time.monotonic() - began < 30, files[1].read_text()

@@ -15,27 +15,28 @@ def federation(project, monkeypatch):
     for name, value in {"ROOT": REPO, "DATA_ROOT": data_root(), "ARTIFACTS": project.artifacts}.items(): monkeypatch.setenv(f"FEDGAL_{name}", str(value))
     from fedgal.core.errors import FedgalError
     from fedgal.core.store import load_json
-    from fedgal.federated.facts import Federation
+    from fedgal.federated.facts import Federation, own_data
     from fedgal.pipeline import deploy
-    from fedgal.pipeline.deployed import own_data
     from fedgal.pipeline.deployed_node import DeployedNode, node_answer
     from fedgal.pipeline.deployed_server import run_steps
-    for name in ("write_certificates", "write_node_key"): monkeypatch.setattr(deploy, name, lambda *_: None)     # they need the extra
+    # certificates and keys need the extra
+    monkeypatch.setattr(deploy, "write_certificates", lambda folder, _: [(folder / f).write_text("") for f in ("ca.crt", "server.pem", "server.key")])
+    monkeypatch.setattr(deploy, "write_node_key", lambda file: [f.write_text("") for f in (file, file.with_suffix(".pub"))])
     folder = deploy.init(project.home / "three", REPO / "params" / "federation_digits.yaml", FEW)
-    facts = load_json(folder / "app" / "federation" / "federation.json")
-    files = {k: f"{folder}/data/node{k}.parquet" for k in range(3)}
+    facts = load_json(folder / "server" / "app" / "federation" / "federation.json")
+    files = {k: f"{folder}/node{k}/examples.parquet" for k in range(3)}
 
-    def steps(until=""):
+    def steps(until="", content="c"):
         asked = []
 
         def ask(what, sent, when):
             asked.append(when)
             if when == until: raise FedgalError(f"client 1 is gone, {when}")
-            nodes = {k: DeployedNode(facts, {"client": k, "data": files[k], "home": f"{folder}/kept/{k}"}) for k in sent}
+            nodes = {k: DeployedNode(facts, {"client": k, "data": files[k], "home": f"{folder}/node{k}/kept"}) for k in sent}
             return {k: node_answer(nodes[k], what, *message) for k, message in sent.items()}
 
-        examples = {k: len(own_data(file)[1]) for k, file in files.items()}
-        try: run_steps(Federation(facts, examples, ask, folder / "result"))
+        examples = {k: (len(own_data(file)[1]), content) for k, file in files.items()}
+        try: run_steps(Federation(facts, examples, ask, folder / "server" / "result"))
         except FedgalError as error: return asked, str(error)
         return asked, ""
 
@@ -57,7 +58,7 @@ def test_a_federation_goes_on_from_any_step_and_leaves_an_ordinary_report(federa
     run, metrics = project.json("digits_of_three/run.json"), project.json("digits_of_three/metrics.json")
     assert run["status"] == "finished" and run["title"] == metrics["title"] == "A federation of digits"
     assert sorted(metrics["arms"]) == ["gaussian", "generator", "none", "refit"] and metrics["headroom"] is None and metrics["seeds"] == [0]
-    ledger = json.loads((folder / "result" / "ledger.json").read_text())
+    ledger = json.loads((folder / "server" / "result" / "ledger.json").read_text())
     arms = {a: f["bytes"] for a, f in metrics["arms"].items()}
     assert sum(a["up"] for a in arms.values()) + metrics["bytes"]["up"] - arms["generator"]["up"] == ledger["totals"]["up"]
     page = (home / "index.html").read_text()
@@ -68,12 +69,13 @@ def test_a_federation_goes_on_from_any_step_and_leaves_an_ordinary_report(federa
     assert again.returncode == 0 and "cached" in again.stdout
 
 
-def test_results_of_other_facts_are_not_gone_on_from(federation):
+def test_results_of_other_facts_or_examples_are_not_gone_on_from(federation):
     folder, steps = federation
     assert steps(until="when it gets the trained model")[1]
-    manifest = folder / "result" / "20_train" / "manifest.json"
+    assert "belongs to another run, with other facts or examples; move" in steps(content="other")[1]
+    manifest = folder / "server" / "result" / "20_train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"facts": "', '"facts": "0'))
-    assert "is of a federation with other facts; move" in steps()[1]
+    assert "belongs to another run, with other facts or examples; move" in steps()[1]
 
 
 def test_what_nodes_cannot_do_is_refused_before_anything_is_written_in_a_line_each(project):

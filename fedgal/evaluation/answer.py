@@ -13,7 +13,7 @@ from ..core.store import canonical
 from .compare import varied
 from .contests import in_points, p_text
 from .headroom import headroom, headroom_points, headroom_text, headroom_verdict, headrooms
-from .labels import pooled, shorten
+from .labels import SETTING, pooled, shorten, told_by_setting
 from .sentence import answer_sentence
 from .significance import gap_closed, paired_interval
 
@@ -71,12 +71,14 @@ def headroom_lines(
     first = "**Headroom** (`oracle` - `refit`):"
     if len(known) <= 1:
         return [f"{first} {headroom_text((known or rooms)[0])}."]
-    names = varied(known)
+    params = [room["params"] for room in known]
+    names = [n for n in varied(known) if n not in told_by_setting(params) and n != SETTING]
     lines = [f"* {_setting(room['params'], names)}: {headroom_text(room)}." for room in known]
     return ["\n".join([f"{first}\n", *lines])]
 
 def _setting(params, names):
-    return ", ".join(f"{n} {spelt(params[n])}" for n in names if n in params) or "other settings"
+    told = [params[SETTING]] if params.get(SETTING) else []
+    return ", ".join([*told, *(f"{n} {spelt(params[n])}" for n in names if n in params)]) or "other settings"
 
 # %% ../../nbs/evaluation/17_answer.ipynb #9495eb36
 def answer(
@@ -223,6 +225,7 @@ def comparison_record(
         "headroom": headrooms(cells),
         "rows": rows,
         "contests": announced,
-        "answer": answer_sentence(rows, announced),
+        "answer": answer_sentence(rows, announced, not params["contests_added"]),
+        "contests_added": params["contests_added"],
         "failed": failed,
     }

@@ -6,6 +6,7 @@
 __all__ = ['sampling_error', 'arms_answer', 'arms_details', 'models_headline', 'chance_flags', 'chance_note']
 
 # %% ../../nbs/evaluation/12_headline.ipynb #9573b8cd
+from collections.abc import Collection
 from ..core.text import as_bytes
 from .contests import in_points
 from .headroom import headroom_sentence, run_headroom
@@ -29,8 +30,12 @@ def arms_answer(
     accuracy: dict[str, float],  # arm -> balanced accuracy
     generator: str,  # name of the generator under test
     errors: dict[str, float],  # arm -> `sampling_error`; empty where several models share the test samples
+    at_chance: Collection[str] = (),  # arms that are no better than guessing, see `chance_flags`
 ) -> str:  # Markdown
     "What the generator of one run came to against the controls; without one, what the arms reach."
+    if accuracy.keys() <= set(at_chance):
+        why = "see the training first: rounds, rate, and whether the columns of a table are scaled"
+        return f"**Answer.** Nothing was learned: no arm is better than guessing, so none can be compared; {why}."
     if "generator" not in accuracy:
         listed = ", ".join(f"`{a}` {_percent(v)}" for a, v in accuracy.items())
         return f"**Answer.** Balanced accuracy: {listed}. {_ONE_SEED}"

@@ -39,12 +39,13 @@ def contest_sentence(
     return f"{first} is {'better' if contest['difference'] > 0 else 'worse'} than {second}: {measured}."
 
 # %% ../../nbs/evaluation/16a_sentence.ipynb #1054ed59
-def _others(contests, first_shown):
+def _others(contests, first_shown, before):
     "How the contests after the first went."
     if not contests:
         return ""
     won = [c for c in contests if _shown(c)]
-    number = f"the {len(contests)} other contests announced" if len(contests) > 1 else "the other contest announced"
+    number = f"the {len(contests)} other contests" if len(contests) > 1 else "the other contest"
+    number += " announced" * before
     if not won:
         return f" {'No difference is' if first_shown else 'Nor is one'} shown in {number}."
     listed = [f"{a} {'over' if c['difference'] > 0 else 'below'} {b}" for c in won[:3] for a, b in [_named(c)]]
@@ -129,8 +130,9 @@ def sweep_sentence(
 def answer_sentence(
     rows: list[dict],  # of `rows_of`
     announced: list[dict],  # of `contests_of`
+    before: bool = True,  # whether they were named before the first run
 ) -> str:  # Markdown, two sentences at most
     "What a comparison found."
     if not announced:
         return f"**Answer.** {sweep_sentence(rows)}"
-    return f"**Answer.** {contest_sentence(announced[0])}{_others(announced[1:], _shown(announced[0]))}"
+    return f"**Answer.** {contest_sentence(announced[0])}{_others(announced[1:], _shown(announced[0]), before)}"

@@ -14,6 +14,7 @@ import torch
 from ..core.errors import FedgalError
 from ..core.store import canonical, commit, load_json, load_tensors, save_json, save_tensors, sha256, verify
 from ..core.tensors import Tensors, join_groups, split_groups
+from .ledger import Ledger
 from .messages import ClientUpdate, ServerPayload
 from .state import LastRound, State
 
@@ -58,8 +59,8 @@ def _read_state(folder, files, device):
     parameters, buffers, extras = (groups.get(name, {}) for name in ("parameters", "buffers", "extras"))
     payload = ServerPayload(parameters, buffers, record["round"], extras)
     own = files.read(record["own"], device)
-    history, ledger, remembered = (tuple(record[name]) for name in ("history", "ledger", "postprocessors"))
-    state = State(payload, history, ledger, own, groups.get("server", {}), remembered)
+    history, remembered = (tuple(record[name]) for name in ("history", "postprocessors"))
+    state = State(payload, history, Ledger(record["ledger"]), own, groups.get("server", {}), remembered)
     last = _read_last(record, groups) if record["last"] else None
     return record["identity"], state, last
 
@@ -159,7 +160,7 @@ class Checkpoints(_PaidRounds):
             "round": state.payload.round,
             "identity": self.who,
             "history": state.history,
-            "ledger": state.ledger,
+            "ledger": state.ledger.to_json(),
             "postprocessors": state.postprocessors,
             "own": self.files.write(state.own, state.payload.round),
             "last": _last_json(last) if last else None,

@@ -20,7 +20,6 @@ from .algorithm import ALGORITHMS, Algorithm
 from .checkpoint import Checkpoints
 from .engines.base import ENGINES, Engine, kind_of, name_of, resolve_engine
 from .identity import identity
-from .ledger import Ledger
 from .messages import ClientUpdate, payload_from
 from .postprocess import trained_on
 from .result import FederationResult, delivered, judged, last_round_of_all, last_round_of_own
@@ -55,7 +54,7 @@ def run_round(
 ) -> tuple[State, list[ClientUpdate]]:  # new state, accepted updates
     "One communication round; `state` is not changed."
     payload = state.payload
-    ledger = Ledger(state.ledger)
+    ledger = state.ledger.copy()
     algorithm = options.make_algorithm()
     postprocessors = options.make_postprocessors(state.postprocessors)
     chosen = [clients[i] for i in choose(len(clients), options.participation, seed, payload.round)]
@@ -83,7 +82,7 @@ def run_round(
         **({"engine": engine.note} if engine.note else {}),
     }
     own = clients_after(algorithm, state, accepted, bool(seen.failure), keeps)
-    return State(new, (*state.history, row), tuple(ledger.to_json()), own, server, states), accepted
+    return State(new, (*state.history, row), ledger, own, server, states), accepted
 
 # %% ../../nbs/federated/08_loop.ipynb #ae9653de
 CHANNELS_LAST = 16  # pixels along the shorter side of an image, from which on it pays for convolutions
@@ -189,8 +188,7 @@ def _with_scores(state, evaluate, algorithm, model, clients):
 
 def _result(algorithm, model, state, last, engine, reason):
     final, history = delivered(algorithm, model, state), list(state.history)
-    return FederationResult(final, last, history, Ledger(state.ledger), engine, reason, state.postprocessors)
-
+    return FederationResult(final, last, history, state.ledger, engine, reason, state.postprocessors)
 
 # %% ../../nbs/federated/08_loop.ipynb #7a5c0013
 def fit(

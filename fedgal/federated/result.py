@@ -81,7 +81,7 @@ def last_round_of_all(
     took_part = choose(len(clients), options.participation, seed, base.round)
     postprocessors = options.make_postprocessors(state.postprocessors)
     rest = trained_on(postprocessors, [c for i, c in enumerate(clients) if i not in took_part], seed, base.round)
-    ledger = Ledger(state.ledger)
+    ledger = state.ledger.copy()
     algorithm = options.make_algorithm()
     task = Task(algorithm, base, seed, loss, options.bn, postprocessors)
     late = [update for update, _ in engine.work(task, model, rest, state.own)] if rest else []
@@ -90,7 +90,7 @@ def last_round_of_all(
     good, bad = check_updates(as_deltas(rest, late, base.round), base, options.norm_factor)
     excluded = dict(sorted([(k, why) for k, why in state.history[-1]["rejected"]] + bad))
     updates = [replace(u, statistics=None) for u in sorted([*accepted, *good], key=lambda u: u.client)]
-    return replace(state, ledger=tuple(ledger.to_json())), LastRound(base, updates, excluded)
+    return replace(state, ledger=ledger), LastRound(base, updates, excluded)
 
 def last_round_of_own(state: State, clients: list) -> LastRound:
     "The models that clients keep, as changes of the first one; a client that never took part still has that."

@@ -16,6 +16,7 @@ from ..core.tensors import Tensors
 from .aggregate import BN_POLICIES
 from .aggregation import AGGREGATIONS, Aggregation
 from .algorithm import Algorithm, get_algorithm
+from .ledger import Ledger
 from .messages import ClientUpdate, ServerPayload
 from .postprocess import Postprocessor, make_postprocessors
 
@@ -108,7 +109,7 @@ class State:
 
     payload: ServerPayload  # its `round` is the next round to run
     history: tuple[dict, ...] = ()  # one dict a round
-    ledger: tuple[dict, ...] = ()  # rows of the `Ledger`
+    ledger: Ledger = field(default_factory=Ledger)  # of all rounds before
     own: dict[int, Tensors] = field(default_factory=dict)  # client -> what it keeps
     server: Tensors = field(default_factory=dict)  # what the server keeps
     postprocessors: tuple[dict, ...] = ()  # what each remembers

@@ -32,17 +32,20 @@ from ..generators.run import bank_sizes, fit_and_sample, fit_task
 
 # %% ../../nbs/pipeline/22b_deployed_server.ipynb #d4a00007
 class Steps:
-    "Folders of finished steps; each holds the fingerprint of the facts under which it was made."
+    "Folders of finished steps; each holds the fingerprint of the facts and examples with which it was made."
 
-    def __init__(self, folder: Path, facts: dict):
-        self.folder, self.agreed = Path(folder), fingerprint(facts)
+    def __init__(self, folder: Path, facts: dict, examples: dict | None = None):
+        known = {name: value for name, value in facts.items() if name != "patience"}
+        self.folder = Path(folder)
+        self.agreed = fingerprint({"facts": known, "examples": sorted((examples or {}).items())})
 
     def __call__(self, name: str, work: Callable) -> Path:  # work: called with a folder to write to
         "The folder of a step; it is made where it is missing, and never half."
         final, part = self.folder / name, self.folder / f".{name.replace('/', '-')}.part"
         if (final / MANIFEST).is_file():
             if verify(final)["facts"] != self.agreed:
-                raise FedgalError(f"{final} is of a federation with other facts; move {self.folder} away and run again")
+                other = f"{final} belongs to another run, with other facts or examples"
+                raise FedgalError(f"{other}; move {self.folder} away and run again")
             return final
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -57,7 +60,7 @@ def train(federation: Federation, out: Path) -> None:
     "Rounds of training; what is left of them where they were interrupted."
     f, t = federation, federation.start()
     shape, local = tuple(f.facts["in_shape"]), t.clients[0].config
-    clients = [absent_client(k, n, shape, local) for k, n in f.examples.items()]
+    clients = [absent_client(k, n, shape, local, content) for k, (n, content) in f.examples.items()]
     nodes = Nodes(carry=lambda sent, round: f.ask("train", sent, f"in round {round + 1}"))
     saved = f.folder / "checkpoint" / "20_train"
     result = fit(t.network, clients, t.options, t.seed, nodes, t.loss, checkpoint=saved)
@@ -163,7 +166,7 @@ def finetune(federation: Federation, steps: Steps) -> dict[str, ArmResult]:
 # %% ../../nbs/pipeline/22b_deployed_server.ipynb #d4a0001e
 def run_steps(federation: Federation) -> dict:  # what the ledger sums up
     "Every step of an experiment that is not finished yet, and the ledger of all."
-    f, steps, rows = federation, Steps(federation.folder, federation.facts), []
+    f, steps, rows = federation, Steps(federation.folder, federation.facts, federation.examples), []
     makers = {"20_train": train, "30_statistics": collect, "40_generator": generate}
     for stage in [stage for stage in makers if stage in f.facts["params"]]:
         folder = steps(stage, partial(makers[stage], f))
@@ -171,7 +174,7 @@ def run_steps(federation: Federation) -> dict:  # what the ledger sums up
     if "50_finetune" in f.facts["params"]:
         for result in finetune(f, steps).values():
             rows += [{"step": "50_finetune"} | row for row in result.ledger]
-    shutil.rmtree(f.folder / "checkpoint", ignore_errors=True)
     totals = Ledger([{n: v for n, v in row.items() if n != "step"} for row in rows]).totals()
     save_json(f.folder / "ledger.json", {"rows": rows, "totals": totals})
+    shutil.rmtree(f.folder / "checkpoint", ignore_errors=True)  # not before the result is on the disk
     return totals

@@ -56,6 +56,7 @@ def run_nodes(
     jobs: int = 1,
     report: Callable = print,  # called with one line per finished node
     tick: Callable | None = None,  # called with the running nodes, twice a second
+    stop: Callable = stop_kernels,  # ends those under way, where this function is interrupted
 ) -> dict:  # node -> (status, seconds) or the exception that stopped it; nodes behind it: None
     "Run a graph of nodes, each once, `jobs` at a time; a failure stops only what depends on it."
     with ThreadPoolExecutor(jobs) as pool:
@@ -73,7 +74,7 @@ def run_nodes(
                     error = f"\n  {outcome}" if isinstance(outcome, BaseException) else ""
                     report(f"{stage:<14} {_words(outcome)}  {key}{error}")
         except BaseException:
-            stop_kernels()  # else the pool would wait for the notebooks to end
+            stop()  # else the pool would wait for the stages to end
             raise
     return nodes.done
 

@@ -239,4 +239,6 @@ class Compare(StageParameters):
         ["quickstart"], "folders below reports/ that hold a metrics.json; one without it failed"
     )
     contests: list[str] = option([], "pairs of rows announced beforehand, like: generator level=high > ccvr")
+    contests_added: str = option("", "when the contests were named, where that was after a first run")
+    labels: dict = option({}, "names of settings, as in {two passes: local_steps=0}; else their parameters are listed")
     baseline: str = chosen("arm", "gaussian", "the arm that all others are compared with")

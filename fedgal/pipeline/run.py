@@ -34,7 +34,7 @@ def _compare(exp, record, executor):
     own = {n: v for n, v in exp.values.items() if n in schema(COMPARE)}
     params = resolve([COMPARE], own | {"experiments": folders, "experiment": exp.name})
     node = (COMPARE, keys([COMPARE], params)[COMPARE])
-    done = run_nodes({node: []}, lambda n: executor.ensure(*n, params), 1, print_line, LiveLine())
+    done = run_nodes({node: []}, lambda n: executor.ensure(*n, params), 1, print_line, LiveLine(), executor.stop)
     record["stages"].append(entry_of(*node, done[node]))
     return done
 
@@ -71,7 +71,7 @@ def run_members(
     print(f"{exp.name}: {len(exp.members)} member{'s' * (len(exp.members) > 1)}, {len(needs)} stage runs", flush=True)
     pages = set(exp.members[0].keys.items())
     work = lambda n: executor.ensure(*n, owner[n].params, n in pages)
-    done = run_nodes(needs, work, jobs, print_line, LiveLine())
+    done = run_nodes(needs, work, jobs, print_line, LiveLine(), executor.stop)
     finish_members(exp, record, done)
     publish_members(exp, record)
     if exp.swept and COMPARE in exp.stages:

@@ -4,6 +4,7 @@ Answers each line of its input, a number of rounds, with their seconds and the a
 beside it starts the ways and asks them in turn: see `Ways`.
 """
 import asyncio
+import cProfile
 import functools
 import importlib.metadata
 import importlib.util
@@ -400,15 +401,17 @@ class Way:
                 pass
 
     def watch(self, over):
-        "Note the most memory that all its processes have, each page counted once."
+        "Note the most memory that all its processes have: what each has alone, and once what the largest share."
         while not over.wait(0.3):
-            total = 0
+            alone, shared = 0, [0]
             for process in self.tree():
                 try:
-                    total += process.memory_full_info().pss
+                    info = process.memory_full_info()
                 except psutil.NoSuchProcess:
-                    pass
-            self.peak = max(self.peak, total / 2**20)
+                    continue
+                alone += info.uss
+                shared.append(info.rss - info.uss)
+            self.peak = max(self.peak, (alone + max(shared)) / 2**20)
 
     def ask(self, rounds):
         "Run some rounds: seconds and accuracy."
@@ -428,7 +431,8 @@ class Ways:
 
     def __enter__(self):
         try:
-            self.started = {name: self._start(name) for name in self.given}
+            for name in self.given:
+                self._start(name)
         except BaseException:
             self.__exit__()
             raise
@@ -439,13 +443,10 @@ class Ways:
             way.each("kill")
 
     def _start(self, name):
-        "Seconds from nothing to the end of the first round."
-        begin = time.perf_counter()
+        "Start a way and run its first round, which does not count."
         way = self.running[name] = Way(*self.given[name])
         self._watched(way)
-        seconds = time.perf_counter() - begin
         way.each("suspend")
-        return seconds
 
     def _watched(self, way):
         over = threading.Event()
@@ -476,7 +477,7 @@ class Ways:
         columns = {"s a round": seconds.median(), "ratio": ratios.median(), "lowest": ratios.min()}
         columns |= {"highest": ratios.max(), "ms above it, a client": 1e3 * above.median() / active}
         accuracies = {name: answer["accuracy"] for name, answer in self.last.items()}
-        columns |= {"accuracy": pd.Series(accuracies, dtype=float), "s to the first round": pd.Series(self.started)}
+        columns |= {"accuracy": pd.Series(accuracies, dtype=float)}
         return pd.DataFrame(columns | {"peak MiB": pd.Series({n: w.peak for n, w in self.running.items()})})
 
 
@@ -508,6 +509,37 @@ def versions():
     found = [n for n in ("torch", "flwr", "ray") if importlib.util.find_spec(n)]
     cores = f"{len(os.sched_getaffinity(0))} cores, a thread in each process"
     return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in found) + f"; {cores}"
+
+
+def profile(problem, way, rounds=3, most=10):
+    "Where the process that runs a way spends its time, function by function, in ms for each client of a round."
+    torch.set_num_threads(1)
+    engine = make(way, problem)
+    engine.round(0)
+    seen = cProfile.Profile()
+    for number in range(1, rounds + 1):
+        seen.runcall(engine.round, number)
+    seen.create_stats()
+    each = 1e3 / (rounds * problem.active)
+    lines = [(_short(f), own * each, total * each) for f, (_, _, own, total, _) in seen.stats.items()]
+    table = pd.DataFrame(lines, columns=["function", "own ms", "with what it calls"]).groupby("function").sum()
+    return table.sort_values("own ms", ascending=False).head(most).round(3)
+
+
+def _short(function):
+    file, _, name = function
+    return name.strip("<>") if file == "~" else f"{Path(file).stem}.{name}"
+
+
+def told(ratio, unit=""):
+    "A ratio over the passes in words, with its range."
+    return f"{ratio.median():.2f}{unit} ({ratio.min():.2f} to {ratio.max():.2f})"
+
+
+def reached(ratio, goal):
+    "Whether all passes, none of them, or some reach a goal: at most so much."
+    within = (ratio <= goal).mean()
+    return "reached" if within == 1 else "missed" if within == 0 else "reached in some passes only"
 
 
 def bars(table, title):

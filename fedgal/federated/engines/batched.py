@@ -20,7 +20,7 @@ from ..clients import MultiStepClient
 from ..dropout import masks_from
 from .base import Engine
 from .batches import Batches, Weights
-from .memory import BUDGET, chunk_size, probed
+from .memory import budget_of, chunk_size, probed
 from ..local import arithmetic, first_not_finite, means_of, total
 from ..messages import ClientUpdate, ServerPayload, failed_update, load_payload, payload_from
 from ..work import attempted, run_client
@@ -104,7 +104,7 @@ def _kinds(clients):
 class BatchedOptions(Options):
     "Options of the batched engine."
 
-    budget: int = option(BUDGET, "bytes that one chunk of clients may take", ge=1)
+    budget: int = option(0, "bytes that one chunk of clients may take; 0: as the device has it", ge=0)
 
 _OTHER_NOISE = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
@@ -173,9 +173,9 @@ class Batched(Engine):
         work = [(c, c.batches(seed, payload.round)) for c in clients]
         kinds = _kinds(clients)
         work.sort(key=lambda cb: (kinds[cb[0].id], -len(cb[1]), cb[0].id))
-        done = {}
+        done, budget = {}, self.options.budget or budget_of(next(model.parameters()).device)
         with torch.no_grad():
-            for chunk in _chunks(work, kinds, size, probe.example, self.options.budget):
+            for chunk in _chunks(work, kinds, size, probe.example, budget):
                 for update in _run_chunk(model, probe, chunk, payload, seed, loss, own, corrections):
                     done[update.client] = update
         return [done[c.id] for c in clients]

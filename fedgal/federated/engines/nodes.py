@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECEIPT', 'packed', 'named', 'reading', 'unpacked', 'message_bytes', 'read_message', 'Node', 'check_apart',
-           'absent_client', 'put_away', 'Nodes']
+           'AbsentClient', 'absent_client', 'put_away', 'Nodes']
 
 # %% ../../../nbs/federated/engines/07_nodes.ipynb #f1c00004
-import hashlib, json
+import hashlib, json, math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -45,10 +45,10 @@ def reading(sender: str):
     "Whatever is wrong with a message is a FedgalError with the name of who sent it."
     from safetensors import SafetensorError
 
-    wrong = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, FedgalError)
+    wrong = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError)
     try:
         yield
-    except wrong as error:
+    except (SafetensorError, FedgalError, *wrong) as error:
         why = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
         raise FedgalError(f"what {sender} sent is no message of fedgal ({why})") from None
 
@@ -67,13 +67,31 @@ def message_bytes(payload: ServerPayload, updates: list[ClientUpdate] = ()) -> b
     told = [{n: getattr(u, n) for n in _REST} | {"has": _has(u)} for u in updates]
     return packed({"round": payload.round, "updates": told}, _flat(payload, updates))
 
+def _number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+_FITS = {  # field of an update -> whether a value can be one of it
+    "client": lambda v: type(v) is int,
+    "kind": lambda v: v in ("delta", "gradient"),
+    "n_examples": lambda v: type(v) is int,
+    "train_loss": lambda v: v is None or _number(v),
+    "terms": lambda v: type(v) is dict and all(map(_number, v.values())),
+    "hyperparams": lambda v: v is None or type(v) is dict,
+    "failure": lambda v: v is None or type(v) is str,
+    "privacy": lambda v: type(v) is str,
+}
+
+def _fitting(told):
+    if wrong := [f"{n} = {told[n]!r}" for n, fits in _FITS.items() if not fits(told[n])]: raise TypeError(wrong[0])
+    return told
+
 def read_message(data: bytes, sender: str) -> tuple[ServerPayload, list[ClientUpdate]]:
     "What `message_bytes` wrote; raises FedgalError, with the sender's name, for bytes that are anything else."
     told, tensors = unpacked(data, sender)
     with reading(sender):
         parts = split_groups(tensors)
         payload = ServerPayload(**{p: parts.get(f"server/{p}", {}) for p in _OF_PAYLOAD}, round=int(told["round"]))
-        return payload, [_update(u, parts) for u in told["updates"]]
+        return payload, [_update(_fitting(u), parts) for u in told["updates"]]
 
 # %% ../../../nbs/federated/engines/07_nodes.ipynb #f1c0000a
 RECEIPT = "receipt"  # name of the number of the round in which a node last kept something
@@ -84,6 +102,10 @@ class Node:
     def __init__(self, algorithm: Algorithm, model: nn.Module, client: MultiStepClient, seed: int, loss, home: Path):
         self.algorithm, self.model, self.client = algorithm, model, client
         self.seed, self.loss, self.home = seed, loss, Path(home)
+
+    def _here(self, tensors):
+        device = next(self.model.parameters()).device
+        return {n: t.to(device) for n, t in tensors.items()}
 
     def _file(self, receipt):
         return self.home / f"own-{receipt:06d}.safetensors"
@@ -96,11 +118,12 @@ class Node:
         if not file.is_file():
             lost = f"client {self.client.id} has lost what it kept in round {receipt + 1} ({file.name} is not there)"
             raise FedgalError(f"{lost}; restore its folder, or start the federation anew")
-        return {n: t.clone() for n, t in load_tensors(file).items()}
+        return self._here({n: t.clone() for n, t in load_tensors(file).items()})
 
     def answer(self, data: bytes, receipt: int) -> bytes:
         "The update for a payload; what is kept is on the disk before the update leaves."
         payload, _ = read_message(data, "the server")
+        payload = replace(payload, **{part: self._here(getattr(payload, part)) for part in _OF_PAYLOAD})
         task = Task(self.algorithm, payload, self.seed, self.loss)
         with looked_through(self.model):
             update, kept = run_client(task, self.model, self.client, self.own(receipt))
@@ -125,12 +148,25 @@ def check_apart(options: FederationOptions) -> None:
     for words in [words for words, holds in why.items() if holds]:
         raise FedgalError(f"{words}, which nodes that are apart cannot do yet; use fedavg, fedprox, scaffold or fedgen")
 
-def absent_client(client: int, n_examples: int, shape: tuple[int, ...], config: LocalOptions) -> MultiStepClient:
-    "A client whose examples are elsewhere."
-    x, y = torch.zeros(()), torch.zeros((), dtype=torch.long)
-    return MultiStepClient(client, x.expand(n_examples, *shape), y.expand(n_examples), config)
+@dataclass(frozen=True, eq=False)
+class AbsentClient(MultiStepClient):
+    "A client whose examples are elsewhere; x and y hold a blank one."
 
-def put_away(client: MultiStepClient) -> MultiStepClient:
+    examples: int = 1  # how many it has
+    content: str = ""  # hash of them
+
+    @property
+    def n_examples(self) -> int:
+        return self.examples
+
+def absent_client(
+    client: int, n_examples: int, shape: tuple[int, ...], config: LocalOptions, content: str = ""
+) -> AbsentClient:
+    "A client whose examples are elsewhere, as its node describes it."
+    blank = torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long)
+    return AbsentClient(client, *blank, config, examples=n_examples, content=content)
+
+def put_away(client: MultiStepClient) -> AbsentClient:
     "A client of a node, where one that only stands for it was made."
     return absent_client(client.id, client.n_examples, tuple(client.x.shape[1:]), client.config)
 
@@ -151,7 +187,7 @@ class Nodes(Engine):
     @staticmethod
     def obstacle(model: nn.Module, clients: list, loss: Callable = task_loss) -> str:
         "Why the clients are none of other machines."
-        here = [c.id for c in clients if c.x.stride(0)]
+        here = [c.id for c in clients if not isinstance(c, AbsentClient)]
         return f"the examples of client {here[0]} are here, and nodes keep theirs; see fedgal deploy" if here else ""
 
     def work(self, task: Task, model: nn.Module, clients: list, own: dict[int, Tensors]) -> list:
@@ -159,7 +195,18 @@ class Nodes(Engine):
         data = message_bytes(task.payload)
         sent = {c.id: (data, int(own.get(c.id, {}).get(RECEIPT, -1))) for c in clients}
         answers = self.carry(sent, task.payload.round)
-        return [_received(c, answers[c.id], task.payload.round) for c in clients]
+        received = [_received(c, answers[c.id], task.payload.round) for c in clients]
+        _check_alike([update for update, _ in received if not update.failure])
+        return received
+
+def _check_alike(updates):
+    "Raise for a client whose terms or statistics are not those of the others."
+    kinds = {u.client: (sorted(u.terms), {n: t.shape for n, t in (u.statistics or {}).items()}) for u in updates}
+    common = max(kinds.values(), key=list(kinds.values()).count, default=None)
+    if odd := [k for k, kind in kinds.items() if kind != common]:
+        usual = next(k for k, kind in kinds.items() if kind == common)
+        told = " and ".join(f"client {k} the terms and statistics {kinds[k]}" for k in (odd[0], usual))
+        raise FedgalError(f"clients do not answer alike: {told}")
 
 def _received(client, data, round):
     "An update that is said to come from a client, in its name and with its number of examples."

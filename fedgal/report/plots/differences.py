@@ -109,6 +109,6 @@ def contests(
     labels = [_pair(*(c.get("labels") or c["contest"].split(" > "))) for c in measured]
     n = sum(map(_sure, measured))
     verb = "shows" if n == 1 else "show"
-    title = f"{n} of {len(measured)} announced contest{'s' * (len(measured) > 1)} {verb} a difference (Holm p < 0.05)"
+    title = f"{n} of {len(measured)} contest{'s' * (len(measured) > 1)} {verb} a difference (Holm p < 0.05)"
     fig, say = _intervals(title, labels, measured)
     return fig, f"Differences of announced pairs in points with 95 % interval: {say}."

@@ -1,0 +1,289 @@
+"""What the server of a real federation does with what nodes send, and with its files; without Flower's processes."""
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPO
+
+from fedgal.core.errors import FedgalError
+from fedgal.core.random import Runtime
+from fedgal.core.store import load_json, save_json
+from fedgal.federated import facts as facts_of
+from fedgal.federated.engines.nodes import Node, message_bytes, read_message
+from fedgal.federated.loop import prepared
+from fedgal.pipeline import deployed, deployed_server
+
+FILE = REPO / "params" / "federation_digits.yaml"
+SHORT = {"n_clients": 2, "rounds": 2, "algorithm": "fedgen"}
+
+
+@pytest.fixture(scope="module")
+def told():
+    "Facts of training, and the examples of two clients."
+    facts, parts, _ = deployed.facts_and_parts(FILE, SHORT)
+    return facts | {"patience": 0.2, "params": {"20_train": facts["params"]["20_train"]}}, parts
+
+
+def reply(error="", **told):
+    lost = SimpleNamespace(reason=error)
+    return SimpleNamespace(has_error=lambda: bool(error), error=lost, content={"client": told})
+
+
+@pytest.fixture
+def flower(monkeypatch):
+    "A stand-in for Flower's grid whose nodes answer as a test says; `answers` is node -> reply, None for silence."
+    stub = SimpleNamespace(ConfigRecord=dict, RecordDict=dict)
+    monkeypatch.setitem(sys.modules, "flwr.app", stub)
+    monkeypatch.setattr(deployed, "PAUSE", 0.01)
+
+    def exchange(grid, nodes, contents, round, check=lambda waiting: None, kind="train", pause=0):
+        while any(grid.answers[node] is None for node in nodes):
+            check([i for i, node in enumerate(nodes) if grid.answers[node] is None])
+        return [grid.answers[node] for node in nodes]
+
+    monkeypatch.setattr(deployed, "exchange", exchange)
+    return lambda answers: SimpleNamespace(answers=answers, get_node_ids=lambda: list(answers))
+
+
+def here(k, n=5, content="c"):
+    return reply(client=k, examples=n, content=content)
+
+
+def test_the_roll_call_takes_exactly_the_clients_of_the_federation(flower):
+    assert deployed.roll_call(flower({70: here(1, 4), 71: here(0, 3)}), 2, 1.0) == {0: (71, 3, "c"), 1: (70, 4, "c")}
+    for odd in ({1: here(0), 2: here(7), 3: here(9)}, {1: here(0), 2: here("x")}, {1: here(0), 2: here(2)}):
+        with pytest.raises(FedgalError, match=r"a node says that it is client .*, and there are 0\.\.1"):
+            deployed.roll_call(flower(odd), 2, 1.0)
+    with pytest.raises(FedgalError, match="two nodes say that they are client 0"):
+        deployed.roll_call(flower({1: here(0), 2: here(0)}), 2, 1.0)
+
+
+def test_the_roll_call_ends_where_a_node_is_silent(flower):
+    with pytest.raises(FedgalError, match="1 of 2 nodes have not said within 0 s who they are"):
+        deployed.roll_call(flower({1: here(0), 2: None}), 2, 0.05)
+
+
+def test_a_node_s_own_error_is_told_as_it_is(flower):
+    lost = "<class 'fedgal.core.errors.FedgalError'>:<'x.parquet: no such file'>"
+    with pytest.raises(FedgalError, match="^node 2: x.parquet: no such file; see to its node") as caught:
+        deployed.roll_call(flower({1: here(0), 2: reply(lost)}), 2, 1.0)
+    assert "memory" not in str(caught.value) and "workers" not in str(caught.value)
+    carrier = deployed.Carrier(flower({1: reply(lost)}), {0: 1}, 1.0)
+    with pytest.raises(FedgalError, match="^client 0: x.parquet: no such file"): carrier("train", {0: (b"", -1)}, "in round 1")
+    with pytest.raises(FedgalError, match="client 0 answered without answer"):
+        deployed.Carrier(flower({1: reply()}), {0: 1}, 1.0)("train", {0: (b"", -1)}, "in round 1")
+
+
+def test_where_the_server_and_a_node_compute(told, monkeypatch):
+    facts, [part, _] = told
+    monkeypatch.setattr(facts_of, "prepare", lambda: Runtime("meta", 1, "bf16"))    # a machine with another device
+    node, server = facts_of.training_of(facts, *part), facts_of.training_of(facts, *part, "cpu")
+    devices = [next(t.network.parameters()).device.type for t in (node, server)]
+    assert devices == ["meta", "cpu"] and node.clients[0].config.precision == server.clients[0].config.precision == "fp32"
+
+
+@pytest.fixture
+def federation(told, tmp_path, monkeypatch):
+    "A federation in this process: a function that runs it; `spoil` changes what client 1 answers in a round."
+    facts, parts = told
+    nodes = {}
+    for k, part in enumerate(parts):
+        t = facts_of.training_of(facts, *part)
+        algorithm = t.options.make_algorithm()
+        model, [client] = prepared(algorithm, t.network, [replace(t.clients[0], id=k)], t.loss)
+        nodes[k] = Node(algorithm, model, client, t.seed, t.loss, tmp_path / str(k))
+    rounds = []
+
+    def run(content="c", spoil=lambda data: data):
+        def carry(what, sent, when):
+            assert what == "train"
+            rounds.append(int(when.removeprefix("in round ")) - 1)
+            return {k: spoil(nodes[k].answer(*m)) if k else nodes[k].answer(*m) for k, m in sent.items()}
+
+        calls = {k: (70 + k, node.client.n_examples, content) for k, node in nodes.items()}
+        monkeypatch.setattr(deployed, "roll_call", lambda *_: calls)
+        monkeypatch.setattr(deployed, "Carrier", lambda *_: carry)
+        return deployed.federate(None, facts, tmp_path / "result")
+
+    run.rounds, run.result = rounds, tmp_path / "result"
+    return run
+
+
+def test_the_checkpoint_outlives_a_result_that_could_not_be_written(federation, monkeypatch):
+    def full(*_): raise FedgalError("the disk is full")
+    with monkeypatch.context() as m:
+        m.setattr(deployed_server, "save_tensors", full)
+        with pytest.raises(FedgalError, match="full"): federation()
+    assert federation.rounds == [0, 1] and list((federation.result / "checkpoint" / "20_train").glob("round-*"))
+    federation()
+    assert federation.rounds == [0, 1] and (federation.result / "ledger.json").is_file()    # nothing was trained again
+    assert not (federation.result / "checkpoint").exists()
+
+
+def test_a_federation_is_not_resumed_with_other_data(federation):
+    def stop(data):
+        if federation.rounds[-1]: raise FedgalError("stop")
+        return data
+    with pytest.raises(FedgalError, match="stop"): federation(spoil=stop)
+    with pytest.raises(FedgalError, match="belongs to another run"): federation(content="other")
+    federation()
+    assert federation.rounds == [0, 1, 1]
+
+
+def spoilt(data, **changes):
+    payload, [update] = read_message(data, "a node")
+    return message_bytes(payload, [replace(update, **changes)])
+
+
+@pytest.mark.parametrize(("changes", "why"), [({"train_loss": "x"}, "what client 1 sent is no message of fedgal .*train_loss"),
+                                              ({"statistics": None}, "do not answer alike: client 1 .* client 0 .*label_counts"),
+                                              ({"terms": {"a": 1.0}}, "do not answer alike: client 1 .*'a'")])
+def test_a_node_that_answers_otherwise_is_named(federation, changes, why):
+    with pytest.raises(FedgalError, match=why): federation(spoil=lambda data: spoilt(data, **changes))
+
+
+def test_whatever_ends_a_run_is_written_down(told, monkeypatch, tmp_path):
+    stub = SimpleNamespace(ServerApp=lambda: SimpleNamespace(main=lambda: lambda function: function))
+    mains = []
+    stub.ServerApp = lambda: SimpleNamespace(main=lambda: mains.append)
+    monkeypatch.setitem(sys.modules, "flwr.serverapp", stub)
+    save_json(tmp_path / "facts.json", told[0])
+    deployed.server_app(tmp_path / "facts.json")
+    context = SimpleNamespace(run_config={"result": str(tmp_path / "result")})
+    failed = tmp_path / "result" / "failed.json"
+
+    def federate(*_): raise KeyError("label_counts")
+    monkeypatch.setattr(deployed, "federate", federate)
+    with pytest.raises(KeyError): mains[0](None, context)
+    assert load_json(failed) == {"error": "KeyError: 'label_counts'"}
+    monkeypatch.setattr(deployed, "federate", lambda *_: None)
+    mains[0](None, context)
+    assert not failed.exists()    # none beside a good result
+
+
+def test_what_is_not_deployed_is_refused(monkeypatch):
+    with pytest.raises(FedgalError, match="is a sweep of .* runs; choose one"):
+        deployed.facts_and_parts(REPO / "params" / "digits_levels.yaml")
+    whole = deployed.make_split
+
+    def one_is_empty(*args, **named):
+        split = whole(*args, **named)
+        return replace(split, train=[split.train[0][:0], *split.train[1:]])
+    monkeypatch.setattr(deployed, "make_split", one_is_empty)
+    with pytest.raises(FedgalError, match="clients 0 would have no examples"): deployed.facts_and_parts(FILE, SHORT)
+
+
+# the folder of a deployment, and the processes that check it
+
+@pytest.fixture
+def written(monkeypatch):
+    "A function that writes a federation of two clients with few examples."
+    pytest.importorskip("cryptography")
+    from fedgal.pipeline import deploy
+
+    def write(folder, x=torch.zeros(4, 1, 8, 8, dtype=torch.uint8), **more):
+        facts, data = {"n_clients": 2}, SimpleNamespace(x_test=x, y_test=torch.arange(4))
+        monkeypatch.setattr(deploy, "facts_and_parts", lambda *_: (facts, [(x, torch.arange(4))] * 2, data))
+        return deploy.init(folder, FILE, **more)
+
+    return write
+
+
+def test_examples_that_cannot_be_written_leave_nothing_behind(written, tmp_path):
+    for x in (torch.rand(4, 1, 8, 8), torch.rand(4, 6, 8)):
+        with pytest.raises(FedgalError, match="deploy takes images of bytes"): written(tmp_path / "f", x)
+        assert not list(tmp_path.iterdir())
+    assert sorted(p.name for p in written(tmp_path / "f").iterdir()) == ["README.md", "deploy.json", "node0", "node1", "server"]
+
+
+def test_a_party_s_folder_works_where_it_is_put(written, tmp_path):
+    import tomllib
+    folder = written(tmp_path / "f", host="192.168.1.10", patience=700.0)
+    for file in (f for f in folder.rglob("*") if f.is_file() and f.name != "config.toml"):
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+    readme = (folder / "node1" / "README.md").read_text()
+    assert "--superlink 192.168.1.10:9443" in readme and "export FLWR_HOME=\"$PWD/flwr\"" in readme and "module:function" in readme
+    for word in ("--host 0.0.0.0", "node0.pub", "programs on every node"):
+        assert any(word in (folder / name / "README.md").read_text() for name in ("", "server")), word
+    app = tomllib.loads((folder / "server" / "app" / "pyproject.toml").read_text())
+    extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["flower"]
+    assert app["project"]["dependencies"] == [extra[0].replace("[simulation]", "")] and extra[0].startswith("flwr")
+    assert load_json(folder / "server" / "app" / "federation" / "federation.json")["patience"] == 700.0
+    private = {name: {p.name for p in (folder / name).iterdir()} for name in ("server", "node0")}
+    assert "server.key" not in private["node0"] and not [n for n in private["server"] if n.startswith("node") and n.endswith("key")]
+
+
+def test_an_address_is_an_address_in_the_certificate(written, tmp_path):
+    from cryptography import x509
+    from cryptography.x509 import DNSName, IPAddress
+    for host, names, addresses in (("192.168.1.10", ["localhost"], ["192.168.1.10", "127.0.0.1", "::1"]),
+                                   ("a.example.org", ["a.example.org", "localhost"], ["127.0.0.1", "::1"])):
+        folder = written(tmp_path / host, host=host)
+        certificate = x509.load_pem_x509_certificate((folder / "server" / "server.pem").read_bytes())
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert found.get_values_for_type(DNSName) == names
+        assert [str(a) for a in found.get_values_for_type(IPAddress)] == addresses
+
+
+def test_what_is_private_is_so_from_the_first_byte_on(written, tmp_path, monkeypatch):
+    modes, write = {}, os.open
+
+    def watched(path, flags, mode=0o777, **named):
+        handle = write(path, flags, mode, **named)
+        modes[Path(path).name] = os.fstat(handle).st_mode & 0o777
+        return handle
+    monkeypatch.setattr(os, "open", watched)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)
+    before = os.umask(0)
+    try: folder = written(tmp_path / "f")
+    finally: os.umask(before)
+    for name in ("server.key", "node.key", "examples.parquet"):
+        assert modes[name] == 0o600 and {f.stat().st_mode & 0o777 for f in folder.rglob(name)} == {0o600}, name
+    assert {(folder / name).stat().st_mode & 0o777 for name in ("", "server", "node0")} == {0o700}
+
+
+def test_a_check_that_cannot_start_ends_nobody_else_s_processes(tmp_path):
+    from fedgal.pipeline.deploy import environment
+    from fedgal.pipeline.deploy_check import check
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        save_json(tmp_path / "deploy.json", {"port": s.getsockname()[1], "n_clients": 2, "patience": 1.0})
+        homes = [environment(place) for place in (tmp_path, tmp_path / "server")]
+        others = [subprocess.Popen(["sleep", "60"], env={**os.environ, **home}) for home in homes]
+        try:
+            with pytest.raises(FedgalError, match="is taken"): check(tmp_path)
+            time.sleep(0.2)
+            assert [p.poll() for p in others] == [None, None]
+        finally:
+            for p in others: p.kill()
+
+
+def test_what_is_limited_is_silence_and_not_the_run(tmp_path):
+    from fedgal.pipeline.deploy_check import Processes, wait_until
+    with Processes(tmp_path) as processes:
+        processes.running["superlink"] = subprocess.Popen(["sleep", "60"])
+        began = time.monotonic()
+        rounds = lambda: min(int(time.monotonic() - began), 2)    # a sign of life each second, twice
+        wait_until(lambda: time.monotonic() - began > 2.5, processes, 1.6, "no result", rounds)
+        with pytest.raises(FedgalError, match="no result within 1 s"):
+            wait_until(lambda: False, processes, 0.6, "no result", rounds)
+
+
+def test_the_command_line_sets_how_long_is_waited(monkeypatch, tmp_path):
+    from fedgal import cli
+    from fedgal.pipeline import deploy, deploy_check
+    got = []
+    totals = {"messages_down": 1, "messages_up": 1, "down": 1, "up": 1}
+    monkeypatch.setattr(deploy, "init", lambda *args: got.append(args[-1]) or tmp_path)
+    monkeypatch.setattr(deploy_check, "check", lambda *args: got.append(args[-1]) or totals)
+    for what in ("init", "check"):
+        for more in ([], ["--patience", "1200"]): cli.main(["deploy", what, "f", *more])
+    assert got == [300.0, 1200.0, None, 1200.0]
