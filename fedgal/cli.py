@@ -393,16 +393,20 @@ def cmd_docs(args) -> int:
 
 # %% ../nbs/cli.ipynb #d1a000c1
 def cmd_deploy(args) -> int:
-    "write a real federation over Flower into a folder, or check one on this machine"
+    "write a real federation over Flower into a folder, check one on this machine, or publish its report"
     from fedgal.pipeline.deploy import init
     from fedgal.pipeline.deploy_check import check
+    from fedgal.pipeline.deploy_report import report
 
     if args.what == "init":
         overrides = _overrides(args.p or [])
         file, limit = params_file(args.params), args.patience or 300.0
         folder = init(Path(args.folder), file, overrides, args.port, args.host, limit)
         print(f"written: {_short(folder)}, a folder for each party; README.md says whose they are")
-        print("what is deployed is 20_train; the stages after it are not")
+        return 0
+    if args.what == "report":
+        record = report(Path(args.folder), args.name or "")
+        print(f"report: {_short(settings().reports / record['experiment'] / 'index.html')}")
         return 0
     totals = check(Path(args.folder), args.patience)
     sides = [f"{totals[f'messages_{side}']} messages {side}, {totals[side]:,} bytes" for side in ("down", "up")]
@@ -434,7 +438,7 @@ _EXAMPLES = {
     "export": "fedgal export quickstart --arm gaussian --to model\nfedgal export digits_levels -p level low -p seed 3",
     "publish": "fedgal run digits_levels && fedgal publish digits_levels && git add reports",
     "lab": "fedgal lab\nfedgal lab --no-browser --port 8899\nfedgal lab --allow-root --ip 0.0.0.0",
-    "deploy": "fedgal deploy init federation --params quickstart && fedgal deploy check federation",
+    "deploy": "fedgal deploy init federation && fedgal deploy check federation && fedgal deploy report federation",
     "clean": "fedgal clean --dry-run\nfedgal clean 40_generator\nfedgal clean 20_train/5a9963da060061d1",
     "completion": 'eval "$(fedgal completion)"   # in ~/.bashrc, or in ~/.zshrc',
 }
@@ -476,15 +480,18 @@ def _add_results(add) -> None:
 
 def _add_deploy(add) -> None:
     deploy = add("deploy", cmd_deploy)
-    deploy.add_argument("what", choices=("init", "check"), help="write the folder, or run it on this machine")
+    whats = "write the folder, run it on this machine, or publish what it has left"
+    deploy.add_argument("what", choices=("init", "check", "report"), help=whats)
     deploy.add_argument("folder")
-    deploy.add_argument("--params", default="quickstart", metavar="FILE", help="init: the experiment to deploy")
+    file = "init: the experiment to deploy"
+    deploy.add_argument("--params", default="federation_digits", metavar="FILE", help=file)
     override = "init: override a parameter"
     deploy.add_argument("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help=override)
     deploy.add_argument("--port", type=int, default=9443, help="init: of the SuperLink; nodes take the next ones")
     deploy.add_argument("--host", default="localhost", help="init: name or address of the server, as nodes reach it")
     patience = "seconds; init: that the server waits for a client in a round (300), check: without a sign of life"
     deploy.add_argument("--patience", type=float, metavar="SECONDS", help=patience)
+    deploy.add_argument("--name", help="report: its name; by default that of the folder")
 
 # %% ../nbs/cli.ipynb #c4fffdc4
 def parser() -> argparse.ArgumentParser:

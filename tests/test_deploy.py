@@ -1,4 +1,4 @@
-"""A real federation on one machine: TLS, registered nodes only, a node that is killed is named, and the model of `serial`."""
+"""A real federation on one machine: TLS, registered nodes only, a node that is killed is named, and every stage gives the bytes of nodes that are called."""
 import os
 import re
 import socket
@@ -17,7 +17,8 @@ from fedgal.core.store import load_json, load_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.flower]
 PATIENCE = 240
-OVERRIDES = {"n_clients": 2, "rounds": 3, "algorithm": "scaffold"}
+OVERRIDES = {"n_clients": 2, "rounds": 3, "algorithm": "scaffold", "generator": "gaussian", "arms": ["none", "gaussian"], "bank_per_class": 20,
+             "rff_dim": 16, "finetune_rounds": 2, "finetune_steps": 3}
 
 
 def free_ports(n):
@@ -54,7 +55,7 @@ def processes(tmp_path_factory):
         for name in ("PYTHONPATH", "FEDGAL_ROOT"): m.setenv(name, str(REPO))
         m.setenv("OMP_NUM_THREADS", "1")
         port = free_ports(6)
-        place, params = tmp_path_factory.mktemp("deploy"), REPO / "params" / "quickstart.yaml"
+        place, params = tmp_path_factory.mktemp("deploy"), REPO / "params" / "federation_digits.yaml"
         folder = init(place / "federation", params, OVERRIDES, port, ADDRESS)
         m.setattr(deploy_check, "commands", lambda port, n, host: commands(port, n, ADDRESS))    # as from other machines
         write_node_key(folder / "server" / "stranger.key")
@@ -93,25 +94,50 @@ def test_a_node_that_is_killed_is_named_and_the_run_ends(processes):
     assert processes.running["node 1"].wait(5) != 0
 
 
-def test_run_again_it_goes_on_to_the_model_of_serial(processes):
+def by_call(facts, folder, home):
+    "In place of the grid: the nodes are called."
+    from fedgal.pipeline.deployed_node import DeployedNode, node_answer
+    nodes = {k: DeployedNode(facts, {"client": k, "data": f"{folder}/node{k}/examples.parquet", "home": f"{home}/{k}"}) for k in range(2)}
+    return lambda what, sent, when: {k: node_answer(nodes[k], what, *message) for k, message in sent.items()}
+
+
+def test_run_again_it_goes_on_through_all_stages(processes, tmp_path):
+    from fedgal.core.store import content_hash
     from fedgal.federated.clients import MultiStepClient
+    from fedgal.federated.facts import Federation, own_data, training_of
     from fedgal.federated.loop import fit
     from fedgal.pipeline.deploy import commands
     from fedgal.pipeline.deploy_check import run_app
-    from fedgal.pipeline.deployed import own_data, training_of
+    from fedgal.pipeline.deployed_server import run_steps
     folder, port = processes.folder, load_json(processes.folder / "deploy.json")["port"]
     processes.start("node 1", commands(port, 2, ADDRESS)["node 1"])
     totals = run_app(processes, PATIENCE)
-    trained = re.findall(r"ROUND (\d+)\].*\n.*Receiving: train message", processes.log("node 1").read_text())
-    assert trained == ["1", "2"]    # Flower counts from 0: the first round was not done again
+    asked = re.findall(r"ROUND (\d+)\].*\n.*Receiving: train message", processes.log("node 1").read_text())
+    assert asked[:2] == ["0", "1"] and len(asked) == 2 + 3 + 3    # rounds 2 and 3 of training; model and two sums; an arm and its rounds
     parts = [own_data(f"{folder}/node{k}/examples.parquet") for k in range(2)]
-    t = training_of(load_json(folder / "server" / "app" / "federation" / "federation.json"), *parts[0])
+    facts = load_json(folder / "server" / "app" / "federation" / "federation.json")
+    t = training_of(facts, *parts[0])
     config, view = t.clients[0].config, t.clients[0].augment
     clients = [MultiStepClient(k, x, y, config, augment=view) for k, (x, y) in enumerate(parts)]
     here = fit(t.network, clients, t.options, t.seed, "serial", t.loss)
-    there = load_tensors(folder / "server" / "result" / "model.safetensors")
+    result = folder / "server" / "result"
+    there = load_tensors(result / "20_train" / "model.safetensors")
     assert there.keys() == here.parameters.keys() and all(torch.equal(v, there[n]) for n, v in here.parameters.items())
-    assert totals == here.ledger.totals() and load_json(folder / "server" / "result" / "history.json") == here.history
+    assert load_json(result / "20_train" / "ledger.json")["totals"] == here.ledger.totals()
+    assert load_json(result / "20_train" / "history.json") == here.history
+    examples = {k: (len(y), content_hash(x, y)) for k, (x, y) in enumerate(parts)}
+    called = Federation(facts, examples, by_call(facts, folder, tmp_path / "home"), tmp_path / "result")
+    assert totals == run_steps(called)      # that its bytes are those of the simulation is shown in 22b_deployed_server
+    files = [p.relative_to(called.folder) for p in called.folder.rglob("*") if p.is_file()]
+    assert len(files) > 15 and [f for f in files if (called.folder / f).read_bytes() != (result / f).read_bytes()] == []
+
+
+def test_it_leaves_an_ordinary_report(processes, tmp_path, monkeypatch):
+    from fedgal.pipeline.deploy_report import report
+    for name, place in {"ARTIFACTS": tmp_path / "artifacts", "REPORTS": tmp_path / "reports"}.items(): monkeypatch.setenv(f"FEDGAL_{name}", str(place))
+    assert report(processes.folder, "over_tls")["status"] == "finished"
+    metrics, home = load_json(tmp_path / "reports" / "over_tls" / "metrics.json"), tmp_path / "reports" / "over_tls"
+    assert sorted(metrics["arms"]) == ["gaussian", "none"] and "What each node sent" in (home / "index.html").read_text()
 
 
 REFUSALS = {"unregistered key": "code: 2004. Failed to activate SuperNode", "other authority": "CERTIFICATE_VERIFY_FAILED", "plain text": "Server disconnected"}
@@ -146,5 +172,6 @@ def test_other_machines_reach_nothing_but_what_nodes_call(processes):
 def test_what_is_private_is_its_owner_s_alone(processes):
     folder = processes.folder
     files = [folder / "server" / "server.key", *folder.glob("node?/node.key"), *folder.glob("node?/examples.parquet")]
+    assert os.stat(folder / "server" / "test.parquet").st_mode & 0o777 == 0o600
     assert len(files) == 5 and {os.stat(f).st_mode & 0o777 for f in files} == {0o600}
     assert {os.stat(folder / name).st_mode & 0o777 for name in ("", "server", "node0", "node1")} == {0o700}

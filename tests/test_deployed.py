@@ -15,19 +15,20 @@ from conftest import REPO
 from fedgal.core.errors import FedgalError
 from fedgal.core.random import Runtime
 from fedgal.core.store import load_json, save_json
+from fedgal.federated import facts as facts_of
 from fedgal.federated.engines.nodes import Node, message_bytes, read_message
 from fedgal.federated.loop import prepared
-from fedgal.pipeline import deployed
+from fedgal.pipeline import deployed, deployed_server
 
-FILE = REPO / "params" / "quickstart.yaml"
+FILE = REPO / "params" / "federation_digits.yaml"
 SHORT = {"n_clients": 2, "rounds": 2, "algorithm": "fedgen"}
 
 
 @pytest.fixture(scope="module")
 def told():
-    "Facts and the examples of two clients."
-    facts, parts = deployed.facts_and_parts(FILE, SHORT)
-    return facts | {"patience": 0.2}, parts
+    "Facts of training, and the examples of two clients."
+    facts, parts, _ = deployed.facts_and_parts(FILE, SHORT)
+    return facts | {"patience": 0.2, "params": {"20_train": facts["params"]["20_train"]}}, parts
 
 
 def reply(error="", **told):
@@ -75,15 +76,15 @@ def test_a_node_s_own_error_is_told_as_it_is(flower):
         deployed.roll_call(flower({1: here(0), 2: reply(lost)}), 2, 1.0)
     assert "memory" not in str(caught.value) and "workers" not in str(caught.value)
     carrier = deployed.Carrier(flower({1: reply(lost)}), {0: 1}, 1.0)
-    with pytest.raises(FedgalError, match="^client 0: x.parquet: no such file"): carrier({0: (b"", -1)}, 0)
+    with pytest.raises(FedgalError, match="^client 0: x.parquet: no such file"): carrier("train", {0: (b"", -1)}, "in round 1")
     with pytest.raises(FedgalError, match="client 0 answered without answer"):
-        deployed.Carrier(flower({1: reply()}), {0: 1}, 1.0)({0: (b"", -1)}, 0)
+        deployed.Carrier(flower({1: reply()}), {0: 1}, 1.0)("train", {0: (b"", -1)}, "in round 1")
 
 
 def test_where_the_server_and_a_node_compute(told, monkeypatch):
     facts, [part, _] = told
-    monkeypatch.setattr(deployed, "prepare", lambda: Runtime("meta", 1, "bf16"))    # a machine with another device
-    node, server = deployed.training_of(facts, *part), deployed.training_of(facts, *part, "cpu")
+    monkeypatch.setattr(facts_of, "prepare", lambda: Runtime("meta", 1, "bf16"))    # a machine with another device
+    node, server = facts_of.training_of(facts, *part), facts_of.training_of(facts, *part, "cpu")
     devices = [next(t.network.parameters()).device.type for t in (node, server)]
     assert devices == ["meta", "cpu"] and node.clients[0].config.precision == server.clients[0].config.precision == "fp32"
 
@@ -94,15 +95,16 @@ def federation(told, tmp_path, monkeypatch):
     facts, parts = told
     nodes = {}
     for k, part in enumerate(parts):
-        t = deployed.training_of(facts, *part)
+        t = facts_of.training_of(facts, *part)
         algorithm = t.options.make_algorithm()
         model, [client] = prepared(algorithm, t.network, [replace(t.clients[0], id=k)], t.loss)
         nodes[k] = Node(algorithm, model, client, t.seed, t.loss, tmp_path / str(k))
     rounds = []
 
     def run(content="c", spoil=lambda data: data):
-        def carry(sent, round):
-            rounds.append(round)
+        def carry(what, sent, when):
+            assert what == "train"
+            rounds.append(int(when.removeprefix("in round ")) - 1)
             return {k: spoil(nodes[k].answer(*m)) if k else nodes[k].answer(*m) for k, m in sent.items()}
 
         calls = {k: (70 + k, node.client.n_examples, content) for k, node in nodes.items()}
@@ -117,9 +119,9 @@ def federation(told, tmp_path, monkeypatch):
 def test_the_checkpoint_outlives_a_result_that_could_not_be_written(federation, monkeypatch):
     def full(*_): raise FedgalError("the disk is full")
     with monkeypatch.context() as m:
-        m.setattr(deployed, "save_tensors", full)
+        m.setattr(deployed_server, "save_tensors", full)
         with pytest.raises(FedgalError, match="full"): federation()
-    assert federation.rounds == [0, 1] and list((federation.result / "checkpoint").glob("round-*"))
+    assert federation.rounds == [0, 1] and list((federation.result / "checkpoint" / "20_train").glob("round-*"))
     federation()
     assert federation.rounds == [0, 1] and (federation.result / "ledger.json").is_file()    # nothing was trained again
     assert not (federation.result / "checkpoint").exists()
@@ -187,8 +189,8 @@ def written(monkeypatch):
     from fedgal.pipeline import deploy
 
     def write(folder, x=torch.zeros(4, 1, 8, 8, dtype=torch.uint8), **more):
-        facts = {"n_clients": 2}
-        monkeypatch.setattr(deploy, "facts_and_parts", lambda *_: (facts, [(x, torch.arange(4))] * 2))
+        facts, data = {"n_clients": 2}, SimpleNamespace(x_test=x, y_test=torch.arange(4))
+        monkeypatch.setattr(deploy, "facts_and_parts", lambda *_: (facts, [(x, torch.arange(4))] * 2, data))
         return deploy.init(folder, FILE, **more)
 
     return write

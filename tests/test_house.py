@@ -169,6 +169,22 @@ def test_a_module_is_one_idea():
     assert long.keys() <= LONG.keys(), f"{long} have over {MODULE} lines of exported code; split them, or say why not"
 
 
+def idle(source):
+    "Line numbers of calls of `expect_fail` outside a `with`, which run nothing and so check nothing."
+    calls = [n.value for n in ast.walk(python(source)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+    return sorted(c.lineno for c in calls if ast.unparse(c.func) == "expect_fail")
+
+
+def test_an_expected_error_is_waited_for():
+    found = [f"{where(path)}: {source.splitlines()[line - 1].strip()[:70]}" for path in NOTEBOOKS for source in code_cells(path)
+             if not source.startswith("%%") for line in idle(source)]
+    assert not found, "write `with expect_fail(...):` or `test_fail(lambda: ..., contains=...)`:\n" + "\n".join(found)
+
+
+def test_idle_checks_are_noticed():
+    assert idle("x = 1\nexpect_fail(lambda: f(), 'no')") == [2] and not idle("with expect_fail(E, contains='no'):\n    f()")
+
+
 # --- what keys rest on ---
 
 def registries():

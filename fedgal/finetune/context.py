@@ -38,6 +38,7 @@ class ArmContext:
     engine: str = "auto"
     checkpoint: Path | None = None  # folder, in which every arm has its own
     judge: Callable | None = None  # models -> something with `accuracy` and `recall` on validation data; None: no data
+    tune: Callable | None = None  # trains in place of `finetune_global`, where clients are elsewhere; None: here
     finished: dict[str, "ArmResult"] = field(default_factory=dict)  # arms that need not be run again
 
     @property

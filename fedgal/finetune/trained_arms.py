@@ -44,7 +44,7 @@ class TrainedArm(Arm):
         run = context.run
         folder = None if context.checkpoint is None else context.checkpoint / self.name
         models = (run.model, run.clients) if run.personal else (run.model,)
-        tune = finetune_personal if run.personal else finetune_global
+        tune = context.tune or (finetune_personal if run.personal else finetune_global)
         return tune(
             *models,
             context.features,

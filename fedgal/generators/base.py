@@ -38,7 +38,7 @@ class FitTask:
     views: int = 1  # how often every image is among them, view after view
     seed: int = 0
     device: str = "cpu"  # where the generator is fitted and then lives; latents are moved there
-    engine: str = "auto"  # of a federation that trains it
+    engine: str = "auto"  # of a federation that trains it; or an `Engine`, as of nodes
     checkpoint: Path | None = None  # folder in which such a federation keeps its rounds
 
     def __post_init__(self):

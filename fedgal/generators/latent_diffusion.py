@@ -16,16 +16,17 @@ from ..federated.ledger import Ledger
 from .base import FitTask, Generator, Message, require_known
 from .diffusion.denoiser import Denoiser, train_denoiser
 from .diffusion.federated import train_denoisers
-from .diffusion.frame import Frame, make_frame
+from .diffusion.frame import Frame, make_frame, own_residuals, taught
 from .diffusion.options import SAMPLERS, DiffusionOptions, GaldOptions, geometry_of
 from .diffusion.schedule import Schedule, add_noise, factors, min_snr_weight, recover, stratified_t
 from ..models.losses.geometry import Geometry, gald_loss
 from ..stats.blocks import class_sum
+from ..stats.class_statistics import ClassStatistics
 from ..stats.radius import dilate, measured_radius
 from ..stats.space import Space
 
 # %% auto #0
-__all__ = ['DENOISING', 'settled', 'Diffusion', 'fit_diffusion', 'fit_denoiser', 'PlacedGeometry', 'placed_geometry',
+__all__ = ['DENOISING', 'settled', 'Diffusion', 'set_frame', 'fit_diffusion', 'fit_denoiser', 'PlacedGeometry', 'placed_geometry',
            'messages_of', 'federated_messages', 'guided', 'residuals', 'stretch', 'in_steps', 'Gald', 'DiffusionPooled',
            'GaldPooled', 'gaussian_denoiser', 'denoising_error', 'error_table']
 
@@ -83,13 +84,18 @@ class Diffusion(Generator):
         self.model = model.to(self.count.device).requires_grad_(False)
 
 # %% ../../nbs/generators/10_latent_diffusion.ipynb #fitden00
+def set_frame(gen: Diffusion, statistics: ClassStatistics, device: str = "cpu") -> None:
+    "Take the coordinates of a generator from class statistics."
+    o = gen.options
+    gen.frame = Frame(*(t.to(device) for t in make_frame(statistics, o.frame, o.kappa, o.widen, o.lam)))
+    gen.count = statistics.count.float().to(device)
+
+# %% ../../nbs/generators/10_latent_diffusion.ipynb #fitden01
 def fit_diffusion(gen: Diffusion, task: FitTask) -> list[dict]:
     "Coordinates from the statistics, residuals of the clients in them, the network, and its radii."
-    o, s = gen.options, task.statistics
-    gen.frame = Frame(*(t.to(task.device) for t in make_frame(s, o.frame, o.kappa, o.widen, o.lam)))
-    gen.count = s.count.float().to(task.device)
-    teaches = gen.count > (1 if o.frame == "class" else 0)  # the residual of a lone sample is zero
-    parts = [(gen.frame.encode(z[teaches[y]], y[teaches[y]]), y[teaches[y]]) for z, y in task.latents]
+    o = gen.options
+    set_frame(gen, task.statistics, task.device)
+    parts = [own_residuals(gen.frame, taught(gen.count, o.frame), z, y) for z, y in task.latents]
     many = sum(len(x) > 0 for x, _ in parts)
     if gen.trained_on == "pooled":
         parts = [tuple(map(torch.cat, zip(*parts, strict=True)))]

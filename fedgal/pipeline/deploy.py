@@ -183,7 +183,13 @@ and, when the nodes are there, start the run:
 
     {run}
 
-`result` gets model, history and ledger, or `failed.json`; started again, a run that was cut off goes on.
+`result` gets a folder for each step, and at the end `ledger.json` with all that was sent, or `failed.json`. Started
+again, a run that was cut off goes on where it was. `test.parquet` are the server's own examples: in a checkout of
+fedgal,
+
+    fedgal deploy report FOLDER
+
+with this folder publishes the report: all arms on these examples, and what each node sent.
 """
 
 # %% ../../nbs/pipeline/23_deploy.ipynb #d1a0003d
@@ -192,8 +198,9 @@ _NODE = _START + """`node.key` and the examples are this node's alone. Start the
     {command}
 
 The examples: `examples.parquet` is this client's part of the experiment, as an example. In its place put a file of your
-own, or write `data="module:function"` for a function in the Python path that returns x, y. `kept` is what the client
-keeps between rounds: do not delete it during a run.
+own, or write `data="module:function"` for a function in the Python path that returns x, y. They never leave this
+machine: what does are updates of networks and sums of features by class. `kept` is what the client keeps between
+rounds: do not delete it during a run.
 """
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 _QUIET |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
@@ -246,7 +253,7 @@ def init(
     "Write a federation into a new folder; raises FedgalError for one that is there, or that cannot be apart."
     folder = Path(folder).resolve()
     if folder.exists(): raise FedgalError(f"{folder} is there already; choose another folder or delete it")
-    facts, parts = facts_and_parts(params, overrides)
+    facts, parts, data = facts_and_parts(params, overrides)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".deploy-", dir=folder.parent) as place:
         work = Path(place) / folder.name
@@ -255,6 +262,7 @@ def init(
             party_folder.mkdir(mode=0o700)
         server, *nodes = parties
         _write_server(server, port, folder / "server", facts | {"patience": patience}, host)
+        write_parquet(server / "test.parquet", data.x_test, data.y_test)
         for node, (x, y) in zip(nodes, parts, strict=True):
             _write_node(node, server, x, y)
         _write_readmes(work, host, port, commands(port, len(parts), host))

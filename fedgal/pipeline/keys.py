@@ -43,6 +43,7 @@ def _place(path: Path) -> str:
     bases = [base for base in (root(), settings().data_root, Path.cwd()) if path.is_relative_to(base)]
     return path.relative_to(bases[0]).as_posix() if bases else path.name
 
+# %% ../../nbs/pipeline/06a_keys.ipynb #c833c2ef
 def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
     "The files that parameters name, by content."
     from fedgal.data.sources import places
@@ -61,6 +62,9 @@ def data_hashes(params: dict) -> dict:  # "parameter/value/file" -> hash
         folder = settings().artifacts / "a2v" / params["generator_checkpoint_dir"]
         latest = [f for f in folder.glob("client_*_generator*.safetensors") if "_round_" not in f.stem]
         files |= {f"generators/{f.name}": f for f in latest}
+    if federation := params.get("federation"):
+        folder = settings().artifacts / "federations" / federation
+        files |= {f"federation/{f.relative_to(folder)}": f for f in sorted(folder.rglob("*")) if f.is_file()}
     for name in params.get("experiments", []):
         files[f"experiments/{name}"] = report_of(name) / "metrics.json"
     return {name: _file_hash(f) for name, f in files.items() if f.is_file()}

@@ -31,6 +31,7 @@ STAGES = Registry(
         "52_a2v_use": "fedgal.pipeline.parameters_a2v:A2VUse",
         "60_evaluate": "fedgal.pipeline.parameters_features:Evaluate",
         "61_models": "fedgal.pipeline.parameters_features:Models",
+        "70_federation": "fedgal.pipeline.parameters_features:Deployed",
         "80_audit": "fedgal.pipeline.parameters_features:Audit",
         "90_compare": "fedgal.pipeline.parameters_features:Compare",
     },

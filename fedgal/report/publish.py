@@ -76,7 +76,7 @@ def plan_pages(
     return PagePlan(hrefs, () if fresh else tuple(ready), "", tuple(stale), digest)
 
 # %% ../../nbs/report/08_publish.ipynb #a25af64c
-_TITLES = dict.fromkeys(("25_joint", "60_evaluate", "61_models"), "Result") | {
+_TITLES = dict.fromkeys(("25_joint", "60_evaluate", "61_models", "70_federation"), "Result") | {
     "22_a2v_train": "Run 1",
     "52_a2v_use": "Run 2",
     "80_audit": "Audit",

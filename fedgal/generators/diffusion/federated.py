@@ -18,6 +18,8 @@ from ...core.tensors import Tensors
 from ...federated.aggregate import aggregate
 from ...federated.algorithm import Algorithm
 from ...federated.clients import MultiStepClient
+from ...federated.engines.base import Engine
+from ...federated.engines.nodes import Nodes, put_away
 from ...federated.ledger import Ledger
 from ...federated.local import LocalOptions
 from ...federated.loop import fit
@@ -30,8 +32,8 @@ from ...models.losses.protocol import Batch, LocalLoss
 from ...stats.blocks import class_sum
 
 # %% auto #0
-__all__ = ['SEVERAL', 'AveragingOptions', 'DenoiserAveraging', 'Denoising', 'residual_clients', 'Averaged', 'train_denoisers',
-           'check_rounds', 'loss_history']
+__all__ = ['SEVERAL', 'AveragingOptions', 'DenoiserAveraging', 'Denoising', 'residual_clients', 'Averaged', 'denoiser_federation',
+           'train_denoisers', 'check_rounds', 'loss_history']
 
 # %% ../../../nbs/generators/diffusion/05_federated.ipynb #56fbb82f
 class AveragingOptions(Options):
@@ -131,12 +133,14 @@ def residual_clients(
     n_classes: int,
     options: DenoiserOptions,
     rounds: int,
+    count: Tensor | None = None,  # [C] residuals of all clients together; None: of these
 ) -> list[MultiStepClient]:
     "The clients that have residuals; each draws by the counts of all of them together."
     owners = [(k, x, y) for k, (x, y) in enumerate(parts) if len(x)]
     if not owners:
         raise FedgalError("no client has a latent of a class with two samples: nothing to learn a shape from")
-    count = sum(torch.bincount(y, minlength=n_classes) for _, _, y in owners).double()
+    count = sum(torch.bincount(y, minlength=n_classes) for _, _, y in owners) if count is None else count
+    count = count.double()
     local = LocalOptions(
         steps=-(-options.steps // rounds),  # whole rounds
         batch_size=options.batch_size,
@@ -157,6 +161,27 @@ class Averaged(NamedTuple):
     history: list[dict]  # about twenty rows
     ledger: Ledger
 
+def denoiser_federation(
+    dim: int,  # of the residuals
+    n_classes: int,
+    options: DenoiserOptions,
+    rounds: int,
+    seed: int,
+    schedule: Schedule = Schedule(),
+    geometry: Callable | None = None,  # see `Denoising`
+    class_rows: bool = True,
+    views: int = 1,  # of every sample among the residuals
+) -> tuple[Denoiser, FederationOptions, Denoising]:
+    "The network as it starts, how rounds go, and the loss: what all sides of a federation build alike."
+    check_target(options.target, schedule)
+    form = lambda: Denoiser(dim, n_classes, options.width, options.blocks)
+    model = initialised(form, stream(seed, "denoiser weights"))
+    steps = -(-options.steps // rounds)
+    averaging = {"class_rows": class_rows, "n_classes": n_classes, "decay": options.ema**steps}
+    federation = FederationOptions(rounds=rounds, algorithm="denoiser", options=averaging)
+    return model, federation, Denoising(n_classes, options, schedule, geometry, views)
+
+# %% ../../../nbs/generators/diffusion/05_federated.ipynb #fc6223d9
 def train_denoisers(
     parts: list[tuple[Tensor, Tensor]],  # per client: residuals [n_k, d] and labels [n_k]
     n_classes: int,
@@ -167,18 +192,15 @@ def train_denoisers(
     geometry: Callable | None = None,  # see `Denoising`
     class_rows: bool = True,
     views: int = 1,  # of every sample among the residuals
-    engine: str = "auto",
+    engine: str | Engine = "auto",  # under `Nodes` the residuals only stand for those of nodes
     checkpoint: Path | None = None,  # folder
 ) -> Averaged:
     "Train a denoiser on clients that keep their residuals; raises FedgalError if nobody has any, or all of them fail."
-    check_target(options.target, schedule)
     clients = residual_clients(parts, n_classes, options, rounds)
-    x = clients[0].x
-    form = lambda: Denoiser(x.shape[1], n_classes, options.width, options.blocks)
-    model = initialised(form, stream(seed, "denoiser weights")).to(x.device)
-    averaging = {"class_rows": class_rows, "n_classes": n_classes, "decay": options.ema ** clients[0].config.steps}
-    federation = FederationOptions(rounds=rounds, algorithm="denoiser", options=averaging)
-    loss = Denoising(n_classes, options, schedule, geometry, views)
+    x, form = clients[0].x, (n_classes, options, rounds, seed, schedule, geometry, class_rows, views)
+    model, federation, loss = denoiser_federation(x.shape[1], *form)
+    model = model.to(x.device)
+    clients = list(map(put_away, clients)) if isinstance(engine, Nodes) else clients
     result = fit(model, clients, federation, seed, engine, loss, checkpoint=checkpoint)
     check_rounds(result.history)
     result.load(model)

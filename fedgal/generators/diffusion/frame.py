@@ -14,7 +14,7 @@ from ...stats.class_statistics import ClassStatistics
 from ...stats.moments import pooled_within, standardiser, whitening
 
 # %% auto #0
-__all__ = ['FRAMES', 'transformed', 'Frame', 'in_coordinates', 'make_frame']
+__all__ = ['FRAMES', 'transformed', 'Frame', 'taught', 'own_residuals', 'in_coordinates', 'make_frame']
 
 # %% ../../../nbs/generators/diffusion/04_frame.ipynb #5d1c3c01
 def transformed(
@@ -53,6 +53,16 @@ class Frame(NamedTuple):
         return self.centre + transformed(u, self.colour)
 
 # %% ../../../nbs/generators/diffusion/04_frame.ipynb #bdd93ce0
+def taught(count: Tensor, kind: str) -> Tensor:  # [C] samples, one of `FRAMES` -> [C] bool
+    "The classes with something to learn from; about its own mean the residual of a lone sample is zero."
+    return count > (1 if kind == "class" else 0)
+
+def own_residuals(frame: Frame, used: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    "The features of one client in coordinates, and their labels, of the classes that are used [C]."
+    at = used[y]
+    return frame.encode(z[at], y[at]), y[at]
+
+# %% ../../../nbs/generators/diffusion/04_frame.ipynb #bdd93ce1
 FRAMES = ("all", "class")
 
 def in_coordinates(s: ClassStatistics, centre: Tensor, white: Tensor) -> ClassStatistics:
