@@ -110,7 +110,12 @@ def all_as_one(real: Tensor, made: Tensor, train: Tensor, seed: int = 0) -> Fide
 # %% ../../nbs/evaluation/18_sounds.ipynb #f777c453
 CONTROL, MOMENTS = "class means with noise", "draws with mean and covariance of a class"
 
-def in_words(quality: dict, control: dict, original: dict | None = None, moments: dict | None = None) -> str:  # Markdown
+def in_words(
+    quality: dict,
+    control: dict,  # of class means with noise
+    original: dict | None = None,  # of the original's objective
+    moments: dict | None = None,  # of draws with mean and covariance
+) -> str:  # Markdown
     "What samples are worth, how much of that is noise, and whether a generator was needed for it."
     reached, real = (quality["probe"][n] for n in ("synthetic", "real"))
     given, worth = control["probe"]["synthetic"], _worth(quality, control)
@@ -130,6 +135,7 @@ def in_words(quality: dict, control: dict, original: dict | None = None, moments
     text += f"Fréchet distance favours {min(far, key=far.get)} ("
     return f"{text}{', '.join(f'{name} {v:.0f}' for name, v in far.items())}).".replace("%", " %")
 
+# %% ../../nbs/evaluation/18_sounds.ipynb #33262ced
 def _worth(quality, control):
     "Points that generators add to the control, paired over held-out clips."
     pairs = zip(quality["right"], control["right"], strict=True)

@@ -60,6 +60,7 @@ class Pooling(nn.Module):
         weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
         return self.out((weights @ v).transpose(-3, -2).flatten(-2))
 
+# %% ../../nbs/models/08_adapters.ipynb #42bade08
 class Adapter(nn.Module):
     "Tokens of a recording -> tokens of a text."
 

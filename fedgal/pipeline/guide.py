@@ -172,7 +172,8 @@ def _net(get) -> str:
 
 def _rate(flat, get) -> dict:
     schedule = get("clip_adapter_learning_rate_schedule", get("adapters_learning_rate_schedule", False))
-    of = lambda name, default: get(f"clip_adapter_{name}", get(f"adapters_{name}", flat.get(f"training.{name}", default)))
+    every = lambda name, default: get(f"adapters_{name}", flat.get(f"training.{name}", default))
+    of = lambda name, default: get(f"clip_adapter_{name}", every(name, default))
     return {
         "adapters_learning_rate": of("learning_rate", 0.001),
         "adapters_weight_decay": of("weight_decay", 0.0001),

@@ -62,12 +62,8 @@ class Sounds(Generators):
     inputs: ClassVar = ("10_data",)
     modes: ClassVar = ()
 
-    feature_spec: str = option(
-        "logmel-stats-512", "what makes features of clips: a stand-in, or an encoder with weights", one_of=_encoders
-    )
-    texts: str = option(
-        "hash-text-768", "what makes texts of classes: a stand-in, or an encoder with weights", one_of=_text_encoders
-    )
+    feature_spec: str = option("logmel-stats-512", "features of clips; encoders need weights", one_of=_encoders)
+    texts: str = option("hash-text-768", "texts of classes; encoders need weights", one_of=_text_encoders)
     train_adapters: bool = option(True, "clients train adapters; false is the guide's generator_only_mode")
     adapter: str = chosen("adapter", "clip", "what turns sounds into texts")
     adapter_options: dict = option({}, "options of it, for example {widths: [256]}; see fedgal params")
@@ -78,9 +74,7 @@ class Sounds(Generators):
     adapter_batch_size: int = option(8, "clips in a step of an adapter", ge=1)
     adapters_learning_rate: float = option(0.001, "learning rate of adapters whose options give none", gt=0)
     adapters_weight_decay: float = option(0.0001, "weight decay of adapters whose options give none", ge=0)
-    adapters_learning_rate_schedule: str = option(
-        "constant", "its course over the rounds; own: that of the guide's adapter", one_of=_schedules
-    )
+    adapters_learning_rate_schedule: str = option("constant", "own: as in the guide", one_of=_schedules)
     rounds: int = option(3, "communication rounds", ge=1)
     quality_samples: int = option(32, "samples of every class by which generators are judged", ge=2)
 

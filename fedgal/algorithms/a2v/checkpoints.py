@@ -120,6 +120,7 @@ def load_generators(
             raise FedgalError(f"{stems[u]}: client {u.client} has other classes ({then}); divide as in run 1")
     return [_load(u, stem, training) for u, stem in stems.items()], records
 
+# %% ../../../nbs/algorithms/a2v/04_checkpoints.ipynb #0c5e283f
 def _load(unit, stem, training) -> ClientGenerator:
     groups = by_first(load_tensors(stem.with_suffix(".safetensors")))
     net = training.net()

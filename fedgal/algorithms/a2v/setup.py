@@ -36,6 +36,7 @@ def checkpoint_folder(params: dict) -> Path:
         raise FedgalError(f"generator_checkpoint_dir = {name!r}: {wanted}")
     return settings().artifacts / "a2v" / name
 
+# %% ../../../nbs/algorithms/a2v/06_setup.ipynb #39715e9c
 def generator_training(params: dict, nodes: Nodes, objective: str | None = None, rounds: int | None = None):
     "The training of client generators; with another objective or number of rounds for a comparison."
     p, options = params, dict(params["feature_net_options"])
@@ -55,6 +56,7 @@ def generator_training(params: dict, nodes: Nodes, objective: str | None = None,
     one_class_each(p["feature_net"], [(u.client, len(u.classes)) for u in made.units])
     return made
 
+# %% ../../../nbs/algorithms/a2v/06_setup.ipynb #c90bd9e0
 def one_class_each(net: str, units: list[tuple[int, int]]) -> None:  # client, number of classes
     "Raise for a net that is told no class, where a generator has several: it would make the same of each."
     many = [client for client, n in units if n > 1]
