@@ -70,8 +70,8 @@ def narrow(table: pd.DataFrame) -> list[pd.DataFrame]:
     "The table of `quality_table` in parts of three columns, each of which fits a phone."
     t = table.set_index(["node", "class"])
     parts = [t[[c for c in t.columns if c.startswith(part)]] for part in _PARTS]
-    heads = lambda part: [_HEADS.get(c.split()[-1], " ".join(c.split()[::-1])) for c in part.columns]
-    return [part.set_axis(heads(part), axis=1) for part in parts if len(part.columns)]
+    heads = lambda part: [(group, _HEADS.get(name, name)) for group, name in map(str.split, part.columns)]
+    return [p.set_axis(pd.MultiIndex.from_tuples(heads(p)), axis=1) for p in parts if len(p.columns)]
 
 # %% ../../nbs/evaluation/18_sounds.ipynb #16aff154
 def overall_quality(nodes: Nodes, generators: list[ClientGenerator], n: int = 32, seed: int = 0) -> dict:
