@@ -98,6 +98,16 @@ def test_a_parquet_file_of_recordings_is_a_data_set_by_its_path(places):
     assert (data.in_shape, data.classes, len(data.y_test)) == ((4, 512), ("bell", "drum"), 4)
 
 
+def test_encoders_are_pinned_and_more_than_five_notes_are_told():
+    import re
+
+    from fedgal.data.audio import in_lines
+    from fedgal.data.featurizers import ENCODERS, TEXT_ENCODERS
+    assert all(re.fullmatch("[0-9a-f]{40}", e.revision) for e in (*ENCODERS.values(), *TEXT_ENCODERS.values()))
+    notes = [f"{i}.wav: {i} seconds, cut to 5" for i in range(6, 16)]
+    assert in_lines(notes) == notes and in_lines([f"{i}.wav: silent" for i in range(3)]) == ["0.wav and 2 more: silent"]
+
+
 # --- the two runs ---
 
 def test_the_four_combinations_of_flags():
