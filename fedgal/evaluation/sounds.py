@@ -63,14 +63,14 @@ def quality_table(nodes: Nodes, generators: list[ClientGenerator], n: int = 32, 
 def _share(made, real):
     return float(made.var(0).sum() / real.var(0).sum())
 
-_HEADS = {"similarity": "cosine", "mse": "MSE", "l1": "L1"}
+_HEADS = {"similarity": "cosine", "mse": "MSE", "l1": "L1", "decoder": "alone", "diversity": "spread"}
 _PARTS = (("reconstruction",), ("sample",), ("variance decoder", "variance samples", "diversity std"))
 
 def narrow(table: pd.DataFrame) -> list[pd.DataFrame]:
     "The table of `quality_table` in parts of three columns, each of which fits a phone."
     t = table.set_index(["node", "class"])
     parts = [t[[c for c in t.columns if c.startswith(part)]] for part in _PARTS]
-    heads = lambda part: [(group, _HEADS.get(name, name)) for group, name in map(str.split, part.columns)]
+    heads = lambda part: [tuple(_HEADS.get(word, word) for word in name.split()) for name in part.columns]
     return [p.set_axis(pd.MultiIndex.from_tuples(heads(p)), axis=1) for p in parts if len(p.columns)]
 
 # %% ../../nbs/evaluation/18_sounds.ipynb #16aff154
