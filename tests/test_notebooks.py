@@ -14,7 +14,7 @@ LONG = {  # over about two seconds, by room; `make test` leaves them out
     "algorithms/a2v": "01_averaging 03_client_generators 04_checkpoints 05_runs 07_guide",
     "algorithms/joint": "01_gradients 03_moving_geometry 06_networks 08_bank 09_losses 10_watch 11_result 12_trainer 14_arms",
     "core": "04_options 07_random 11_schedules",
-    "data": "01_parquet 09e_sharp 09f_image_ops 09g_policies 10_long_tail 19_audio 20_sounds",
+    "data": "01_parquet 09e_sharp 09f_image_ops 09g_policies 10_long_tail 19_audio 20_sounds 22_featurizers",
     "evaluation": "04_distances 05_fidelity 07_readouts 09_training 13_joint_results 18_sounds 19_sound_runs 20_audit 21_deployed",
     "federated": "02_local 03_clients 04_aggregate 05_ledger 06c_aggregation 07a_work 07b_result 07c_server 07d_kept 08_loop 09_trained 11_setup 12_apart",
     "federated/engines": "01_base 01b_serial 02_batched 04_workers 06_flower 07_nodes",

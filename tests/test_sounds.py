@@ -98,6 +98,16 @@ def test_a_parquet_file_of_recordings_is_a_data_set_by_its_path(places):
     assert (data.in_shape, data.classes, len(data.y_test)) == ((4, 512), ("bell", "drum"), 4)
 
 
+def test_encoders_are_pinned_and_more_than_five_notes_are_told():
+    import re
+
+    from fedgal.data.audio import in_lines
+    from fedgal.data.featurizers import ENCODERS, TEXT_ENCODERS
+    assert all(re.fullmatch("[0-9a-f]{40}", e.revision) for e in (*ENCODERS.values(), *TEXT_ENCODERS.values()))
+    notes = [f"{i}.wav: {i} seconds, cut to 5" for i in range(6, 16)]
+    assert in_lines(notes) == notes and in_lines([f"{i}.wav: silent" for i in range(3)]) == ["0.wav and 2 more: silent"]
+
+
 # --- the two runs ---
 
 def test_the_four_combinations_of_flags():
@@ -123,7 +133,10 @@ def plan_of(places, monkeypatch, **changed):
     ({"generator_training_mode": False}, "untrained generator"), ({"generator_training_mode": False, "use_pretrained_generators": True}, "run 2, which is stage 52_a2v_use"),
     ({"stages": ["10_data", "52_a2v_use"]}, "run 1, which is stage 22_a2v_train"), ({"generator_checkpoint_dir": "../elsewhere"}, "below artifacts/a2v"),
     ({"generator_granularity": "per_group"}, "needs generator_class_groups"), ({"feature_net_options": {"latent": 3}}, "did you mean 'latent_dim'"),
-    ({"adapter_aggregation_mode": "kd"}, "run 1 has none"),
+    ({"adapter_aggregation_mode": "kd"}, "run 1 has none"), ({"feature_net": "vae", "feature_net_options": {}}, "vae is told no class, and 2 generators have several (client 0)"),
+    ({"feature_net": "vae", "generator_granularity": "per_group", "generator_class_groups": {"moving": ["rising", "waves"]}}, "vae is told no class"),
+    ({"generator_granularity": "per_group", "generator_class_groups": {"moving": ["risen"]}}, "did you mean 'rising'"),
+    ({"feature_spec": "ast"}, "transformers"), ({"texts": "clip"}, "transformers"), ({"feature_spec": "vggish"}, "feature_spec = 'vggish'"),
     ({"partitioner": {}}, "needs the classes of every client"), ({"adapter": "clap"}, "adapter = 'clap'")])
 def test_what_cannot_be_is_refused_before_anything_runs(places, monkeypatch, changed, words):
     with pytest.raises(FedgalError) as error: plan_of(places, monkeypatch, **changed)
@@ -217,9 +230,11 @@ def test_a_client_that_was_refused_in_every_round_is_named_and_has_no_generator(
 
 def test_a_net_that_is_told_no_class_needs_a_generator_for_each(nodes):
     from fedgal.algorithms.a2v.setup import one_class_each
+    sizes = lambda **how: [(u.client, len(u.classes)) for u in training(nodes, name="vae", **how).units]
     for granularity in ("unified", "per_group"):
-        with pytest.raises(FedgalError, match="vae is told no class"): one_class_each(training(nodes, name="vae", granularity=granularity, groups=GROUPS))
-    one_class_each(training(nodes, name="vae", granularity="per_class"))
+        with pytest.raises(FedgalError, match="vae is told no class"): one_class_each("vae", sizes(granularity=granularity, groups=GROUPS))
+        one_class_each("cvae", sizes(granularity=granularity, groups=GROUPS))
+    one_class_each("vae", sizes(granularity="per_class"))
 
 
 def test_the_variance_of_samples_is_noise_where_a_decoder_has_collapsed(nodes):
@@ -233,6 +248,64 @@ def test_the_variance_of_samples_is_noise_where_a_decoder_has_collapsed(nodes):
         found[objective] = overall_quality(nodes, made)
     assert all(q["variance"]["within"] > 0.5 for q in (*found.values(), control_quality(nodes)))
     assert found["reference"]["decoder"]["variance"]["within"] < 0.01
+
+
+def test_latents_drawn_from_the_codes_of_a_class_give_the_decoder_its_variance_back(nodes, tmp_path):
+    "Draws from N(0, 1) miss the codes of a client's few clips; what the decoder makes of its own codes has their spread."
+    from fedgal.algorithms.a2v.checkpoints import load_generators, save_generator
+    from fedgal.evaluation.sounds import overall_quality
+    from fedgal.federated.local import LocalOptions
+    g = torch.Generator().manual_seed(1)
+    few = torch.randn(len(nodes.y), 3, generator=g) @ torch.randn(3, 2048, generator=g)                      # three causes in a class
+    nodes = replace(nodes, x=torch.randn(4, 4, 512, generator=g)[nodes.y] + 0.5 * few.unflatten(1, (4, 512)))
+    found, local = {}, LocalOptions(epochs=30, batch_size=16, optimiser="adamw", lr=4e-3)
+    for prior in ("standard", "posterior"):
+        t = replace(training(nodes, 6), local=local, options={"hidden_dim": 32, "latent_dim": 3, "beta": 0.1, "prior": prior})
+        trained = t.run("serial")
+        made = trained.generators
+        assert all(bool(g.codes) == (prior == "posterior") for g in made)
+        for g in made: save_generator(tmp_path / prior, t, g, 6, trained.history)
+        for g, read in zip(made, load_generators(tmp_path / prior, t)[0], strict=True):
+            assert g.codes.keys() == read.codes.keys() and all(g.codes[n].equal(read.codes[n]) for n in g.codes)
+        found[prior] = overall_quality(nodes, made)["decoder"]["variance"]["within"]
+        with pytest.raises(FedgalError, match="arch"): load_generators(tmp_path / prior, replace(t, options=t.options | {"prior": "standard" if prior == "posterior" else "posterior"}))
+    assert found["posterior"] > 0.5 > 4 * found["standard"], found
+
+
+def test_codes_of_a_class_have_the_moments_of_its_aggregated_posterior(nodes):
+    from fedgal.algorithms.a2v.client_generators import code_moments
+    t = training(nodes, 1)
+    net, y = t.net(), nodes.y[nodes.index[0]]
+    x = nodes.x[nodes.index[0]]
+    codes, classes = code_moments(net, x, y, nodes.texts, (0, 1)), (0, 1)
+    with torch.no_grad(): mu, logvar = net.encode(x, nodes.texts, y)
+    for c in classes:
+        draws = mu[y == c].repeat_interleave(20_000, 0) + (logvar[y == c] / 2).exp().repeat_interleave(20_000, 0) * torch.randn(int((y == c).sum()) * 20_000, mu.shape[1], generator=torch.Generator().manual_seed(c))
+        assert torch.allclose(codes["mean"][c], draws.mean(0), atol=0.01)
+        assert torch.allclose(codes["root"][c] @ codes["root"][c].T, torch.cov(draws.T, correction=0), atol=0.02)
+    one = code_moments(net, x[:1], y[:1], nodes.texts, (int(y[0]),))        # a single clip has the spread of its own code
+    assert one["root"].isfinite().all() and one["root"][y[0]].diagonal().gt(0).all()
+
+
+def test_an_adapter_fits_the_texts_and_has_an_optimiser_of_its_own(nodes):
+    from fedgal.algorithms.a2v.runs import AdapterTraining, adapter_local
+    for name in ("clip", "t5"):
+        net = AdapterTraining(nodes, name, {"widths": [8]}).net().eval()
+        assert net(nodes.x[:2]).shape == (2, *nodes.texts.shape[1:])
+    shared = {"adapters_learning_rate": 0.1, "adapters_learning_rate_schedule": "own"}
+    clip, t5 = (adapter_local(name, {"lr": lr} if lr else {}, shared, epochs=3, rounds=30) for name, lr in (("clip", None), ("t5", 0.2)))
+    assert (clip.lr, t5.lr, clip.course, t5.course) == (0.1, 0.2, "restarts", "cosine")
+    assert clip.rate(3) == clip.rate(0) == 0.1 and clip.rate(2) < 0.05 and 0 < t5.rate(29) < 0.001
+
+
+def test_every_round_has_the_metrics_of_the_guides_server(nodes):
+    from fedgal.evaluation.sounds import tracked
+    t = training(nodes, 2)
+    rows = tracked(t.run("serial").history, t.units, [], [len(t.rows(u)) for u in t.units])
+    names = {"server/generator_loss", *(f"server/generator_validation_{n}" for n in ("similarity", "mse", "l1"))}
+    assert len(rows) == 2 and all(names <= set(row) and all(np.isfinite(row[n]) for n in names) for row in rows)
+    gan = replace(t, name="gan", options={"hidden_dim": 8, "latent_dim": 3})         # makes no reconstruction
+    assert not any("validation" in n for row in tracked(gan.run("serial").history, t.units, [], [1, 1]) for n in row)
 
 
 # --- the guide's files ---

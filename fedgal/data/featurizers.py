@@ -4,18 +4,21 @@
 
 # %% ../../nbs/data/22_featurizers.ipynb #8fd0858d
 from __future__ import annotations
-import os
+import copy, os
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..core.errors import FedgalError, require, unknown_name
+from .audio import AudioSource
+from .dataset import Dataset
 from .logmel import TOKENS, FeatureSpec, logmel_spec, logmel_statistics
+from .sources import source_of
 from .texts import TEXTS, class_texts
 
 # %% auto #0
 __all__ = ['ENCODERS', 'STANDIN', 'TEXT_ENCODERS', 'FeatureWeightsMissing', 'Encoder', 'pooled', 'Featurizer', 'load_featurizer',
-           'Texts', 'load_texts']
+           'load_sounds', 'Texts', 'load_texts', 'require_weights']
 
 # %% ../../nbs/data/22_featurizers.ipynb #12283693
 class FeatureWeightsMissing(FedgalError):
@@ -32,13 +35,13 @@ class Encoder:
     dim: int  # of a token
     tokens: int  # of a clip
     seconds: float
-    revision: str = "main"
+    revision: str  # commit on the hub
 
+_AST = ("MIT/ast-finetuned-audioset-10-10-0.4593", "ASTModel", "ASTFeatureExtractor", 16_000, 768, TOKENS, 10.24)
+_CLAP = ("laion/clap-htsat-unfused", "ClapModel", "ClapProcessor", 48_000, 512, 1, 10.0)
 ENCODERS = {
-    "ast": Encoder(
-        "MIT/ast-finetuned-audioset-10-10-0.4593", "ASTModel", "ASTFeatureExtractor", 16_000, 768, TOKENS, 10.24
-    ),
-    "clap": Encoder("laion/clap-htsat-unfused", "ClapModel", "ClapProcessor", 48_000, 512, 1, 10.0),
+    "ast": Encoder(*_AST, revision="f826b80d28226b62986cc218e5cec390b1096902"),
+    "clap": Encoder(*_CLAP, revision="8fa0f1c6d0433df6e97c127f64b2a1d6c0dcda8a"),
 }
 STANDIN = "logmel-stats-512"
 
@@ -46,17 +49,22 @@ def _cache() -> str:
     home = os.environ.get("HF_HOME", os.path.join("~", ".cache", "huggingface"))
     return os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))
 
-def _loaded(library, name: str, encoder: Encoder, allow_download: bool, standin: str = STANDIN) -> tuple:
-    "Model and processor, from the cache or the hub."
+def _part(kind: str, name: str, encoder: Encoder, allow_download: bool, standin: str, **more):
+    "The model or the processor, a class of transformers by its name, from the cache or the hub."
+    library = require("transformers", "audio")
     args = {"revision": encoder.revision, "local_files_only": not allow_download}
     try:
-        processor = getattr(library, encoder.processor).from_pretrained(encoder.address, **args)
-        model = getattr(library, encoder.model).from_pretrained(encoder.address, use_safetensors=True, **args)
+        return getattr(library, kind).from_pretrained(encoder.address, **args, **more)
     except (OSError, ValueError) as error:
         fetch = f"hf download {encoder.address} --revision {encoder.revision}"
         looked = f"{encoder.address} (revision {encoder.revision}) is not in {_cache()}"
         cure = f"fetch it with: {fetch}; or take the stand-in {standin}"
         raise FeatureWeightsMissing(f"encoder {name!r}: {looked}; {cure}") from error
+
+def _loaded(name: str, encoder: Encoder, allow_download: bool, standin: str = STANDIN) -> tuple:
+    "Model and processor."
+    processor = _part(encoder.processor, name, encoder, allow_download, standin)
+    model = _part(encoder.model, name, encoder, allow_download, standin, use_safetensors=True)
     return model.eval().requires_grad_(False), processor
 
 # %% ../../nbs/data/22_featurizers.ipynb #32e8dc41
@@ -98,8 +106,7 @@ def load_featurizer(
         unknown_name("featurizer", name, [STANDIN, *ENCODERS])
     encoder = ENCODERS[name]
     try:
-        library = require("transformers", "audio")
-        model, processor = _loaded(library, name, encoder, allow_download)
+        model, processor = _loaded(name, encoder, allow_download)
     except FedgalError as error:
         if on_missing != "standin":
             raise
@@ -109,25 +116,40 @@ def load_featurizer(
     spec = FeatureSpec(name, 1, e.dim, e.tokens, e.rate, e.seconds, is_standin=False, revision=e.revision)
     return Featurizer(spec, _features(model, processor, encoder))
 
+# %% ../../nbs/data/22_featurizers.ipynb #e57c939a
+def load_sounds(
+    name: str,  # of a data set of sounds
+    features: str = STANDIN,  # an entry of `ENCODERS`, or the stand-in
+) -> Dataset:
+    "A data set of sounds with features of an encoder."
+    source = source_of(name)
+    if features == STANDIN:
+        return source.load(name)
+    if not isinstance(source, AudioSource):
+        raise FedgalError(f"feature_spec = {features!r}: {name} holds no sounds; take esc10, or {STANDIN}")
+    made, heard = load_featurizer(features), copy.copy(source)
+    heard.spec, heard.features = made.spec, made.features
+    return heard.load(name)
+
 # %% ../../nbs/data/22_featurizers.ipynb #c11b0002
-_CLIP = Encoder("openai/clip-vit-large-patch14", "CLIPTextModel", "CLIPTokenizer", 0, 768, TOKENS, 0.0)
-TEXT_ENCODERS = {"clip": _CLIP}
+_CLIP = ("openai/clip-vit-large-patch14", "CLIPTextModel", "CLIPTokenizer", 0, 768, TOKENS, 0.0)
+TEXT_ENCODERS = {"clip": Encoder(*_CLIP, revision="32bd64288804d66eefd0ccbe215aa642df71cc41")}
 
 @dataclass(frozen=True)
 class Texts:
     "What makes the texts of classes."
 
-    name: str
+    name: str  # with the revision of its weights, if there are any
     is_standin: bool
-    encode: Callable  # names of the classes -> float32 [C, tokens, dim], mean square 1
+    encode: Callable  # names of the classes, number of tokens -> float32 [C, tokens, dim], mean square 1
 
-def _encoded(model, tokenizer, encoder: Encoder) -> Callable:
+def _encoded(model, tokenizer) -> Callable:
     @torch.inference_mode()
-    def encode(names: tuple[str, ...]) -> Tensor:
+    def encode(names: tuple[str, ...], tokens: int = TOKENS) -> Tensor:
         rows = []
         for name in names:
             given = tokenizer(f"the sound of {name.replace('_', ' ')}", return_tensors="pt")
-            x = pooled(model(**given).last_hidden_state, encoder.tokens)[0]
+            x = pooled(model(**given).last_hidden_state, tokens)[0]
             rows.append(x / x.square().mean().sqrt())
         return torch.stack(rows)
 
@@ -145,11 +167,17 @@ def load_texts(
     if name not in TEXT_ENCODERS:
         unknown_name("text encoder", name, [TEXTS, *TEXT_ENCODERS])
     try:
-        library = require("transformers", "audio")
-        model, tokenizer = _loaded(library, name, TEXT_ENCODERS[name], allow_download, TEXTS)
+        model, tokenizer = _loaded(name, TEXT_ENCODERS[name], allow_download, TEXTS)
     except FedgalError as error:
         if on_missing != "standin":
             raise
         print(f"{error}; going on with the stand-in {TEXTS}")
         return standin
-    return Texts(name, False, _encoded(model, tokenizer, TEXT_ENCODERS[name]))
+    return Texts(f"{name}@{TEXT_ENCODERS[name].revision[:12]}", False, _encoded(model, tokenizer))
+
+# %% ../../nbs/data/22_featurizers.ipynb #12116106
+def require_weights(features: str = STANDIN, texts: str = TEXTS) -> None:
+    "Raise `FeatureWeightsMissing` for encoders that are not on this machine, without loading those that are."
+    for name, table, standin in ((features, ENCODERS, STANDIN), (texts, TEXT_ENCODERS, TEXTS)):
+        if name != standin:
+            _part(table[name].processor, name, table[name], False, standin)

@@ -15,11 +15,12 @@ from ..algorithms.a2v.nodes import Nodes, make_nodes
 from ..algorithms.a2v.runs import aggregate_samples, generate, in_rows, moment_samples
 from ..algorithms.a2v.runs import server_data, train_generators
 from ..algorithms.a2v.setup import adapter_training, checkpoint_folder, first_command, generator_training
+from ..data.featurizers import load_texts
 from ..core.store import save_json, save_tensors
 from .contests import in_points
 from .results import metrics_record
 from .significance import paired_interval
-from .sounds import CONTROL, control_quality, in_words, overall_quality, quality_table
+from .sounds import CONTROL, MOMENTS, control_quality, in_words, overall_quality, quality_table
 from ..federated.ledger import Ledger
 from ..models.adapters import retrieve
 
@@ -38,6 +39,7 @@ class JudgedGenerators:
     table: pd.DataFrame  # a row for every class of every node
     overall: dict
     control: dict  # the same of class means with noise, without a generator
+    moments: dict  # and of draws with mean and covariance of every class
     original: dict | None  # the same of the original's objective
 
     def curves(self) -> list[dict]:
@@ -53,12 +55,14 @@ class JudgedGenerators:
         columns = {}
         for name, q in {"samples": self.overall, "original's objective": self.original}.items():
             columns |= {name: q, f"{name}, decoder alone": q.get("decoder")} if q else {}
-        columns |= {CONTROL: self.control, "real clips": real | {"fidelity": self.overall["floor"]}}
+        columns |= {CONTROL: self.control, MOMENTS: self.moments}
+        columns |= {"real clips": real | {"fidelity": self.overall["floor"]}}
         return pd.DataFrame({name: _measures(of) for name, of in columns.items() if of})
 
     def answer(self) -> str:  # Markdown
         "What samples are worth, how much of that is noise, and whether a generator was needed for it."
-        return f"**Answer.** {in_words(self.overall, self.control, self.original)} One seed of training."
+        words = in_words(self.overall, self.control, self.original, self.moments)
+        return f"**Answer.** {words} One seed of training."
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #15a10004
 _FIDELITY = {"frechet": "Fréchet distance", "memorisation": "distance to training over held-out clips"}
@@ -81,11 +85,11 @@ def first_run(params: dict, nodes: Nodes, mode: str, checkpoint: Path, engine: s
     command = f"fedgal run params/{p['experiment']}.yaml"
     trained = train_generators(training, folder, mode, begun, every, p["experiment"], engine, command)
     table, overall = (judge(nodes, trained.generators, n, p["seed"]) for judge in (quality_table, overall_quality))
-    control, original = control_quality(nodes, n, p["seed"]), None
+    controls, original = [control_quality(nodes, n, p["seed"], diagonal) for diagonal in (True, False)], None
     if p["compare_objective"] and p["feature_net"] != "gan":
         other = generator_training(p, nodes, "reference")
         original = overall_quality(nodes, other.run(engine, checkpoint / "other").generators, n, p["seed"])
-    return JudgedGenerators(training, trained.generators, trained.history, table, overall, control, original)
+    return JudgedGenerators(training, trained.generators, trained.history, table, overall, *controls, original)
 
 def adapter_curves(history: list[dict]) -> list[dict]:
     "The loss of every node and of held-out clips, a row a round."
@@ -97,10 +101,10 @@ def loaded(
     params: dict, data, split, mode: str, device: str = "cpu"
 ) -> tuple[Nodes, list[ClientGenerator], list[dict]]:
     "Nodes in the scale of run 1, its generators, and what their files say; none of the latter without generators."
-    folder = checkpoint_folder(params)
+    folder, by = checkpoint_folder(params), load_texts(params["texts"])
     if mode == "none":
-        return make_nodes(data, split, device=device), [], []
-    nodes = make_nodes(data, split, saved_scaler(folder), device)
+        return make_nodes(data, split, device=device, by=by), [], []
+    nodes = make_nodes(data, split, saved_scaler(folder), device, by)
     return nodes, *load_generators(folder, generator_training(params, nodes), first_command(params))
 
 # %% ../../nbs/evaluation/19_sound_runs.ipynb #15a10005
@@ -209,7 +213,8 @@ def save_first(stage, nodes: Nodes, judged: JudgedGenerators | None, adapters, s
     ledger = all_messages(nodes, adapters)
     save_tensors(work / "scaler.safetensors", nodes.scaler)
     if judged:
-        facts |= {"overall": judged.overall, "control": judged.control, "original": judged.original}
+        facts |= {"overall": judged.overall, "control": judged.control, "moments": judged.moments}
+        facts |= {"original": judged.original}
         facts |= {"generators": judged.history, "table": judged.table.astype(object).to_dict("records")}
     if adapters:
         save_tensors(work / "adapter.safetensors", adapters.parameters)

@@ -12,8 +12,8 @@ from ..core.registry import Registry
 from ..core.tensors import Tensors
 
 # %% auto #0
-__all__ = ['FEATURE_NETS', 'VAEOptions', 'GANOptions', 'joined', 'ConditionedVAE', 'ConditionedVAEGenerator', 'VAEGenerator',
-           'MultiModalVAEGenerator', 'GANGenerator']
+__all__ = ['FEATURE_NETS', 'VAEOptions', 'ClientVAEOptions', 'GANOptions', 'joined', 'ConditionedVAE', 'ConditionedVAEGenerator',
+           'VAEGenerator', 'MultiModalVAEGenerator', 'GANGenerator']
 
 # %% ../../nbs/generators/16_feature_nets.ipynb #0fc0c824
 class VAEOptions(Options):
@@ -24,6 +24,13 @@ class VAEOptions(Options):
     objective: str = option("elbo", "reference: the original's, which collapses", one_of=("elbo", "reference"))
     beta: float = option(10.0, "weight of the divergence in the evidence bound", ge=0)
     residual: bool = option(True, "samples get the spread that the decoder leaves unexplained")
+
+class ClientVAEOptions(VAEOptions):
+    "A VAE that a client trains and keeps."
+
+    prior: str = option(
+        "standard", "latents of samples: N(0, 1), or the Gaussian of a class's codes", one_of=("standard", "posterior")
+    )
 
 class GANOptions(Options):
     "A GAN of features."
@@ -87,7 +94,7 @@ class ConditionedVAE(nn.Module):
 class ConditionedVAEGenerator(ConditionedVAE):
     "The same with its objective, as a client trains it."
 
-    Options = VAEOptions
+    Options = ClientVAEOptions
     name = "cvae"
 
     @classmethod

@@ -14,17 +14,25 @@ from .init import fill_uniform, initialised
 from .losses.protocol import Batch, LocalLoss
 
 # %% auto #0
-__all__ = ['ADAPTERS', 'AdapterOptions', 'T5Options', 'Pooling', 'Adapter', 'T5Adapter', 'build_adapter', 'TextLoss', 'retrieve']
+__all__ = ['SCHEDULES', 'ADAPTERS', 'AdapterOptions', 'T5Options', 'Pooling', 'Adapter', 'T5Adapter', 'build_adapter', 'TextLoss',
+           'retrieve']
 
 # %% ../../nbs/models/08_adapters.ipynb #a9229aad
+SCHEDULES = ("constant", "cosine", "one_cycle", "step", "own")
+
 class AdapterOptions(Options):
-    "The form of an adapter; the defaults are those of FedA2V's `clip`."
+    "The form of an adapter and its optimiser, AdamW; the defaults are those of FedA2V's `clip`."
 
     widths: list[int] = option([1024, 2048], "hidden widths of the perceptron")
     dim: int = option(768, "numbers of a token of the text", ge=1)
     tokens: int = option(4, "tokens of the text, 77 and 17 in the original", ge=1)
     heads: int = option(8, "attention heads", ge=1)
     dropout: float = option(0.1, "share of hidden units left out while training", ge=0, lt=1)
+    lr: float = option(0.001, "learning rate, else that of all adapters", gt=0, shared="adapters_learning_rate")
+    weight_decay: float = option(0.0001, "decay, else that of all", ge=0, shared="adapters_weight_decay")
+    schedule: str = option(
+        "constant", "its course, else that of all", one_of=SCHEDULES, shared="adapters_learning_rate_schedule"
+    )
 
 class T5Options(AdapterOptions):
     "Of FedA2V's `t5`."
@@ -52,10 +60,12 @@ class Pooling(nn.Module):
         weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
         return self.out((weights @ v).transpose(-3, -2).flatten(-2))
 
+# %% ../../nbs/models/08_adapters.ipynb #42bade08
 class Adapter(nn.Module):
     "Tokens of a recording -> tokens of a text."
 
     Options = AdapterOptions
+    own = ("restarts", 1e-8)  # schedule and lowest learning rate under `schedule: own`
 
     def __init__(self, in_dim: int, options: AdapterOptions = AdapterOptions()):
         super().__init__()
@@ -73,6 +83,7 @@ class T5Adapter(Adapter):
     "The wider one, for the texts of T5."
 
     Options = T5Options
+    own = ("cosine", 1e-6)
 
 ADAPTERS = Registry("adapter", {"clip": "fedgal.models.adapters:Adapter", "t5": "fedgal.models.adapters:T5Adapter"})
 

@@ -45,8 +45,11 @@ GOES = {  # section.key -> parameter
     "feda2v.global_model_train_epochs": SAME,
     "feda2v.adapters_learning_rate": SAME,
     "feda2v.clip_adapter_learning_rate": "adapters_learning_rate",
-    "feda2v.adapters_learning_rate_schedule": "cosine where true",
-    "feda2v.clip_adapter_learning_rate_schedule": "adapters_learning_rate_schedule, cosine where true",
+    "training.weight_decay": "adapters_weight_decay",
+    "feda2v.adapters_weight_decay": SAME,
+    "feda2v.clip_adapter_weight_decay": "adapters_weight_decay",
+    "feda2v.adapters_learning_rate_schedule": "own where true",
+    "feda2v.clip_adapter_learning_rate_schedule": "adapters_learning_rate_schedule, own where true",
     "dataset.name": "dataset",
     "dataset.path": "dataset, where it is a file",
     "nodes": "partition groups, one group a node",
@@ -72,11 +75,10 @@ NOTHING = {  # section.key -> why
     "federation.join_ratio": "all clients take part",
     "federation.use_saved_audio_embeddings": "features are always cached",
     "training.optimizer": "AdamW",
-    "training.weight_decay": "0.0001 of adapters, 0.00001 of generators",
     "feda2v.generator_checkpoint_base_name": "files are called client_<id>_generator",
     "feda2v.generator_save_checkpoint": _ALWAYS,
     "feda2v.generator_load_checkpoint": _ALWAYS,
-    "feda2v.generator_validation_frequency": "generators are judged after the last round",
+    "feda2v.generator_validation_frequency": "reconstructions are judged in every round, samples after the last",
     "feda2v.generator_training_sequence_length": "the features say how many tokens there are",
     "feda2v.generator_output_sequence_length": "the features say how many tokens there are",
     "feda2v.reset_generator_on_class_change": "every generator has its classes",
@@ -88,8 +90,6 @@ NOTHING = {  # section.key -> why
     **{f"feda2v.adapter_{n}_checkpoint": _KEPT for n in ("save", "load")},
     **{f"feda2v.adapter_checkpoint_{n}": _KEPT for n in ("dir", "base_name", "frequency", "per_type")},
     **{f"feda2v.kd_{n}": _DISTILS for n in ("samples_per_class", "training_epochs", "learning_rate")},
-    "feda2v.adapters_weight_decay": "0.0001",
-    "feda2v.clip_adapter_weight_decay": "0.0001",
     **{f"feda2v.t5_adapter_{n}": _ONE for n in ("learning_rate", "weight_decay", "learning_rate_schedule")},
     **{f"feda2v.generate_{n}_images_frequency": _IMAGES for n in ("nodes", "global")},
     "feda2v.generate_low_memomy_footprint": _MEMORY,
@@ -172,13 +172,15 @@ def _net(get) -> str:
 
 def _rate(flat, get) -> dict:
     schedule = get("clip_adapter_learning_rate_schedule", get("adapters_learning_rate_schedule", False))
-    rate = get("clip_adapter_learning_rate", get("adapters_learning_rate", flat.get("training.learning_rate", 0.001)))
+    every = lambda name, default: get(f"adapters_{name}", flat.get(f"training.{name}", default))
+    of = lambda name, default: get(f"clip_adapter_{name}", every(name, default))
     return {
-        "adapters_learning_rate": rate,
-        "adapters_learning_rate_schedule": "cosine" if schedule else "constant",
+        "adapters_learning_rate": of("learning_rate", 0.001),
+        "adapters_weight_decay": of("weight_decay", 0.0001),
+        "adapters_learning_rate_schedule": "own" if schedule else "constant",
     }
 
-_PLAIN = [key.partition(".")[2] for key, where in GOES.items() if where == SAME and "adapters_learning_rate" not in key]
+_PLAIN = [key.partition(".")[2] for key, where in GOES.items() if where == SAME and ".adapters_" not in key]
 _RUN_2 = ("synthetic_samples_per_class", "global_model_train_epochs")
 
 # %% ../../nbs/pipeline/16_guide.ipynb #83ac99ec

@@ -39,6 +39,22 @@ class Generators(StageParameters):
         0.1, "noise added to a generator's input, not its target; 0: none", ge=0
     )
 
+# %% ../../nbs/pipeline/03a_parameters_a2v.ipynb #68d90c28
+def _encoders() -> tuple[str, ...]:
+    from fedgal.data.featurizers import ENCODERS, STANDIN
+
+    return STANDIN, *ENCODERS
+
+def _text_encoders() -> tuple[str, ...]:
+    from fedgal.data.featurizers import TEXT_ENCODERS, TEXTS
+
+    return TEXTS, *TEXT_ENCODERS
+
+def _schedules() -> tuple[str, ...]:
+    from fedgal.models.adapters import SCHEDULES
+
+    return SCHEDULES
+
 # %% ../../nbs/pipeline/03a_parameters_a2v.ipynb #8acc2ca6
 class Sounds(Generators):
     "What both runs have in common."
@@ -46,6 +62,8 @@ class Sounds(Generators):
     inputs: ClassVar = ("10_data",)
     modes: ClassVar = ()
 
+    feature_spec: str = option("logmel-stats-512", "features of clips; encoders need weights", one_of=_encoders)
+    texts: str = option("hash-text-768", "texts of classes; encoders need weights", one_of=_text_encoders)
     train_adapters: bool = option(True, "clients train adapters; false is the guide's generator_only_mode")
     adapter: str = chosen("adapter", "clip", "what turns sounds into texts")
     adapter_options: dict = option({}, "options of it, for example {widths: [256]}; see fedgal params")
@@ -54,19 +72,20 @@ class Sounds(Generators):
     )
     adapter_epochs: int = option(3, "passes of an adapter over a client's clips in a round", ge=1)
     adapter_batch_size: int = option(8, "clips in a step of an adapter", ge=1)
-    adapters_learning_rate: float = option(0.001, "learning rate of adapters", gt=0)
-    adapters_learning_rate_schedule: str = option(
-        "constant", "its course over the rounds", one_of=("constant", "cosine", "one_cycle", "step")
-    )
+    adapters_learning_rate: float = option(0.001, "learning rate of adapters whose options give none", gt=0)
+    adapters_weight_decay: float = option(0.0001, "weight decay of adapters whose options give none", ge=0)
+    adapters_learning_rate_schedule: str = option("constant", "own: as in the guide", one_of=_schedules)
     rounds: int = option(3, "communication rounds", ge=1)
     quality_samples: int = option(32, "samples of every class by which generators are judged", ge=2)
 
     @classmethod
     def check_run(cls, params: dict) -> None:
         from fedgal.algorithms.a2v.setup import check_sounds, run_mode
+        from fedgal.data.featurizers import require_weights
 
         run_mode(params, cls.modes, {"fresh": "22_a2v_train", "use": "52_a2v_use"}[cls.modes[-1]])
         check_sounds(params)
+        require_weights(params["feature_spec"], params["texts"])
 
 class A2VTrain(Sounds):
     "Parameters of `22_a2v_train`."

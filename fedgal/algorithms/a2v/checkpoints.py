@@ -73,6 +73,7 @@ def save_generator(
     stem = generator.unit.file()
     tensors = {f"generator_state_dict/{n}": t for n, t in generator.net.state_dict().items()}
     tensors |= {f"scaler/{n}": t for n, t in training.nodes.scaler.items()} | {"residual/residual": generator.residual}
+    tensors |= {f"codes/{n}": t for n, t in generator.codes.items()}
     record = record_of(training, generator.unit, round, history, experiment)
     written = [folder / f"{stem}_round_{round}", folder / stem]
     for path in written:
@@ -119,13 +120,15 @@ def load_generators(
             raise FedgalError(f"{stems[u]}: client {u.client} has other classes ({then}); divide as in run 1")
     return [_load(u, stem, training) for u, stem in stems.items()], records
 
+# %% ../../../nbs/algorithms/a2v/04_checkpoints.ipynb #0c5e283f
 def _load(unit, stem, training) -> ClientGenerator:
     groups = by_first(load_tensors(stem.with_suffix(".safetensors")))
     net = training.net()
     net.load_state_dict(groups["generator_state_dict"])
     device = training.nodes.x.device
     residual: Tensor = groups["residual"]["residual"].to(device)
-    return ClientGenerator(unit, training.name, net.to(device).eval().requires_grad_(False), residual)
+    codes = {n: t.to(device) for n, t in groups.get("codes", {}).items()}
+    return ClientGenerator(unit, training.name, net.to(device).eval().requires_grad_(False), residual, codes)
 
 # %% ../../../nbs/algorithms/a2v/04_checkpoints.ipynb #d3bb7438
 def saved_scaler(folder: Path) -> Tensors | None:  # None: nothing is saved there

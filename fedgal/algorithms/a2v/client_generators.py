@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .nodes import Nodes
 from ...core.errors import FedgalError, unknown_name
@@ -22,8 +23,8 @@ from ...generators.making import Making
 from ...models.init import initialised
 
 # %% auto #0
-__all__ = ['GRANULARITIES', 'Unit', 'units_of', 'ClientGenerator', 'with_residual', 'TrainedGenerators', 'GeneratorPlan',
-           'require_trained', 'GeneratorTraining']
+__all__ = ['GRANULARITIES', 'Unit', 'units_of', 'keys_of', 'ClientGenerator', 'code_moments', 'with_residual',
+           'TrainedGenerators', 'GeneratorPlan', 'require_trained', 'similarity', 'validated', 'GeneratorTraining']
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #65576f8f
 GRANULARITIES = ("unified", "per_class", "per_group")
@@ -48,21 +49,21 @@ def units_of(
     "The generators of all clients; raises `FedgalError` for a group that names an unknown class."
     if granularity not in GRANULARITIES:
         unknown_name("granularity", granularity, GRANULARITIES)
-    of_class = {}
     for group, names in (groups or {}).items():
         for name in names:
             if name not in nodes.classes:
                 unknown_name("class", name, nodes.classes, f"generator_class_groups: group {group!r}")
-            of_class[name] = group
     units = []
     for k in range(nodes.n_clients):
-        keys = {c: _key(nodes.classes[c], granularity, of_class) for c in nodes.owned(k)}
+        keys = keys_of([nodes.classes[c] for c in nodes.owned(k)], granularity, groups)
         for key in dict.fromkeys(keys.values()):
-            units.append(Unit(k, key, tuple(c for c, of in keys.items() if of == key)))
+            units.append(Unit(k, key, tuple(nodes.classes.index(name) for name, of in keys.items() if of == key)))
     return units
 
-def _key(name, granularity, of_class):
-    return {"unified": "unified", "per_class": name}.get(granularity) or of_class.get(name, "other")
+def keys_of(names: list[str], granularity: str, groups: dict[str, list[str]] | None = None) -> dict[str, str]:
+    "Which of a client's generators makes each of its classes."
+    of_class = {name: group for group, members in (groups or {}).items() for name in members}
+    return {n: {"unified": "unified", "per_class": n}.get(granularity) or of_class.get(n, "other") for n in names}
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #8ebb35ad
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,7 @@ class ClientGenerator:
     name: str  # an entry of `FEATURE_NETS`
     net: nn.Module
     residual: Tensor  # [C, S, d] standard deviation; zero for classes that are not its own
+    codes: Tensors = field(default_factory=dict)  # "mean" [C, L], "root" [C, L, L] of latents; empty: N(0, 1)
 
     @torch.inference_mode()
     def sample(
@@ -82,8 +84,10 @@ class ClientGenerator:
         if label not in self.unit.classes:
             raise FedgalError(f"client {self.unit.client}: its generator {self.unit.key!r} makes no class {label}")
         device = texts.device
-        y = torch.zeros(n, dtype=torch.long, device=device)
-        made = self.net.decode(self.net.noise(n, generator).to(device), texts[label : label + 1], y)
+        y, z = torch.zeros(n, dtype=torch.long, device=device), self.net.noise(n, generator).to(device)
+        if self.codes:
+            z = self.codes["mean"][label] + z @ self.codes["root"][label].T
+        made = self.net.decode(z, texts[label : label + 1], y)
         return made + self.residual[label] * torch.randn(made.shape, generator=generator).to(device)
 
     def bare(self) -> ClientGenerator:
@@ -95,14 +99,30 @@ class ClientGenerator:
         "Features through the generator and back; None for one that cannot."
         return self.net(x, texts, y)[0] if hasattr(self.net, "encode") else None
 
+# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #8ae421ea
+@torch.inference_mode()
+def code_moments(net: nn.Module, x: Tensor, y: Tensor, texts: Tensor, classes: tuple[int, ...]) -> Tensors:
+    "Mean [C, L] of the codes of every class, and a root [C, L, L] of their covariance."
+    mu, logvar = net.encode(x, texts, y)
+    mean = mu.new_zeros(len(texts), mu.shape[1])
+    root = mu.new_zeros(len(texts), mu.shape[1], mu.shape[1])
+    for c in classes:
+        own = mu[y == c].double()
+        apart = own - own.mean(0)
+        covariance = apart.T @ apart / len(own) + torch.diag(logvar[y == c].exp().double().mean(0))
+        mean[c], root[c] = own.mean(0).float(), torch.linalg.cholesky(covariance).float()
+    return {"mean": mean, "root": root}
+
+# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #aa9077a7
 def with_residual(unit: Unit, name: str, net: nn.Module, x: Tensor, y: Tensor, texts: Tensor) -> ClientGenerator:
-    "A generator with the spread that its decoder leaves unexplained on the client's clips."
+    "A generator with the spread that its decoder leaves unexplained on the client's clips, and where their codes lie."
     g = ClientGenerator(unit, name, net.eval().requires_grad_(False), x.new_zeros(len(texts), *x.shape[1:]))
     made = g.reconstruct(x, y, texts) if getattr(net.options, "residual", False) else None
     if made is not None:
         for c in unit.classes:
             g.residual[c] = (x[y == c] - made[y == c]).square().mean(0).sqrt()
-    return g
+    drawn = getattr(net.options, "prior", "standard") == "posterior"
+    return replace(g, codes=code_moments(net, x, y, texts, unit.classes)) if drawn else g
 
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #dd1405c7
 @dataclass(frozen=True, eq=False)
@@ -157,6 +177,23 @@ def require_trained(units: list[Unit], history: list[dict]) -> None:
         cure = "look at its clips, or try a smaller generator_learning_rate"
         raise FedgalError(f"{'; '.join(each)}: refused in each of {len(history)} rounds, so it makes nothing; {cure}")
 
+# %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #6e5b806c
+def similarity(made: Tensor, real: Tensor) -> dict[str, float]:  # both [N, S, d]
+    "Cosine of the tokens, mean squared and mean absolute difference, row by row."
+    cosine = F.cosine_similarity(made, real, dim=-1).mean()
+    far = made - real
+    return {"similarity": float(cosine), "mse": float(far.square().mean()), "l1": float(far.abs().mean())}
+
+@torch.inference_mode()
+def validated(net: nn.Module, nodes: Nodes, unit: Unit) -> dict[str, float]:
+    "Reconstructions of held-out clips of a generator's classes, under the guide's names; nothing of a GAN."
+    own = torch.isin(nodes.y_test, torch.tensor(unit.classes, device=nodes.y_test.device))
+    if not hasattr(net, "encode") or not own.any():
+        return {}
+    x = nodes.x_test[own]
+    scores = similarity(net(x, nodes.texts, nodes.y_test[own])[0], x)
+    return {f"generator_validation_{n}": v for n, v in scores.items()}
+
 # %% ../../../nbs/algorithms/a2v/03_client_generators.ipynb #3169416a
 class GeneratorTraining(GeneratorPlan):
     "The training of all of them."
@@ -192,6 +229,8 @@ class GeneratorTraining(GeneratorPlan):
             past = list(state.history)
             on_round(state.payload.round, lambda: made(state.own, past), past)
 
-        result = fit(net, self.clients(), federation, self.seed, engine, loss, checkpoint=checkpoint, on_round=tell)
+        judge = lambda model, k: validated(model, self.nodes, self.units[k])
+        each, how = self.clients(), {"checkpoint": checkpoint, "on_round": tell}
+        result = fit(net, each, federation, self.seed, engine, loss, judge, **how)
         trained = made(result.client_parameters, result.history)
         return TrainedGenerators(trained, result.history, result.ledger, result.engine)

@@ -81,7 +81,7 @@ def make_nodes(
     if scaler is None:
         scaler = _scaler([data.x_train[i] for i in split.train], ledger)
     scale = lambda x: ((x - scaler["mean"]) / scaler["std"]).clamp(-FAR, FAR).to(device)
-    texts = (by.encode(data.classes) if by else class_texts(data.classes, spec.tokens)).to(device)
+    texts = (by.encode if by else class_texts)(data.classes, spec.tokens).to(device)
     y, y_test = data.y_train.to(device), data.y_test.to(device)
     index, x, x_test = [i.to(device) for i in split.train], scale(data.x_train), scale(data.x_test)
     name = by.name if by else TEXTS

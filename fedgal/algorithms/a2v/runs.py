@@ -13,7 +13,9 @@ from .checkpoints import load_generators, missing, save_generator
 from .client_generators import ClientGenerator, GeneratorTraining, TrainedGenerators
 from .nodes import Nodes
 from ...core.errors import FedgalError
+from ...core.options import option
 from ...core.random import stream
+from ...core.schedules import half_cosine
 from ...core.tensors import Tensors
 from ...federated.clients import MultiStepClient
 from ...federated.ledger import Ledger
@@ -24,8 +26,9 @@ from ...federated.state import FederationOptions
 from ...models.adapters import ADAPTERS, Adapter, TextLoss, build_adapter, retrieve
 
 # %% auto #0
-__all__ = ['mode_of', 'AdapterTraining', 'heard', 'retrieval', 'prepare_folder', 'train_generators', 'generate',
-           'aggregate_samples', 'class_means', 'server_data', 'in_rows', 'moment_samples']
+__all__ = ['mode_of', 'AdapterLocal', 'adapter_local', 'AdapterTraining', 'heard', 'retrieval', 'prepare_folder',
+           'train_generators', 'generate', 'aggregate_samples', 'class_means', 'server_data', 'in_rows',
+           'moment_samples']
 
 # %% ../../../nbs/algorithms/a2v/05_runs.ipynb #bb9d285b
 _RESTS_ON = ("algorithm:a2v", "algorithm:a2v_local")  # what the two runs choose; keys find entries by such words
@@ -41,6 +44,28 @@ def mode_of(use_generator: bool, generator_training_mode: bool, use_pretrained_g
     flags = "use_generator is true, generator_training_mode and use_pretrained_generators are both false"
     cure = "set generator_training_mode for run 1, use_pretrained_generators for run 2, or use_generator to false"
     raise FedgalError(f"{flags}: samples would come from an untrained generator; {cure}")
+
+# %% ../../../nbs/algorithms/a2v/05_runs.ipynb #b48b127d
+class AdapterLocal(LocalOptions):
+    "Local work of an adapter, whose learning rate may fall to a floor once or again and again."
+
+    course: str = option("", "restarts or cosine; empty: schedule", one_of=("", "restarts", "cosine"))
+    floor: float = option(0.0, "lowest learning rate of the course", ge=0)
+
+    def rate(self, round: int) -> float:
+        if not self.course:
+            return super().rate(round)
+        turn = max(1, self.epochs * self.rounds // 10)
+        gone = round * self.epochs % turn / turn if self.course == "restarts" else round / self.rounds
+        return self.floor + (self.lr - self.floor) * half_cosine(gone)
+
+def adapter_local(name: str, options: dict | None = None, shared: dict | None = None, **how) -> AdapterLocal:
+    "The local work of an adapter by its name, with the optimiser of its options, or that of all adapters."
+    o = ADAPTERS.options(name, options, **(shared or {}))
+    course, floor = ADAPTERS[name].own if o.schedule == "own" else ("", 0.0)
+    schedule = "constant" if course else o.schedule
+    how |= {"lr": o.lr, "weight_decay": o.weight_decay, "optimiser": "adamw", "max_norm": 1.0}
+    return AdapterLocal(**how, schedule=schedule, course=course, floor=floor)
 
 # %% ../../../nbs/algorithms/a2v/05_runs.ipynb #bad38821
 @dataclass(frozen=True, eq=False)
@@ -59,7 +84,7 @@ class AdapterTraining:
     seed: int = 0
 
     def net(self) -> Adapter:
-        given = {"tokens": self.nodes.texts.shape[1], **(self.options or {})}
+        given = dict(zip(("tokens", "dim"), self.nodes.texts.shape[1:], strict=True)) | (self.options or {})
         options = ADAPTERS.options(self.name, given)
         rng = stream(self.seed, f"adapter {self.name}")
         return build_adapter(self.nodes.x.shape[2], options, rng).to(self.nodes.x.device)
