@@ -40,11 +40,15 @@ def _overrides(pairs) -> dict:
     return values
 
 def _print_plan(file, overrides, name) -> int:
-    "What would run and what is in the store already; nothing is begun."
+    "What would run and what is in the store already, after the checks of a run; nothing is begun."
     from fedgal.pipeline.plan import plan
+    from fedgal.pipeline.project import check_places
     from fedgal.pipeline.run import graph_of
+    from fedgal.pipeline.tracking import tracker
 
     exp = plan(file, overrides, name)
+    check_places(keep=False)
+    tracker()
     nodes = list(graph_of(exp)[0])
     there = [node for node in nodes if (settings().artifacts / node[0] / node[1] / MANIFEST).is_file()]
     print(f"{exp.name}: {len(exp.members)} member{'s' * (len(exp.members) > 1)}, {len(nodes)} stage runs")
@@ -189,7 +193,7 @@ def _record(name: str) -> dict:
 
 def _known_experiment(name: str) -> None:
     if not report_names():
-        where = f"no experiment {name or ''} in {_short(settings().reports)}"
+        where = f"no experiment{f' {name!r}' if name else ''} in {_short(settings().reports)}"
         raise FedgalError(f"{where}; start with: fedgal run params/quickstart.yaml")
     if name and name not in report_names():
         close = did_you_mean(name, report_names())
@@ -322,11 +326,14 @@ def cmd_clean(args) -> int:
     "remove artifacts that no report uses, those of a stage, one of them, or all"
     from fedgal.pipeline.clean import clean
 
-    n_bytes, gone = clean(args.what, args.all, args.dry_run)
-    if args.dry_run:
+    everything = clean(args.what, args.all, dry=True, young=True)[1]
+    n_bytes, gone = clean(args.what, args.all, args.dry_run, args.young)
+    if args.dry_run and gone:
         print(*(_short(path) for path in gone), sep="\n")
     would = "would remove" if args.dry_run else "removed"
     print(f"{would} {n_bytes / 1e6:.1f} MB below {_short(settings().artifacts)}")
+    if young := len(set(everything) - set(gone)):
+        print(f"{young} younger than a day stay, as from JupyterLab or papermill; --young removes them too")
     return 0
 
 # %% ../nbs/cli.ipynb #c1100013
@@ -476,6 +483,7 @@ def _add_results(add) -> None:
     clean = add("clean", cmd_clean)
     clean.add_argument("what", nargs="?", metavar="STAGE[/KEY]", help="remove this stage's artifacts, or one of them")
     clean.add_argument("--all", action="store_true", help="remove all artifacts")
+    clean.add_argument("--young", action="store_true", help="also what no report uses and is younger than a day")
     clean.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
 
 def _add_deploy(add) -> None:
@@ -494,11 +502,16 @@ def _add_deploy(add) -> None:
     deploy.add_argument("--name", help="report: its name; by default that of the folder")
 
 # %% ../nbs/cli.ipynb #c4fffdc4
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        "One line, as for every other mistake."
+        raise FedgalError(f"{self.prog}: {message}; see {self.prog} --help")
+
 def parser() -> argparse.ArgumentParser:
     "The command line of fedgal."
     description = "Federated and long-tailed learning with generated features."
     more = "first steps: fedgal run quickstart, and open the page that it names; fedgal COMMAND --help has examples"
-    top = argparse.ArgumentParser(prog="fedgal", description=description, epilog=more)
+    top = _Parser(prog="fedgal", description=description, epilog=more)
     top.add_argument("--version", action="version", version=f"fedgal {fedgal.__version__}")
     sub = top.add_subparsers(dest="command", metavar="COMMAND")
 

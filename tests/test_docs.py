@@ -157,6 +157,13 @@ def test_every_import_is_declared(folder, extras):
     assert {name for name in imported if not wanted & set(map(canonical, installed.get(name, [name])))} == set()
 
 
+def test_a_citation_names_who_wrote_it_and_when():
+    import yaml
+    cited, project = yaml.safe_load(read("CITATION.cff")), tomllib.loads(read("pyproject.toml"))["project"]
+    assert [a["name"] for a in cited["authors"]] == [a["name"] for a in project["authors"]]
+    assert str(cited["version"]) in read("fedgal/__init__.py") and re.fullmatch(r"\d{4}-\d\d-\d\d", str(cited["date-released"]))
+
+
 def test_constraints_pin_every_dependency():
     pinned = {canonical(line.partition("==")[0]) for line in read("constraints.txt").splitlines() if "==" in line}
     assert declared(["dev"]) - pinned == set()

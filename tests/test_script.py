@@ -239,6 +239,36 @@ def test_what_cannot_be_written_is_told_before_a_kernel_starts(project):
     assert not project.folders()
 
 
+@pytest.mark.parametrize("words, settings, said", [
+    ("run quickstart --jobs x", {}, "argument --jobs: invalid int value: 'x'; see fedgal run --help"),
+    ("run quickstart -p seed", {}, "argument -p: expected 2 arguments; see fedgal run --help"),
+    ("run quickstart --dry-run", {"TRACKER": "wandb"}, "wandb is not installed"),
+    ("run quickstart --dry-run", {"REPORTS": "/dev/null/runs"}, "cannot be written to"),
+    ("clean nope", {}, "no artifacts of 'nope'; there are none"),
+    ("status nope", {"PUBLISHED": "none"}, "no experiment 'nope' in "),
+])
+def test_a_mistake_on_the_command_line_is_one_line(words, settings, said, tmp_path, monkeypatch, capsys):
+    from importlib.util import find_spec
+
+    from fedgal.cli import main
+    if "TRACKER" in settings and find_spec("wandb"): pytest.skip("wandb is installed")
+    given = {"ROOT": REPO, "ARTIFACTS": tmp_path / "artifacts", "REPORTS": tmp_path / "runs"} | settings
+    for name, value in given.items(): monkeypatch.setenv(f"FEDGAL_{name}", str(value))
+    assert main(words.split()) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and said in told and "  " not in told
+
+
+def test_clean_spares_what_is_younger_than_a_day(tmp_path, monkeypatch, capsys):
+    "No report knows what was made in JupyterLab or by papermill."
+    from fedgal.cli import main
+    for name in ("ARTIFACTS", "REPORTS", "PUBLISHED"): monkeypatch.setenv(f"FEDGAL_{name}", str(tmp_path / name.lower()))
+    made = tmp_path / "artifacts" / "10_data" / "0123456789abcdef"
+    made.mkdir(parents=True)
+    assert main(["clean"]) == 0 and made.is_dir() and "1 younger than a day stay" in capsys.readouterr().out
+    assert main(["clean", "--young"]) == 0 and not made.exists()
+
+
 def test_a_dry_run_runs_nothing(project):
     done = project.fedgal("run", "tiny", "--dry-run")
     assert done.returncode == 0 and "6 stage runs" in done.stdout and "nothing was run" in done.stdout

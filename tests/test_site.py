@@ -124,6 +124,18 @@ def test_published_pages_hold_no_progress_and_an_audit_answers_in_a_list():
     assert audits and all(re.search(r"Answer\.</strong> \d of \d kinds of message leak\.</p>\s*<ul>\s*<li>", text) for text in audits)
 
 
+def test_pages_of_benchmarks_answer_first():
+    "The list tells numbers; a page opens with a figure, and says which notebook made it."
+    home = REPO / "reports" / "benchmarks"
+    items = re.findall(r"(?s)<li><a href=\"(\w+)\.html\">.*?</a>(.*?)</li>", (home / "index.html").read_text(encoding="utf-8"))
+    assert {name for name, _ in items} == {page.stem for page in home.glob("*.html")} - {"index"}
+    for name, said in items:
+        text = (home / f"{name}.html").read_text(encoding="utf-8")
+        assert re.search(r"\d", re.sub(r"<em>.*?</em>", "", said)), name
+        assert text.index("<figure") < text.index("<b>How it was run</b>") < text.index("<h2"), name
+        assert f"<span>nbs/benchmarks/{name}.ipynb</span>" in text, name
+
+
 def test_no_two_rows_of_a_published_comparison_have_the_same_name():
     "Where one arm has two differences, a column names the row that each is against."
     import csv

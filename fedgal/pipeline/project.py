@@ -74,18 +74,25 @@ def publish(name: str) -> Path:  # the published folder
     return target
 
 # %% ../../nbs/pipeline/19_project.ipynb #c32fb4ae
-def check_writable(folder: Path, key: str) -> None:
+def check_writable(
+    folder: Path,
+    key: str,  # the setting that names it
+    keep: bool = True,  # whether the folder stays where there was none
+) -> None:
     "Raise where nothing can be written into a folder that a setting names."
     probe = folder / f".probe-{os.getpid()}"
     try:
+        missing = [] if keep else [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        for place in missing:
+            place.rmdir()
     except OSError as error:
         cure = f"set another folder in settings.ini, or with FEDGAL_{key.upper()}"
         raise FedgalError(f"{key} = {folder}: cannot be written to ({error.strerror}); {cure}") from None
 
-def check_places() -> None:
+def check_places(keep: bool = True) -> None:
     "Raise where artifacts or reports cannot be written."
-    check_writable(settings().artifacts, "artifacts")
-    check_writable(settings().reports, "reports")
+    check_writable(settings().artifacts, "artifacts", keep)
+    check_writable(settings().reports, "reports", keep)

@@ -82,7 +82,7 @@ def card_line(
     "A run card on one line."
     facts = dict(card_facts({k: v for k, v in card.items() if k != "versions"}))
     torch = (card.get("versions") or {}).get("torch")
-    parts = [facts.get(k) for k in ("Params file", "Overrides", "Whole experiment", "Duration")]
-    parts[2:] = [next((p for p in parts[2:] if p), None)]
+    parts = [facts.get(k) for k in ("Params file", "Notebook", "Overrides", "Whole experiment", "Duration")]
+    parts[3:] = [next((p for p in parts[3:] if p), None)]
     named = [f"{k.lower()} {facts[k][:12]}" for k in ("Key", "Git") if k in facts]
     return " · ".join([p for p in parts if p] + named + [f"torch {torch}"] * bool(torch))

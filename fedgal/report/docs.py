@@ -143,6 +143,7 @@ def home_text(
     ]
     return "\n\n".join(filter(None, parts))
 
+# %% ../../nbs/report/11_docs.ipynb #f51f8a1a
 def search_text(every: list[Lesson]) -> str:  # Markdown with one list
     "Every lesson, name and parameter as one list, which a script filters."
     entries = [(le.title, le.href, le.summary) for le in every]
@@ -179,6 +180,7 @@ def dead_links(
             dead += [f"{page.relative_to(folder)} -> {href}"] if missing else []
     return dead
 
+# %% ../../nbs/report/11_docs.ipynb #362b00ea
 _LIST = ".fedgal_docs"  # what an earlier build wrote, one file a line
 
 def _inside(folder):
@@ -202,6 +204,7 @@ def make_room(
             folder.rmdir()
     return _inside(out)
 
+# %% ../../nbs/report/11_docs.ipynb #4a46e4cf
 def build(
     out: Path | None = None,  # folder of the pages; None: `docs` of this checkout
     some: list[Lesson] | None = None,  # lessons to draw; None: all

@@ -89,6 +89,8 @@ _HOW = "95 % interval over seeds; filled: p ≤ 0.05 after Holm over all marks o
 WIDE = Layout(300, 330, 30, 44, 26, 0, (f"{_MEASURE} ({_HOW})",))
 _LINES = ("balanced accuracy of the generator", "minus that of the control, points", "95 % interval over seeds;")
 NARROW = Layout(0, 178, 12, 44, 44, 20, (*_LINES, _HOW.partition("; ")[2]))
+
+# %% ../../nbs/report/06a_overview.ipynb #dfbe4cd2
 _COLOURS = {"up": "#0072B2", "down": "#D55E00", "open": "#5F6B7A"}
 
 def _judged(named):
@@ -152,6 +154,7 @@ def _panel(named, control, at, lay):
             parts.append(_mark(gain, middle, y, reach, scale))
     return "".join(parts)
 
+# %% ../../nbs/report/06a_overview.ipynb #d96dadfb
 def _names(named, lay):
     "Beside the marks, or above them."
     for i, title in enumerate(short_titles([title for title, _ in named])):

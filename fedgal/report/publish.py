@@ -8,6 +8,7 @@ __all__ = ['member_folder', 'publish_members', 'PagePlan', 'plan_pages', 'publis
 # %% ../../nbs/report/08_publish.ipynb #004bbb63
 import hashlib, os, re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from markupsafe import escape
 from ..core.errors import FedgalError
@@ -87,11 +88,14 @@ def _label(stage):
     "A stage in the words of a reader."
     return _TITLES.get(stage, re.sub(r"^[a-z0-9]*?_?\d+_", "", stage).replace("_", " ").capitalize())
 
-def _manifest(entry):
+def _left(entry, name):
+    "A file of a stage, if it left one."
     try:
-        return load_json(settings().artifacts / entry["stage"] / entry["key"] / MANIFEST)
+        return load_json(settings().artifacts / entry["stage"] / entry["key"] / name)
     except FedgalError:
         return {}
+
+_manifest, _measured = partial(_left, name=MANIFEST), partial(_left, name="metrics.json")
 
 def _card(exp, record, entry):
     "Facts of a stage's page; what is empty is left out."
@@ -108,6 +112,7 @@ def _card(exp, record, entry):
         "key": entry["key"],
         "versions": manifest.get("versions", {}),
         "fingerprint": manifest.get("fingerprint", ""),
+        "protocol": _measured(entry).get("protocol", ""),
         "git": record["git"],
     }
     return {k: v for k, v in card.items() if v}

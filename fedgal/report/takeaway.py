@@ -111,6 +111,7 @@ def _enlarge(soup, figure, href, svg):
         caption.string = title
         figure.append(caption)
 
+# %% ../../nbs/report/05a_takeaway.ipynb #c3bbd111
 def take_away(
     soup: BeautifulSoup,  # a page whose headings have ids; figures carry their SVG in `data-svg`; gets the links
     page: Path | None,  # where the page is written; None: nothing is left, and there are no links

@@ -47,6 +47,35 @@ def heading(nb):
     return title.removeprefix("Benchmark: ").capitalize(), line
 
 
+def tagged(cell):
+    return cell.metadata.get("tags", [])
+
+
+def figure_of(nb):
+    "The first cell that drew something, and what it says."
+    for cell in nb.cells:
+        for out in cell.get("outputs", []):
+            if any(kind.startswith("image/") for kind in out.get("data", {})):
+                return cell, out["data"].get("text/plain", "")
+    return None, ""
+
+
+def answer(nb):
+    "What the cell tagged `answer` showed, on one line, else what the first figure says."
+    shown = [o.get("data", {}).get("text/markdown", "") for c in nb.cells if "answer" in tagged(c) for o in c.outputs]
+    return " ".join(("".join(shown).replace("**Answer.**", "") or figure_of(nb)[1]).split()).rstrip(".")
+
+
+def with_figure_first(nb):
+    "The notebook with its first figure below its answer."
+    figure = figure_of(nb)[0]
+    if figure is not None and "answer" not in tagged(figure):
+        figure.metadata["tags"] = [*tagged(figure), "answer"]
+        nb.cells.remove(figure)
+        nb.cells.append(figure)
+    return nb
+
+
 def led_home(soup):
     "Links to what lies beside a notebook, seen from its page."
     for a in soup.select("main a[href]"):
@@ -65,12 +94,16 @@ def write_pages(names):
     for name in names:
         (home / f"{name}.html").touch()  # so that pages find each other
     for name in names:
-        nb = nbformat.read(HERE / f"{name}.ipynb", 4)
+        nb = with_figure_first(nbformat.read(HERE / f"{name}.ipynb", 4))
         nav = [("All experiments", "../index.html", False), ("All benchmarks", "index.html", False)]
-        render(nb, heading(nb)[0], nav, out=home / f"{name}.html", edit=led_home)
+        card = {"notebook": f"nbs/benchmarks/{name}.ipynb"}
+        render(nb, heading(nb)[0], nav, card, home / f"{name}.html", edit=led_home)
     found = [file for file in sorted(HERE.glob("*.ipynb")) if (home / f"{file.stem}.html").is_file()]
-    rows = [(*heading(nbformat.read(file, 4)), file.stem) for file in found]
-    text = "\n".join(f"* [{title}]({stem}.html): {line}" for title, line, stem in rows)
+    stored = [(file.stem, nbformat.read(file, 4)) for file in found]
+    rows = [(*heading(nb), answer(nb), stem) for stem, nb in stored]
+    asked = {stem: line if line.endswith("?") else f"{line.rstrip('.')}." for _, line, _, stem in rows}
+    lines = [f"* [{title}]({stem}.html): *{asked[stem]}* {said}." for title, _, said, stem in rows]
+    text = "\n".join(lines)
     listed = new_notebook(cells=[new_markdown_cell(f"# Benchmarks\n\n{text}")])
     render(listed, "Benchmarks", [("All experiments", "../index.html", False)], out=home / "index.html")
     lighten(home)
