@@ -107,6 +107,19 @@ def test_what_can_be_chosen_is_explained():
         assert [name for name in catalogue()[kind].entries if f"`{name}`" not in text] == [], kind
 
 
+def test_tutorials_say_how_many_seeds_there_are_and_what_the_test_set_is_for():
+    import yaml
+    words = {"five": 5, "ten": 10, "twenty": 20}
+    texts = {p.name: markdown_of(p) for p in NOTEBOOKS if "tutorials" in p.parts}
+    told = [found for text in texts.values() for found in re.findall(r"params/(\w+)\.yaml\)? runs (\w+) seeds", text)]
+    assert told, "none says it any more: remove this test"
+    for name, n in told:
+        sweep = yaml.safe_load((REPO / "params" / f"{name}.yaml").read_text(encoding="utf-8"))["sweep"]
+        assert len(sweep["seed"]) == (words.get(n) or int(n)), name
+    # four stages read the test set, see reading.ipynb; and the device is in the key, see manual.ipynb
+    assert [n for n, text in texts.items() if re.search(r"test set is read once|never part of an experiment", text)] == []
+
+
 def test_what_is_missing_is_noticed():
     assert missing_paths("`nbs/none.ipynb`, nbs/index.ipynb and `nbs/<room>/<name>.ipynb`") == ["nbs/none.ipynb"]
     text = "# A b\n[x](#a-b) [`y`](no.md) [z](README.md#a) `[c](code)` [w](https://x.org) [v](#c)"

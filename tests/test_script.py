@@ -1,4 +1,5 @@
 """What a script and a reader of results use: `import fedgal`, the plain script, opened experiments, exported models, code of one's own."""
+import json
 import re
 import subprocess
 import sys
@@ -75,6 +76,18 @@ def test_a_result_opens_again(tiny, opened):
     assert opened.bank("gaussian").counts().max() == TINY["bank_per_class"] and opened.params["rounds"] == TINY["rounds"]
     assert opened.statistics("low").count.sum() == opened.split.class_counts().sum()
     assert opened.recall.shape == (len(published), data.n_classes)
+
+
+def test_published_numbers_open_in_a_fresh_clone(tmp_path, monkeypatch):
+    "Every experiment that is committed, without a single artifact."
+    import fedgal
+    for name, value in {"ROOT": REPO, "ARTIFACTS": tmp_path / "artifacts", "REPORTS": tmp_path / "runs"}.items(): monkeypatch.setenv(f"FEDGAL_{name}", str(value))
+    quick = fedgal.open("quickstart")
+    assert list(quick.metrics.index) == ["none", "refit", "gaussian", "generator", "oracle"] and quick.params["rounds"] == 40
+    for path in sorted((REPO / "reports").glob("*/run.json")):
+        found, members = fedgal.open(path.parent.name), json.loads(path.read_text(encoding="utf-8"))["members"]
+        assert len((list(found)[-1] if len(members) > 1 else found).metrics), path.parent.name
+    assert fedgal.open("fedgen_mnist").metrics.attrs["missing"] == 0
 
 
 def test_a_script_and_a_stage_train_the_same(opened):

@@ -70,7 +70,8 @@ class Audit:
         readings = [{k: plain(v) for k, v in asdict(r).items()} for r in self.readings]
         accuracy = {m: [[plain(e), a] for e, a in of.accuracy.items()] for m, of in self.left.items()}
         chance = {m: of.chance for m, of in self.left.items()}
-        return {"readings": readings, "accuracy": accuracy, "at_chance_up_to": chance}
+        clipped = {m: of.clipped for m, of in self.left.items() if of.clipped is not None}
+        return {"readings": readings, "accuracy": accuracy, "at_chance_up_to": chance, "clipped_without_noise": clipped}
 
 # %% ../../nbs/evaluation/20_audit.ipynb #e035000a
 MOST_OTHERS = 2000  # test pictures that serve as decoys
@@ -84,6 +85,13 @@ def nothing_spent(run: TrainedRun, model: SplitModel) -> Left:
     "The accuracy without noise, and that of guessing on the test set."
     n = run.data.n_classes * int(run.data.y_test.bincount(minlength=run.data.n_classes).min())
     return Left({math.inf: judge_of(run)(model)}, chance_level(n, run.data.n_classes))
+
+# %% ../../nbs/evaluation/20_audit.ipynb #e0350a0b
+def _without_budgets(audit, reason, epsilon):
+    "An audit of updates that no budget can protect, and why."
+    named = dict.fromkeys(r.attack for r in audit.readings)
+    audit.readings += [does_not_fit("update", name, reason, epsilon) for name in named]
+    return audit
 
 def audit_updates(
     run: TrainedRun,
@@ -103,16 +111,18 @@ def audit_updates(
     audit.readings, audit.pictures = read_updates(training, kept, public, others, plan.clients, attack)
     if not plan.epsilons or run.personal:
         return audit
-    left = audit.left["update"] = nothing_spent(run, run.model)
+    try:
+        clipped = judge(train_privately_under(training, math.inf, plan.delta, engine))
+    except FedgalError as reason:
+        return _without_budgets(audit, reason, max(plan.epsilons))
+    left = audit.left["update"] = replace(nothing_spent(run, run.model), clipped=clipped)
     for epsilon in sorted(plan.epsilons, reverse=True):
         with tempfile.TemporaryDirectory() as folder:
             messages = KeptMessages(Path(folder), kept.kept())
             try:
                 model = train_privately_under(training, epsilon, plan.delta, engine, messages)
             except FedgalError as reason:
-                named = dict.fromkeys(r.attack for r in audit.readings)
-                audit.readings += [does_not_fit("update", name, reason, epsilon) for name in named]
-                return audit
+                return _without_budgets(audit, reason, epsilon)
             left.accuracy[epsilon] = judge(model)
             private = at_work(training, epsilon, plan.delta)
             audit.readings += read_updates(private, messages, public, others, plan.clients, attack, epsilon)[0]

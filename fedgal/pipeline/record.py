@@ -10,22 +10,29 @@ import platform, shlex, subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from ..core.errors import FedgalError
-from ..core.settings import root
+from ..core.settings import root, settings
 from ..core.store import canonical, fingerprint, load_json
 from ..core.names import member_name
 from .plan import Experiment, Member
 
 # %% ../../nbs/pipeline/12b_record.ipynb #e2815b05
+def _no_code():
+    "The folders of results and data that lie in the project, as patterns of git."
+    here = settings()
+    folders = {root() / "reports", here.published, here.reports, here.artifacts, here.data_root}
+    inside = [f.relative_to(root()).as_posix() for f in folders if root() in f.parents]
+    return [f":(exclude,literal){folder}" for folder in sorted(inside)]
+
 def git_commit() -> str:
-    "The commit of the checkout, `-dirty` if anything but published reports differs from it; empty outside git."
+    "The commit of the checkout, `-dirty` if anything but results and data differs from it; empty outside git."
 
     def ask(*command):
         return subprocess.run(["git", *command], cwd=root(), capture_output=True, text=True, timeout=10)
 
     try:
         commit = ask("describe", "--always").stdout.strip()
-        changed = commit and ask("diff", "--quiet", "HEAD", "--", ".", ":(exclude)reports").returncode
-        return f"{commit}-dirty" if changed else commit
+        state = ask("--no-optional-locks", "status", "--porcelain", "--", ".", *_no_code())
+        return f"{commit}-dirty" if commit and (state.returncode or state.stdout) else commit
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -6,7 +6,7 @@
 __all__ = ['released_statistics', 'taught_by', 'made_of', 'private_training', 'at_work', 'train_privately_under']
 
 # %% ../../nbs/privacy/33_budgets.ipynb #e0330004
-import copy
+import copy, math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -77,14 +77,15 @@ def made_of(
 # %% ../../nbs/privacy/33_budgets.ipynb #e033000d
 def private_training(
     training: Training,
-    epsilon: float,  # of the whole run
+    epsilon: float,  # of the whole run; infinite: every gradient is clipped, and nothing hides
     delta: float,
 ) -> FederationOptions:
     "The options of a run with the least noise under which every example is hidden; raises where it cannot be."
     config = training.clients[0].config
     steps = config.steps or config.epochs
     charge = RecordDPOptions(steps=steps).charge()
-    z = least_noise(replace(charge, steps=charge.steps * training.options.rounds), epsilon, delta)
+    of_run = replace(charge, steps=charge.steps * training.options.rounds)
+    z = 1e-6 if math.isinf(epsilon) else least_noise(of_run, epsilon, delta)
     hidden = {"name": "record_dp", "noise_multiplier": z, "delta": delta, "steps": steps, "noise": "repeatable"}
     return training.options.replace(postprocessors=[*training.options.postprocessors, hidden])
 

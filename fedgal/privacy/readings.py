@@ -69,6 +69,7 @@ class Left:
 
     accuracy: dict[float, float]  # epsilon -> balanced accuracy; infinite: the same without noise
     chance: float = 0.0  # see `chance_level`
+    clipped: float | None = None  # what is left with the bounds that noise needs, and without the noise
 
     def at_chance(self, epsilon: float) -> bool:
         return self.accuracy[epsilon] <= self.chance
@@ -77,7 +78,10 @@ class Left:
         if epsilon not in self.accuracy:
             return ""
         now, before = (f"{100 * self.accuracy[e]:.1f} %" for e in (epsilon, math.inf))
-        return f"{now} of {before}" + (", at chance" if self.at_chance(epsilon) else "")
+        chance = ", at chance" if self.at_chance(epsilon) else ""
+        if self.clipped is None:
+            return f"{now} of {before}{chance}"
+        return f"{now} of {before}{chance} (clipped without noise {100 * self.clipped:.1f} %)"
 
 # %% ../../nbs/privacy/30_readings.ipynb #e030000d
 def _quiet(rows):
@@ -166,34 +170,27 @@ def audit_answer(readings: list[Reading], left: dict[str, Left]) -> str:
     leaks = [m for m, groups in loud.items() if any(g[0].leaks for g in groups)]
     odd = [m for m, groups in loud.items() if groups and m not in leaks]
     quiet = [m for m, groups in read.items() if groups and not loud[m]]
-    said = [_leaking(leaks)] if leaks else []
-    if quiet:
-        said.append(f"no attack found more in {_listed(quiet)} than is known without it")
-    if odd:
-        said.append(f"in {_listed(odd)} something was found under a budget alone")
-    if unread := [m for m, groups in read.items() if not groups]:
-        said.append(f"nothing read {_listed(unread)}")
-    first = "; ".join(said)
-    ends = "; ".join(_under(m, loud[m], left.get(m, Left({}))) for m in leaks)
-    return f"**Answer.** {first[0].upper()}{first[1:]}." + (f" Under a budget: {ends}." if leaks else "")
-
-def _leaking(names):
-    return f"{_listed(names)} leak{'s' if len(names) == 1 else ''}"
+    told = {m: f"leaks; {_under(loud[m], left.get(m, Left({})))}" for m in leaks}
+    told |= dict.fromkeys(quiet, "no attack found more than is known without it")
+    told |= dict.fromkeys(odd, "something was found under a budget alone")
+    told |= dict.fromkeys((m for m, groups in read.items() if not groups), "no attack read it")
+    lines = "".join(f"\n* **{m[0].upper()}{m[1:]}**: {what}." for m, what in told.items())
+    return f"**Answer.** {len(leaks)} of {len(read)} kinds of message leak{'s' * (len(leaks) == 1)}.\n{lines}"
 
 def _listed(names):
     *rest, last = names
     return f"{', '.join(rest)} and {last}" if rest else last
 
 # %% ../../nbs/privacy/30_readings.ipynb #e0300017
-def _under(message, groups, left):
+def _under(groups, left):
     "The largest budget at which no attack on a message found anything, and the accuracy that it leaves."
     if missing := [g[0].attack for g in groups if not tried(g)]:
         against = f" against {_listed(missing)}" if len(missing) < len(groups) else ""
-        return f"for {message} none was tried{against}"
+        return f"no budget was tried{against}"
     budgets = tried([r for g in groups for r in g])
     at = min(-math.inf if math.isnan(e) else e for e in map(quiet_at, groups))
     if at < budgets[0]:
-        return f"{message} leaks even at epsilon {budgets[0]:g}"
+        return f"even at epsilon {budgets[0]:g}"
     which = " (the largest tried)" if at >= budgets[-1] else ""
     accuracy = left.in_words(at)
-    return f"nothing was found in {message} at epsilon ≤ {at:g}{which}" + (f", accuracy {accuracy}" if accuracy else "")
+    return f"nothing was found at epsilon ≤ {at:g}{which}" + (f", accuracy {accuracy}" if accuracy else "")

@@ -54,8 +54,12 @@ def _failed(nb):
     return None, "The kernel stopped before the last cell." if stopped else ""
 
 # %% ../../nbs/report/06_exporter.ipynb #06e1a0f1
+_PROGRESS = re.compile(r"^[^\n·]+ \d+/\d+ · \d+ s\n?", re.M)  # of `fedgal.core.progress`
+
 def _output(out, where, words):
-    "One output; what a cell returned as Python goes into words."
+    "One output; what a cell returned as Python goes into words, and how far it was at a time is no result."
+    if words and out.output_type == "stream":
+        out = nbformat.from_dict(out | {"text": _PROGRESS.sub("", out.text)})
     if words and out.get("data", {}).keys() == {"text/plain"} and (said := spoken(out.data["text/plain"])) is not None:
         return said
     return output_html(out, where)

@@ -106,6 +106,11 @@ def _summary(rows):
     states = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
     return f"{len(rows)} experiment{'s' * (len(rows) != 1)}: {states}."
 
+def _name(row, rows):
+    "A title, with what the experiment is called where two have the same."
+    alone = [r["title"] for r in rows].count(row["title"]) == 1
+    return row["title"] if alone else f"{row['title']} ({row['name']})"
+
 def index_page(
     experiments: list[dict],  # from `collect`
     title: str = "Experiments",
@@ -113,8 +118,9 @@ def index_page(
     "The list of all experiments, sorted by name."
     rows = sorted(experiments, key=lambda r: r["name"])
     explained = "; ".join(f"{arm}: {what}" for arm, what in ARMS.items()) + "."
-    drawn = overview([(r["title"], r["gains"]) for r in rows if r.get("gains")])
-    figure = {"src": base64.b64encode(drawn[0].encode()).decode(), "alt": drawn[1]} if drawn else None
+    drawn = overview([(_name(r, rows), r["gains"]) for r in rows if r.get("gains")])
+    pictures = {form: base64.b64encode(drawn[form].encode()).decode() for form in ("wide", "narrow")} if drawn else {}
+    figure = drawn and drawn | pictures
     return write_page(
         fill(
             "index.html.jinja",

@@ -6,7 +6,7 @@
 __all__ = ['member_folder', 'publish_members', 'PagePlan', 'plan_pages', 'publish_pages', 'publish_text', 'mark_earlier']
 
 # %% ../../nbs/report/08_publish.ipynb #004bbb63
-import hashlib, re
+import hashlib, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from markupsafe import escape
@@ -214,7 +214,9 @@ def publish_text(
 
     from fedgal.report.exporter import render
 
-    nav = [("All experiments", "../index.html", False)]
+    places = [place / "index.html" for place in (page.parent.parent, settings().reports, settings().published)]
+    index = next((os.path.relpath(p, page.parent).replace(os.sep, "/") for p in places if p.is_file()), "")
+    nav = [("All experiments", index, False)] if index else []
     render(new_notebook(cells=[new_markdown_cell(text)]), title, nav, out=page)
 
 # %% ../../nbs/report/08_publish.ipynb #9b3ef148

@@ -7,6 +7,7 @@ __all__ = ['FORMS', 'table_texts', 'as_csv', 'as_json', 'as_markdown', 'as_latex
 
 # %% ../../nbs/report/05a_takeaway.ipynb #cec1a05e
 import csv, io, json, re
+from html import unescape
 from pathlib import Path
 from urllib.parse import quote
 from bs4 import BeautifulSoup
@@ -99,6 +100,17 @@ def _links(soup, names):
         line.append(" ")
     return line
 
+_TITLE = re.compile(r"<text\b[^>]*style=\"(?:font-weight: ?(?:700|bold)|font: ?(?:700|bold))[^>]*>([^<]*)<")
+
+def _enlarge(soup, figure, href, svg):
+    "A figure that fits a phone: a tap opens it in full, and its title is text."
+    if picture := figure.find("img", recursive=False):
+        picture.wrap(soup.new_tag("a", attrs={"href": href}))
+    if title := " · ".join(unescape(line).strip() for line in _TITLE.findall(svg)):
+        caption = soup.new_tag("figcaption")
+        caption.string = title
+        figure.append(caption)
+
 def take_away(
     soup: BeautifulSoup,  # a page whose headings have ids; figures carry their SVG in `data-svg`; gets the links
     page: Path | None,  # where the page is written; None: nothing is left, and there are no links
@@ -116,6 +128,8 @@ def take_away(
         made = {"svg": svg} if table is None else {suffix: f(*table_texts(table)) for suffix, f in FORMS.items()}
         left |= {f"{name}.{suffix}": text for suffix, text in made.items()}
         tag.insert_after(_links(soup, [f"{name}.{suffix}" for suffix in made]))
+        if table is None:
+            _enlarge(soup, tag, f"files/{quote(name)}.svg", svg)
     if page is not None:
         _write(page.parent / "files", page.stem, left)
 

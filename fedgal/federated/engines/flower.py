@@ -7,7 +7,7 @@ __all__ = ['PAUSE', 'NODES', 'worked', 'answer', 'quiet_flower', 'ray_arguments'
            'content_of', 'FlowerOptions', 'Flower']
 
 # %% ../../../nbs/federated/engines/06_flower.ipynb #f1a00004
-import importlib.util, logging, os, threading, time
+import importlib.util, logging, os, shutil, threading, time, uuid
 from functools import lru_cache
 from pathlib import Path
 import torch
@@ -143,12 +143,13 @@ def exchange(
     pairs = [(c, nodes[i % len(nodes)]) for i, c in enumerate(contents)]
     sent = list(grid.push_messages([Message(c, node, kind, group_id=str(round)) for c, node in pairs]))
     answers = {}
-    while len(answers) < len(sent):
+    while True:
         check([i for i, message in enumerate(sent) if message not in answers])
         for reply in grid.pull_messages([i for i in sent if i not in answers]):
             answers[reply.metadata.reply_to_message_id] = reply
+        if len(answers) == len(sent):
+            return [answers[i] for i in sent]
         time.sleep(pause)
-    return [answers[i] for i in sent]
 
 def content_of(reply, client):
     "What a client answered; raises FedgalError for one that was lost."
@@ -181,7 +182,7 @@ class Flower(Engine):
 
     def __init__(self, options: FlowerOptions | None = None):
         super().__init__(options)
-        self.folder = TensorFolder(settings().artifacts / "flower" / "tensors")
+        self.folder = TensorFolder(settings().artifacts / "flower" / f"tensors-{uuid.uuid4().hex[:12]}")
         self.simulation = None
         self.model = (None, b"")  # and packed
         self.examples, self.names = {}, {}  # id -> tensor of examples, id -> its name in the folder
@@ -206,15 +207,15 @@ class Flower(Engine):
         self._prepare(model, clients)
         shared = {"folder": str(self.folder.folder), "model": self.model[1], "task": pack(task)}
         sent = [{**shared, "client": pack((c, own.get(c.id, {})), self.names)} for c in clients]
-        contents = [RecordDict({"client": ConfigRecord(s)}) for s in sent]
-        s, round = self.simulation, task.payload.round
-        replies = exchange(s.grid, s.nodes, contents, round, lambda _: s.check())
+        contents, s = [RecordDict({"client": ConfigRecord(x)}) for x in sent], self.simulation
+        replies = exchange(s.grid, s.nodes, contents, task.payload.round, lambda _: s.check())
         results = [unpack(content_of(r, c.id)["answer"], self.folder) for r, c in zip(replies, clients, strict=True)]
         for result in results:
             if isinstance(result, FedgalError): raise result
         return results
 
     def close(self) -> None:
-        if self.simulation:
-            self.simulation.close()
-        self.simulation = None
+        simulation, self.simulation = self.simulation, None
+        if simulation:
+            simulation.close()
+        shutil.rmtree(self.folder.folder, ignore_errors=True)

@@ -67,10 +67,13 @@ def budgets(
         tried = sorted(e for e in of.accuracy if math.isfinite(e))
         ax.plot(tried, [of.accuracy[e] for e in tried], "o-", color=f"C{i}", label=message)
         ax.axhline(of.accuracy[math.inf], color=f"C{i}", lw=1, ls="--")
+        if of.clipped is not None:
+            ax.axhline(of.clipped, color=f"C{i}", lw=1, ls=":")
+            told.append(f"{message} clipped without noise: {100 * of.clipped:.1f} %")
         told += [f"{message} at {e:g}: {100 * of.accuracy[e]:.1f} %" for e in tried]
         told.append(f"{message} without noise: {100 * of.accuracy[math.inf]:.1f} %")
     ax.axhspan(0, chance, color="C7", alpha=0.3, lw=0, label="at chance")
-    ax.set(xscale="log", xlabel="epsilon (dashed: the same without noise)", ylabel="balanced accuracy")
+    ax.set(xscale="log", xlabel="epsilon (dashed: no protection; dotted: no noise)", ylabel="balanced accuracy")
     percent_axis(ax.yaxis)
     ax.legend()
     return fig, f"Balanced accuracy by privacy budget, at chance up to {100 * chance:.1f} %: {'; '.join(told)}."
