@@ -199,8 +199,8 @@ _NODE = _START + """`node.key` and the examples are this node's alone. Start the
 
 The examples: `examples.parquet` is this client's part of the experiment, as an example. In its place put a file of your
 own, or write `data="module:function"` for a function in the Python path that returns x, y. They never leave this
-machine: what does are updates of networks and sums of features by class. `kept` is what the client keeps between
-rounds: do not delete it during a run.
+machine: what does are updates of networks, sums of features by class, and the number and a hash of the examples.
+`kept` is what the client keeps between rounds: do not delete it during a run.
 """
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 _QUIET |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1"}
