@@ -31,10 +31,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")     # the libraries read it when t
 def warm():
     "Processes that start from one which has the libraries in memory: seconds less for each."
     # here, since the processes import this file and must find their own copy of fedgal
-    from fedgal.pipeline import kernels
+    from fedgal.pipeline.preload import LIBRARIES as OF_KERNELS
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*kernels.LIBRARIES, *LIBRARIES])
+    context.set_forkserver_preload([*OF_KERNELS, *LIBRARIES])
     return context
 
 

@@ -57,7 +57,20 @@ def theme() -> None:
 # %% ../../nbs/core/10_show.ipynb #57a10c0e
 VECTOR = "application/vnd.fedgal.svg"  # a name that no notebook viewer draws, so that a figure is shown once
 
-def _svg(fig) -> str:
+def _laid_out(fig):
+    "Lay a figure out once, for the density of its picture; returns what is cut out of it, in inches."
+    import matplotlib as mpl
+
+    dpi = fig.dpi
+    fig.set_dpi(2 * dpi)
+    fig.draw_without_rendering()
+    frame = fig.get_tightbbox().padded(mpl.rcParams["savefig.pad_inches"])
+    with mpl.rc_context({"figure.constrained_layout.use": False, "figure.autolayout": False}):
+        fig.set_layout_engine(None)
+    fig.set_dpi(dpi)
+    return frame
+
+def _svg(fig, frame) -> str:
     "A figure as SVG with text as text, the same bytes each time; clouds of many dots stay pixels."
     import matplotlib as mpl
     from matplotlib.collections import PathCollection
@@ -66,7 +79,7 @@ def _svg(fig) -> str:
         dots.set_rasterized(len(dots.get_offsets()) > 1000)
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedgal"}):
-        fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        fig.savefig(buffer, format="svg", bbox_inches=frame, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 # %% ../../nbs/core/10_show.ipynb #1e6bfac5
@@ -80,11 +93,11 @@ def show(
     from IPython.display import display
     import matplotlib.pyplot as plt
 
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=2 * fig.dpi, bbox_inches="tight", metadata={"Software": None})
+    frame, buffer = _laid_out(fig), io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=2 * fig.dpi, bbox_inches=frame, pil_kwargs={"compress_level": 0})
     png = _small(buffer)
     width, height = (int.from_bytes(png[i : i + 4], "big") // 2 for i in (16, 20))  # IHDR
-    vector = {VECTOR: _svg(fig)} if os.environ.get("FEDGAL_VECTOR") else {}
+    vector = {VECTOR: _svg(fig, frame)} if os.environ.get("FEDGAL_VECTOR") else {}
     display(
         {"image/png": base64.b64encode(png).decode(), "text/plain": alt} | vector,
         raw=True,

@@ -20,6 +20,7 @@ from fedgal.models.losses.matching import (
     statistics_loss,
     teacher_cross_entropy,
 )
+from ..models.split import logits_of
 from ..stats.blocks import class_matmul
 from ..stats.class_statistics import ClassStatistics
 from ..stats.moments import covariance_factor, require_moments, whitening
@@ -150,7 +151,7 @@ def loss_terms(
     few = torch.arange(len(x), device=x.device).view(-1, m)[:, :8].flatten()  # eight of each class are enough pairs
     terms["diversity"] = diversity_loss(shaped[few, :q], noise[few, :q], local[few])
     if picked:
-        logits, weights = torch.stack([task.teachers[t](x).logits for t in picked]), task.teacher_weights[picked]
+        logits, weights = torch.stack([logits_of(task.teachers[t], x) for t in picked]), task.teacher_weights[picked]
         terms["teachers"] = teacher_cross_entropy(logits, classes[local], weights, form)
         terms["consistency"] = consistency_loss(logits, classes[local], weights)
     return terms

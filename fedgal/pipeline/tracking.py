@@ -14,7 +14,6 @@ from ..core.errors import require
 from ..core.registry import Registry
 from ..core.settings import settings
 from ..core.store import load_json
-from .opened import Opened, OpenedSweep, open_experiment
 
 # %% ../../nbs/pipeline/21_tracking.ipynb #cad41f47
 def history_numbers(rows: list[dict]) -> list[dict[str, float]]:  # one a round
@@ -113,14 +112,21 @@ def tracker() -> Tracker | None:
     "The tracker of the settings; raises before anything runs where its library is missing."
     return None if settings().tracker == "none" else TRACKERS.make(settings().tracker)
 
-def numbers_of(run: Opened) -> list[dict[str, float]]:  # one a round
+# %% ../../nbs/pipeline/21_tracking.ipynb #49b6fa5d
+def numbers_of(
+    run,  # an `Opened`
+) -> list[dict[str, float]]:  # one a round
     "What stages left to be tracked under names of their own, or else the training's history."
     files = [file for stage in run.keys if (file := run.input(stage) / "tracked.json").is_file()]
     if not files:
         return history_numbers(run.history.to_dict("records"))
     return [_numbers(row) for file in files for row in load_json(file)]
 
-def track_run(to: Tracker, group: str, run: Opened) -> None:
+def track_run(
+    to: Tracker,
+    group: str,
+    run,  # an `Opened`
+) -> None:
     "Give a tracker the numbers of one run."
     folder = settings().artifacts / "tracking"
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +143,8 @@ def track(name: str) -> None:
     to = tracker()
     if to is None:
         return
+    from fedgal.pipeline.opened import OpenedSweep, open_experiment  # with torch and pandas
+
     found = open_experiment(name)
     for run in found if isinstance(found, OpenedSweep) else [found]:
         if {"20_train", "22_a2v_train", "52_a2v_use"} & run.keys.keys():
