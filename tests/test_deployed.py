@@ -221,15 +221,14 @@ def test_a_party_s_folder_works_where_it_is_put(written, tmp_path):
 
 
 def test_an_address_is_an_address_in_the_certificate(written, tmp_path):
-    from cryptography import x509
-    from cryptography.x509 import DNSName, IPAddress
+    x509 = pytest.importorskip("cryptography.x509")
     for host, names, addresses in (("192.168.1.10", ["localhost"], ["192.168.1.10", "127.0.0.1", "::1"]),
                                    ("a.example.org", ["a.example.org", "localhost"], ["127.0.0.1", "::1"])):
         folder = written(tmp_path / host, host=host)
         certificate = x509.load_pem_x509_certificate((folder / "server" / "server.pem").read_bytes())
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        assert found.get_values_for_type(DNSName) == names
-        assert [str(a) for a in found.get_values_for_type(IPAddress)] == addresses
+        assert found.get_values_for_type(x509.DNSName) == names
+        assert [str(a) for a in found.get_values_for_type(x509.IPAddress)] == addresses
 
 
 def test_what_is_private_is_so_from_the_first_byte_on(written, tmp_path, monkeypatch):
