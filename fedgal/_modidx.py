@@ -5362,8 +5362,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fedgal.report.publish._notebook': ('report/publish.html#_notebook', 'fedgal/report/publish.py'),
                                        'fedgal.report.publish._require_notebooks': ( 'report/publish.html#_require_notebooks',
                                                                                      'fedgal/report/publish.py'),
-                                       'fedgal.report.publish.mark_earlier': ( 'report/publish.html#mark_earlier',
-                                                                               'fedgal/report/publish.py'),
                                        'fedgal.report.publish.member_folder': ( 'report/publish.html#member_folder',
                                                                                 'fedgal/report/publish.py'),
                                        'fedgal.report.publish.plan_pages': ('report/publish.html#plan_pages', 'fedgal/report/publish.py'),
