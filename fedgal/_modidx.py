@@ -2159,6 +2159,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fedgal/federated/facts.py'),
                                         'fedgal.federated.facts.Federation.trained': ( 'federated/facts.html#federation.trained',
                                                                                        'fedgal/federated/facts.py'),
+                                        'fedgal.federated.facts._numbered': ('federated/facts.html#_numbered', 'fedgal/federated/facts.py'),
                                         'fedgal.federated.facts.dataset_of': ( 'federated/facts.html#dataset_of',
                                                                                'fedgal/federated/facts.py'),
                                         'fedgal.federated.facts.encoder_space': ( 'federated/facts.html#encoder_space',

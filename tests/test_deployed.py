@@ -1,4 +1,5 @@
 """What the server of a real federation does with what nodes send, and with its files; without Flower's processes."""
+import json
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from conftest import REPO
 from fedgal.core.errors import FedgalError
 from fedgal.core.random import Runtime
 from fedgal.core.store import load_json, save_json
+from fedgal.data.parquet import Part
 from fedgal.federated import facts as facts_of
 from fedgal.federated.engines.nodes import Node, message_bytes, read_message
 from fedgal.federated.loop import prepared
@@ -178,6 +180,24 @@ def test_what_is_not_deployed_is_refused(monkeypatch):
         return replace(split, train=[split.train[0][:0], *split.train[1:]])
     monkeypatch.setattr(deployed, "make_split", one_is_empty)
     with pytest.raises(FedgalError, match="clients 0 would have no examples"): deployed.facts_and_parts(FILE, SHORT)
+
+
+@pytest.mark.parametrize("form", ["text", "hub", "function"])
+def test_labels_with_names_are_the_federation_s_classes(form, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    classes, file = ["cat", "dog", "fox"], tmp_path / "own.parquet"
+    if form == "text": table = pa.table({"a": [0.0, 1.0, 2.0], "label": ["dog", "fox", "fox"]})
+    else: table = pa.table({"a": [0.0, 1.0, 2.0], "label": [1, 0, 0]})
+    names = {"info": {"features": {"label": {"names": ["fox", "dog"]}}}}
+    if form == "hub": table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, file)
+    monkeypatch.setattr(facts_of, "USER_FUNCTION", SimpleNamespace(parts=lambda _: [Part(torch.rand(3, 1), torch.tensor([1, 0, 0]), ("fox", "dog"))]))
+    source = "own:data" if form == "function" else str(file)
+    assert facts_of.own_data(source, classes)[1].tolist() == [1, 2, 2]
+    with pytest.raises(FedgalError, match="1 of 2 class names are none of the federation's: cat, dog") as caught:
+        facts_of.own_data(source, classes[:2])
+    assert "fox" not in str(caught.value) and "fox" in str(caught.value.__cause__)
 
 
 # the folder of a deployment, and the processes that check it

@@ -30,7 +30,7 @@ class DeployedNode:
         if missing := [name for name in ("client", "data", "home") if name not in config]:
             raise FedgalError(f"--node-config lacks {', '.join(missing)}")
         self.facts, self.client, self.home = facts, int(config["client"]), Path(config["home"])
-        self.x, self.y = own_data(config["data"])
+        self.x, self.y = own_data(config["data"], facts["classes"])
 
     def training(self) -> Node:
         "As it takes part in training."
