@@ -61,10 +61,16 @@ def here(k, n=5, content="c"):
 def test_the_roll_call_takes_exactly_the_clients_of_the_federation(flower):
     assert deployed.roll_call(flower({70: here(1, 4), 71: here(0, 3)}), 2, 1.0) == {0: (71, 3, "c"), 1: (70, 4, "c")}
     for odd in ({1: here(0), 2: here(7), 3: here(9)}, {1: here(0), 2: here("x")}, {1: here(0), 2: here(2)}):
-        with pytest.raises(FedgalError, match=r"a node says that it is client .*, and there are 0\.\.1"):
+        with pytest.raises(FedgalError, match=r"node \d says that it is client .*, and there are 0\.\.1"):
             deployed.roll_call(flower(odd), 2, 1.0)
-    with pytest.raises(FedgalError, match="two nodes say that they are client 0"):
+    with pytest.raises(FedgalError, match="two nodes say that they are client 0: 1 and 2"):
         deployed.roll_call(flower({1: here(0), 2: here(0)}), 2, 1.0)
+
+
+@pytest.mark.parametrize("odd", [here(1, -3), here(1, 0), here(1, 2.5), here(1, True), here(1, "many"), here(1, content=7)])
+def test_what_a_node_tells_of_its_examples_is_checked(flower, odd):
+    with pytest.raises(FedgalError, match="^node 2 says as client 1 that it has .* examples with hash"):
+        deployed.roll_call(flower({1: here(0), 2: odd}), 2, 1.0)
 
 
 def test_the_roll_call_ends_where_a_node_is_silent(flower):

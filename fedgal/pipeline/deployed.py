@@ -102,9 +102,12 @@ def roll_call(grid, n: int, patience: float) -> dict[int, tuple[int, int, str]]:
     there = {}
     for node, reply in zip(nodes, replies, strict=True):
         k, examples, content = _told(reply, f"node {node}", "client", "examples", "content")
-        if k not in range(n): raise FedgalError(f"a node says that it is client {k}, and there are 0..{n - 1}")
-        if k in there: raise FedgalError(f"two nodes say that they are client {k}")
-        there[k] = (node, int(examples), str(content))
+        if type(k) is not int or k not in range(n):
+            raise FedgalError(f"node {node} says that it is client {k!r}, and there are 0..{n - 1}")
+        if type(examples) is not int or examples < 1 or type(content) is not str:
+            raise FedgalError(f"node {node} says as client {k} that it has {examples!r} examples with hash {content!r}")
+        if k in there: raise FedgalError(f"two nodes say that they are client {k}: {there[k][0]} and {node}")
+        there[k] = (node, examples, content)
     return dict(sorted(there.items()))
 
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a0001d
