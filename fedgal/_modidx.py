@@ -3837,6 +3837,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.federate': ( 'pipeline/deployed.html#federate',
                                                                                  'fedgal/pipeline/deployed.py'),
+                                          'fedgal.pipeline.deployed.node_keys': ( 'pipeline/deployed.html#node_keys',
+                                                                                  'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.roll_call': ( 'pipeline/deployed.html#roll_call',
                                                                                   'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.server_app': ( 'pipeline/deployed.html#server_app',

@@ -206,6 +206,28 @@ def test_labels_with_names_are_the_federation_s_classes(form, tmp_path, monkeypa
     assert "fox" not in str(caught.value) and "fox" in str(caught.value.__cause__)
 
 
+def test_a_client_is_who_has_its_key(flower, tmp_path):
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from fedgal.pipeline.deploy import write_node_key
+    for k in range(2): write_node_key(tmp_path / f"node{k}.key")
+    keys = deployed.node_keys(tmp_path, 3)
+    pem = serialization.load_ssh_private_key((tmp_path / "node0.key").read_bytes(), None).public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    assert keys[0] == pem and sorted(keys) == [0, 1]
+
+
+def test_nodes_that_have_changed_their_numbers_are_refused(flower):
+    infos = [SimpleNamespace(node_id=1, public_key=b"a"), SimpleNamespace(node_id=2, public_key=b"b")]
+    calls = []
+    for first, second in ((0, 1), (1, 0)):
+        grid = flower({1: here(first), 2: here(second)})
+        grid.get_nodes = lambda: infos
+        calls.append(lambda grid=grid: deployed.roll_call(grid, 2, 1.0, {0: b"a", 1: b"b"}))
+    assert sorted(calls[0]()) == [0, 1]
+    with pytest.raises(FedgalError, match="^node 1 says that it is client 1, and its key is not node1.pub"): calls[1]()
+
+
 # the folder of a deployment, and the processes that check it
 
 @pytest.fixture
