@@ -229,6 +229,19 @@ def test_nodes_that_have_changed_their_numbers_are_refused(flower):
     with pytest.raises(FedgalError, match="^node 1 says that it is client 1, and its key is not node1.pub"): calls[1]()
 
 
+def test_the_report_of_a_federation_compares_nothing_where_nothing_was_learned():
+    from fedgal.evaluation.headline import arms_answer
+    cells, said = load_json(REPO / "nbs" / "stages" / "70_federation.ipynb")["cells"], []
+    answer, = ["".join(c["source"]) for c in cells if "answer" in c["metadata"].get("tags", [])]
+    accuracy = {"refit": 0.1, "generator": 0.1}
+    plots = SimpleNamespace(all=None, group_bars=lambda *_, **named: ())
+    exec(answer, {"display": said.append, "Markdown": str, "show": lambda *_: None, "plots": plots, "arms": accuracy, "accuracy": accuracy,
+                  "generator": "safs", "together": accuracy, "sampling_error": lambda _: 0.1, "arms_answer": arms_answer,
+                  "chance_flags": lambda results: dict.fromkeys(results, "chance")})
+    assert said == ["**Answer.** Nothing was learned: no arm is better than guessing, so none can be compared; "
+                    "see the training first: rounds, rate, and whether the columns of a table are scaled."]
+
+
 # the folder of a deployment, and the processes that check it
 
 @pytest.fixture
