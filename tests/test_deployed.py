@@ -242,6 +242,55 @@ def test_the_report_of_a_federation_compares_nothing_where_nothing_was_learned()
                     "see the training first: rounds, rate, and whether the columns of a table are scaled."]
 
 
+@pytest.fixture
+def node_app(told, monkeypatch, tmp_path):
+    "The program of a node: what it answers to a question of the server; `kind` is query or train."
+    facts, [part, _] = told
+    apps = {}
+    app = SimpleNamespace(query=lambda: lambda f: apps.setdefault("query", f), train=lambda: lambda f: apps.setdefault("train", f))
+    monkeypatch.setitem(sys.modules, "flwr.clientapp", SimpleNamespace(ClientApp=lambda: app))
+    monkeypatch.setitem(sys.modules, "flwr.app", SimpleNamespace(ConfigRecord=dict, RecordDict=dict, Message=lambda content, reply_to: content["client"]))
+    monkeypatch.setattr(facts_of, "USER_FUNCTION", SimpleNamespace(parts=lambda _: [Part(*call.part)]))
+    save_json(tmp_path / "facts.json", facts)
+    deployed.client_app(tmp_path / "facts.json")
+
+    def call(kind, config=(), **sent):
+        config = {"client": 0, "data": "own:data", "home": str(tmp_path / "kept")} | dict(config)
+        return apps[kind](SimpleNamespace(content={"client": sent}), SimpleNamespace(node_config=config))
+
+    call.part, call.log = part, tmp_path / "kept" / "errors.log"
+    return call
+
+
+def test_the_words_of_a_row_stay_at_home(node_app, monkeypatch, tmp_path):
+    from fedgal.data.user_function import UserFunction
+    def function(): raise ValueError("row 3: Jane Roe, 41")
+    import fedgal.data.user_function as uf
+    monkeypatch.setattr(uf, "import_current", lambda _: SimpleNamespace(data=function))
+    monkeypatch.setattr(facts_of, "USER_FUNCTION", UserFunction())
+    with pytest.raises(FedgalError, match="^own:data: ValueError; its words are at the node$"): node_app("query")
+    assert "Jane Roe" in node_app.log.read_text()
+    monkeypatch.setattr(facts_of, "USER_FUNCTION", SimpleNamespace(parts=lambda _: function()))
+    with pytest.raises(FedgalError, match=r"^its program has failed \(ValueError\); see errors.log") as caught: node_app("query")
+    assert "Jane Roe" not in str(caught.value) and node_app.log.read_text().count("ValueError: row 3: Jane Roe") >= 2
+
+
+def test_the_words_of_an_own_loss_stay_at_home(told, tmp_path):
+    t = facts_of.training_of(told[0], *told[1][0])
+    algorithm = t.options.make_algorithm()
+    def loss(*_, **named): raise ValueError("Jane Roe, 41")
+    model, [client] = prepared(algorithm, t.network, t.clients, t.loss)
+    start = message_bytes(facts_of.payload_from(model))
+    _, [update] = read_message(Node(algorithm, model, client, t.seed, loss, tmp_path).answer(start, -1), "client 0")
+    assert update.failure == "ValueError" and "Jane Roe" in (tmp_path / "errors.log").read_text()
+
+
+def test_nobody_else_can_try_examples_against_the_hash(node_app, tmp_path):
+    from fedgal.core.store import content_hash
+    me, other = node_app("query"), node_app("query", {"home": str(tmp_path / "other")})
+    assert me == node_app("query") and me["content"] not in (other["content"], content_hash(*node_app.part))
+
+
 # the folder of a deployment, and the processes that check it
 
 @pytest.fixture

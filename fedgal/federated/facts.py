@@ -57,12 +57,21 @@ def _numbered(y, names, classes, source):
         raise FedgalError(f"{source}: {known}") from FedgalError(f"unknown: {shortlist(unknown)}")
     return torch.tensor([number.get(name, -1) for name in names])[y]
 
+def _of_function(source):
+    "What a function of the user's returns; the words of what it raises, which may be those of a row, stay at home."
+    try:
+        return USER_FUNCTION.parts(source)[0]
+    except FedgalError as error:
+        if error.__cause__ is None:
+            raise
+        raise FedgalError(f"{source}: {type(error.__cause__).__name__}; its words are at the node") from error
+
 def own_data(source: str, classes: Sequence[str] = ()) -> tuple[Tensor, Tensor]:  # classes: names, in their order
     "The examples of a node: a path that ends in .parquet, or `module:function`; labels with names are matched by name."
     if source.endswith(".parquet"):
         part = read_parquet(Path(source).expanduser())
     elif ":" in source:
-        part = USER_FUNCTION.parts(source)[0]
+        part = _of_function(source)
     else:
         raise FedgalError(f"data = {source!r}: a path that ends in .parquet, or module:function")
     y = _numbered(part.y, tuple(part.names), tuple(classes), source) if classes else part.y

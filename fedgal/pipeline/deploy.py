@@ -199,7 +199,9 @@ _NODE = _START + """`node.key` and the examples are this node's alone. Start the
 
 The examples: `examples.parquet` is this client's part of the experiment, as an example. In its place put a file of your
 own, or write `data="module:function"` for a function in the Python path that returns x, y. They never leave this
-machine: what does are updates of networks, sums of features by class, and the number and a hash of the examples.
+machine. What does are updates of networks, how many examples of each class there are, sums of features by class (of a
+class with one example that sum is its feature), and a hash of the examples under a secret in `kept`; and, where
+something goes wrong, words of fedgal's or the kind of the error. The words of other errors are in `kept/errors.log`.
 `kept` is what the client keeps between rounds: do not delete it during a run.
 """
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}

@@ -11,14 +11,14 @@ from pathlib import Path
 from torch import Tensor
 from ..core.errors import FedgalError, shortlist
 from ..core.random import runtime
-from ..core.store import content_hash, load_json, save_json
+from ..core.store import load_json, save_json
 from ..data.dataset import Dataset
 from ..data.datasets import load_dataset
 from ..data.split import SplitOptions, make_split
 from ..federated.engines.flower import exchange
 from ..federated.facts import Federation
 from .deployable import JUDGES, STAGED, check_deployable
-from .deployed_node import DeployedNode, node_answer
+from .deployed_node import DeployedNode, at_home, node_answer
 from .deployed_server import run_steps
 from .plan import plan
 
@@ -56,15 +56,16 @@ def client_app(file: Path):  # a `ClientApp` of Flower
 
     @app.query()
     def introduce(message, context):
-        client = DeployedNode(facts, context.node_config).training().client
-        content = content_hash(client.inputs.cpu(), client.targets.cpu())
-        me = ConfigRecord({"client": client.id, "examples": client.n_examples, "content": content})
-        return Message(RecordDict({"client": me}), reply_to=message)
+        with at_home(context.node_config):
+            me = DeployedNode(facts, context.node_config).introduction()
+        return Message(RecordDict({"client": ConfigRecord(me)}), reply_to=message)
 
     @app.train()
     def answer(message, context):
-        sent, node = message.content["client"], DeployedNode(facts, context.node_config)
-        data = node_answer(node, sent["what"], sent["payload"], sent["receipt"])
+        sent = message.content["client"]
+        with at_home(context.node_config):
+            node = DeployedNode(facts, context.node_config)
+            data = node_answer(node, sent["what"], sent["payload"], sent["receipt"])
         return Message(RecordDict({"client": ConfigRecord({"answer": data})}), reply_to=message)
 
     return app
