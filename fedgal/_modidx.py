@@ -3853,6 +3853,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fedgal/pipeline/deployed_node.py'),
                                                'fedgal.pipeline.deployed_node.DeployedNode._file': ( 'pipeline/deployed_node.html#deployednode._file',
                                                                                                      'fedgal/pipeline/deployed_node.py'),
+                                               'fedgal.pipeline.deployed_node.DeployedNode.check_content': ( 'pipeline/deployed_node.html#deployednode.check_content',
+                                                                                                             'fedgal/pipeline/deployed_node.py'),
                                                'fedgal.pipeline.deployed_node.DeployedNode.content': ( 'pipeline/deployed_node.html#deployednode.content',
                                                                                                        'fedgal/pipeline/deployed_node.py'),
                                                'fedgal.pipeline.deployed_node.DeployedNode.introduction': ( 'pipeline/deployed_node.html#deployednode.introduction',

@@ -83,10 +83,10 @@ def test_a_node_s_own_error_is_told_as_it_is(flower):
     with pytest.raises(FedgalError, match="^node 2: x.parquet: no such file; see to its node") as caught:
         deployed.roll_call(flower({1: here(0), 2: reply(lost)}), 2, 1.0)
     assert "memory" not in str(caught.value) and "workers" not in str(caught.value)
-    carrier = deployed.Carrier(flower({1: reply(lost)}), {0: 1}, 1.0)
+    carrier = deployed.Carrier(flower({1: reply(lost)}), {0: (1, 5, "c")}, 1.0)
     with pytest.raises(FedgalError, match="^client 0: x.parquet: no such file"): carrier("train", {0: (b"", -1)}, "in round 1")
     with pytest.raises(FedgalError, match="client 0 answered without answer"):
-        deployed.Carrier(flower({1: reply()}), {0: 1}, 1.0)("train", {0: (b"", -1)}, "in round 1")
+        deployed.Carrier(flower({1: reply()}), {0: (1, 5, "c")}, 1.0)("train", {0: (b"", -1)}, "in round 1")
 
 
 def test_where_the_server_and_a_node_compute(told, monkeypatch):
@@ -289,6 +289,24 @@ def test_nobody_else_can_try_examples_against_the_hash(node_app, tmp_path):
     from fedgal.core.store import content_hash
     me, other = node_app("query"), node_app("query", {"home": str(tmp_path / "other")})
     assert me == node_app("query") and me["content"] not in (other["content"], content_hash(*node_app.part))
+
+
+def test_examples_that_have_changed_since_the_roll_call_are_not_mixed_in(node_app, told, flower, monkeypatch):
+    facts, parts = told
+    t = facts_of.training_of(facts, *parts[0])
+    model, _ = prepared(t.options.make_algorithm(), t.network, t.clients, t.loss)
+    data = message_bytes(facts_of.payload_from(model))
+
+    def exchange(grid, nodes, contents, *_, **named):
+        return [reply(**node_app("train", **c["client"])) for c in contents]
+    flower({})
+    monkeypatch.setattr(sys.modules["flwr.app"], "Message", lambda content, reply_to: content["client"], raising=False)
+    monkeypatch.setattr(deployed, "exchange", exchange)
+    me = node_app("query")
+    carrier = deployed.Carrier(None, {0: (7, me["examples"], me["content"])}, 1.0)
+    assert carrier("keep", {0: (data, -1)}, "in round 1")[0]
+    node_app.part = parts[1]
+    with pytest.raises(FedgalError, match="^the examples of client 0 have changed since the run began"): carrier("keep", {0: (data, -1)}, "in round 1")
 
 
 # the folder of a deployment, and the processes that check it

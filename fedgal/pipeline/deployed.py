@@ -65,6 +65,7 @@ def client_app(file: Path):  # a `ClientApp` of Flower
         sent = message.content["client"]
         with at_home(context.node_config):
             node = DeployedNode(facts, context.node_config)
+            node.check_content(sent["content"])
             data = node_answer(node, sent["what"], sent["payload"], sent["receipt"])
         return Message(RecordDict({"client": ConfigRecord({"answer": data})}), reply_to=message)
 
@@ -134,8 +135,14 @@ def roll_call(
 class Carrier:
     "Takes messages to the nodes; one that is gone is named."
 
-    def __init__(self, grid, nodes: dict[int, int], patience: float):  # client -> node, seconds for a round
-        self.grid, self.nodes, self.patience, self.asked = grid, nodes, patience, 0
+    def __init__(
+        self,
+        grid,
+        there: dict[int, tuple[int, int, str]],  # see `roll_call`; each message holds the hash that was told then
+        patience: float,  # seconds for a round
+    ):
+        self.grid, self.there, self.patience, self.asked = grid, there, patience, 0
+        self.nodes = {k: node for k, (node, *_) in there.items()}
 
     def __call__(self, what: str, sent: dict[int, tuple[bytes, int]], when: str) -> dict[int, bytes]:
         from flwr.app import ConfigRecord, RecordDict
@@ -148,7 +155,7 @@ class Carrier:
                 why = f"has not answered within {self.patience:.0f} s" if late else "is gone"
                 raise FedgalError(f"client {k} {why}, {when}; see to its node and run again: it goes on")
 
-        words = [{"what": what, "payload": data, "receipt": receipt} for data, receipt in sent.values()]
+        words = [{"payload": d, "receipt": r, "what": what, "content": self.there[k][2]} for k, (d, r) in sent.items()]
         contents, nodes = [RecordDict({"client": ConfigRecord(w)}) for w in words], [self.nodes[k] for k in sent]
         replies = exchange(self.grid, nodes, contents, self.asked, check, pause=PAUSE)
         self.asked += 1  # a number in Flower's logs
@@ -158,7 +165,7 @@ class Carrier:
 def federate(grid, facts: dict, folder: Path) -> dict:  # what the ledger sums up
     "Run a federation over Flower's grid, the server's part on the CPU, or what is left of it."
     there = roll_call(grid, facts["n_clients"], facts["patience"], node_keys(folder.parent, facts["n_clients"]))
-    carrier = Carrier(grid, {k: node for k, (node, *_) in there.items()}, facts["patience"])
+    carrier = Carrier(grid, there, facts["patience"])
     return run_steps(Federation(facts, {k: told for k, (_, *told) in there.items()}, carrier, folder))
 
 def server_app(file: Path):  # a `ServerApp` of Flower

@@ -52,6 +52,12 @@ class DeployedNode:
             write_bytes(file, secrets.token_bytes(32))
         return hmac.new(file.read_bytes(), content_hash(self.x.cpu(), self.y.cpu()).encode(), "sha256").hexdigest()
 
+    def check_content(self, told: str) -> None:
+        "Raise where its examples are no longer those that it told of at the roll call."
+        if told != self.content():
+            changed = f"the examples of client {self.client} have changed since the run began"
+            raise FedgalError(f"{changed}; put them back, or start the federation anew")
+
     def introduction(self) -> dict:
         "Who it is, how many examples it has, and a hash of them."
         return {"client": self.client, "examples": self.training().client.n_examples, "content": self.content()}
