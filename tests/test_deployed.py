@@ -395,6 +395,40 @@ def test_a_check_that_cannot_start_ends_nobody_else_s_processes(tmp_path):
             for p in others: p.kill()
 
 
+def test_a_check_leaves_the_folders_of_the_parties_as_they_were(monkeypatch, tmp_path):
+    from fedgal.core.store import commit
+    from fedgal.pipeline import deploy_check, deploy_report
+    save_json(tmp_path / "deploy.json", {"port": 1, "n_clients": 1, "patience": 1.0})
+    save_json(tmp_path / "server" / deploy_report.FACTS, {})
+    save_json(tmp_path / "server" / "test.parquet", {})
+    before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+
+    def run_app(processes, patience):
+        result = processes.folder / "server" / "result"
+        assert not result.exists() and not (processes.folder / "node0" / "kept").exists()
+        save_json(result / "ledger.json", {})
+        save_json(result / "part" / "x.json", {})
+        commit(result / "part", result / "20_train")
+        save_json(processes.folder / "node0" / "kept" / "own.json", {})
+    for name, stub in (("run_app", run_app), ("start_nodes", lambda *_: None), ("start_link", lambda *_: None)): monkeypatch.setattr(deploy_check, name, stub)
+    for _ in range(2):
+        deploy_check.check(tmp_path)
+        assert sorted(p for p in tmp_path.rglob("*") if p.is_file() and "check" not in p.parts) == before
+    monkeypatch.setenv("FEDGAL_ARTIFACTS", str(tmp_path / "artifacts"))
+    assert (deploy_report.take_in(tmp_path, "two") / "result" / "20_train" / "x.json").is_file()
+    save_json(tmp_path / "node0" / "kept" / "own.json", {})
+    with pytest.raises(FedgalError, match=r"holds a run already \(node0/kept\)"): deploy_check.check(tmp_path)
+    assert (tmp_path / "node0" / "kept" / "own.json").is_file()
+
+
+def test_a_command_that_does_not_end_is_a_line(tmp_path):
+    from fedgal.pipeline.deploy_check import Processes, run_app
+    with Processes(tmp_path) as processes:
+        processes.start = lambda *_: processes.running.setdefault("run", subprocess.Popen(["sleep", "60"]))
+        processes.log("run").write_text("waits")
+        with pytest.raises(FedgalError, match="^run has not ended within 0 s: waits$"): run_app(processes, 0.05)
+
+
 def test_what_is_limited_is_silence_and_not_the_run(tmp_path):
     from fedgal.pipeline.deploy_check import Processes, wait_until
     with Processes(tmp_path) as processes:
