@@ -3770,6 +3770,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fedgal/pipeline/deploy.py'),
                                         'fedgal.pipeline.deploy._write_server': ( 'pipeline/deploy.html#_write_server',
                                                                                   'fedgal/pipeline/deploy.py'),
+                                        'fedgal.pipeline.deploy.check_host': ( 'pipeline/deploy.html#check_host',
+                                                                               'fedgal/pipeline/deploy.py'),
                                         'fedgal.pipeline.deploy.commands': ('pipeline/deploy.html#commands', 'fedgal/pipeline/deploy.py'),
                                         'fedgal.pipeline.deploy.environment': ( 'pipeline/deploy.html#environment',
                                                                                 'fedgal/pipeline/deploy.py'),

@@ -176,6 +176,14 @@ def test_whatever_ends_a_run_is_written_down(told, monkeypatch, tmp_path):
     assert not failed.exists()    # none beside a good result
 
 
+@pytest.mark.parametrize(("stages", "why"), [(["10_data"], "stage 20_train is missing"), (["20_train"], "stage 10_data is missing"),
+                                             (["10_data", "20_train", "61_models"], "stage 61_models does not run on nodes")])
+def test_stages_that_cannot_work_are_refused(stages, why):
+    from fedgal.pipeline.plan import plan
+    params = plan(FILE, SHORT, "deploy").members[0].params
+    with pytest.raises(FedgalError, match=why): deployed.check_deployable({stage: params.get(stage, {}) for stage in stages})
+
+
 def test_what_is_not_deployed_is_refused(monkeypatch):
     with pytest.raises(FedgalError, match="is a sweep of .* runs; choose one"):
         deployed.facts_and_parts(REPO / "params" / "digits_levels.yaml")
@@ -330,6 +338,16 @@ def test_examples_that_cannot_be_written_leave_nothing_behind(written, tmp_path)
         with pytest.raises(FedgalError, match="deploy takes images of bytes"): written(tmp_path / "f", x)
         assert not list(tmp_path.iterdir())
     assert sorted(p.name for p in written(tmp_path / "f").iterdir()) == ["README.md", "deploy.json", "node0", "node1", "server"]
+
+
+def test_a_host_is_a_name_or_an_address_of_the_old_form(monkeypatch, tmp_path):
+    from fedgal.pipeline import deploy
+    def facts_and_parts(*_): raise FedgalError("it goes on")
+    monkeypatch.setattr(deploy, "facts_and_parts", facts_and_parts)
+    for host in ("::1", "fe80::1", "[::1]", "a.org:9443", "https://a.org", "", "a b", "10.1.2", "-a.org", "1.2.3.400"):
+        with pytest.raises(FedgalError, match="a name or an IPv4 address"): deploy.init(tmp_path / "f", FILE, host=host)
+    for host in ("localhost", "a.example.org", "my-server_2", "192.168.1.10", "10.0.0.1"):
+        with pytest.raises(FedgalError, match="it goes on"): deploy.init(tmp_path / "f", FILE, host=host)
 
 
 def test_a_party_s_folder_works_where_it_is_put(written, tmp_path):

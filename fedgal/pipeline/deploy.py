@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKED', 'RUN', 'write_parquet', 'write_certificates', 'write_node_key', 'write_app', 'party', 'commands',
-           'environment', 'init']
+           'environment', 'check_host', 'init']
 
 # %% ../../nbs/pipeline/23_deploy.ipynb #d1a00004
-import datetime, io, os, shlex, tempfile
+import datetime, io, os, re, shlex, tempfile
 from ipaddress import ip_address
 from pathlib import Path
 import torch
@@ -246,6 +246,16 @@ def _write_node(node, server, x, y):
     write_bytes(node / "ca.crt", (server / "ca.crt").read_bytes())
 
 # %% ../../nbs/pipeline/23_deploy.ipynb #d1a0006d
+def check_host(host: str) -> None:
+    "Raise for what is neither a name nor an IPv4 address."
+    label = "[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?"
+    try:
+        good = ip_address(host).version == 4
+    except ValueError:
+        good = bool(re.fullmatch(rf"({label}\.)*{label}", host)) and not host.rpartition(".")[2].isdigit()
+    if not good:
+        raise FedgalError(f"host {host!r}: a name or an IPv4 address, without port or scheme; IPv6 is not offered")
+
 def init(
     folder: Path,
     params: Path,
@@ -255,6 +265,7 @@ def init(
     patience: float = 300.0,  # seconds that the server waits for a client in a round
 ) -> Path:
     "Write a federation into a new folder; raises FedgalError for one that is there, or that cannot be apart."
+    check_host(host)
     folder = Path(folder).resolve()
     if folder.exists(): raise FedgalError(f"{folder} is there already; choose another folder or delete it")
     facts, parts, data = facts_and_parts(params, overrides)
