@@ -3842,6 +3842,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.Carrier.__init__': ( 'pipeline/deployed.html#carrier.__init__',
                                                                                          'fedgal/pipeline/deployed.py'),
+                                          'fedgal.pipeline.deployed._alone': ( 'pipeline/deployed.html#_alone',
+                                                                               'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed._told': ('pipeline/deployed.html#_told', 'fedgal/pipeline/deployed.py'),
                                           'fedgal.pipeline.deployed.client_app': ( 'pipeline/deployed.html#client_app',
                                                                                    'fedgal/pipeline/deployed.py'),

@@ -145,6 +145,19 @@ def test_a_federation_is_not_resumed_with_other_data(federation):
     assert federation.rounds == [0, 1, 1]
 
 
+def test_a_second_run_in_the_same_folder_is_refused(federation):
+    why = []
+
+    def again(data):
+        if not why:
+            with pytest.raises(FedgalError, match="another run of this federation is at work in ") as caught: federation()
+            why.append(str(caught.value))
+        return data
+    federation(spoil=again)
+    assert len(why) == 1 and federation.rounds == [0, 1]
+    federation()    # the lock ends with the run
+
+
 def spoilt(data, **changes):
     payload, [update] = read_message(data, "a node")
     return message_bytes(payload, [replace(update, **changes)])

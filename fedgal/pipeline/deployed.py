@@ -7,7 +7,9 @@ __all__ = ['PAUSE', 'facts_and_parts', 'client_app', 'node_keys', 'roll_call', '
 
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a00004
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from filelock import FileLock, Timeout
 from torch import Tensor
 from ..core.errors import FedgalError, shortlist
 from ..core.random import runtime
@@ -162,11 +164,22 @@ class Carrier:
         return {k: _told(r, f"client {k}", "answer")[0] for k, r in zip(sent, replies, strict=True)}
 
 # %% ../../nbs/pipeline/22_deployed.ipynb #d0a0000e
+@contextmanager
+def _alone(folder):
+    "One run at a time, or each would take the other's files away."
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise FedgalError(f"another run of this federation is at work in {folder}; wait for its end") from None
+
 def federate(grid, facts: dict, folder: Path) -> dict:  # what the ledger sums up
     "Run a federation over Flower's grid, the server's part on the CPU, or what is left of it."
-    there = roll_call(grid, facts["n_clients"], facts["patience"], node_keys(folder.parent, facts["n_clients"]))
-    carrier = Carrier(grid, there, facts["patience"])
-    return run_steps(Federation(facts, {k: told for k, (_, *told) in there.items()}, carrier, folder))
+    with _alone(folder):
+        there = roll_call(grid, facts["n_clients"], facts["patience"], node_keys(folder.parent, facts["n_clients"]))
+        carrier = Carrier(grid, there, facts["patience"])
+        return run_steps(Federation(facts, {k: told for k, (_, *told) in there.items()}, carrier, folder))
 
 def server_app(file: Path):  # a `ServerApp` of Flower
     "The program of the server, from a file of facts; `result` in the app's configuration is where it writes."
@@ -181,6 +194,7 @@ def server_app(file: Path):  # a `ServerApp` of Flower
         failed.unlink(missing_ok=True)
         try:
             federate(grid, facts, folder)
+            failed.unlink(missing_ok=True)  # of another run that was refused meanwhile
         except Exception as error:
             words = str(error) if isinstance(error, FedgalError) else f"{type(error).__name__}: {error}"
             save_json(failed, {"error": words})
