@@ -3879,6 +3879,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fedgal/pipeline/deployed_node.py'),
                                                'fedgal.pipeline.deployed_node.at_home': ( 'pipeline/deployed_node.html#at_home',
                                                                                           'fedgal/pipeline/deployed_node.py'),
+                                               'fedgal.pipeline.deployed_node.check_agreed': ( 'pipeline/deployed_node.html#check_agreed',
+                                                                                               'fedgal/pipeline/deployed_node.py'),
                                                'fedgal.pipeline.deployed_node.node_answer': ( 'pipeline/deployed_node.html#node_answer',
                                                                                               'fedgal/pipeline/deployed_node.py')},
             'fedgal.pipeline.deployed_server': { 'fedgal.pipeline.deployed_server.Steps': ( 'pipeline/deployed_server.html#steps',

@@ -330,6 +330,15 @@ def test_examples_that_have_changed_since_the_roll_call_are_not_mixed_in(node_ap
     with pytest.raises(FedgalError, match="^the examples of client 0 have changed since the run began"): carrier("keep", {0: (data, -1)}, "in round 1")
 
 
+def test_a_node_refuses_a_server_with_other_facts(node_app, told, tmp_path):
+    own = tmp_path / "own.json"
+    save_json(own, told[0] | {"patience": 9.0})
+    assert node_app("query", {"facts": str(own)})["client"] == 0
+    save_json(own, told[0] | {"params": {"20_train": told[0]["params"]["20_train"] | {"rounds": 99}}})
+    with pytest.raises(FedgalError, match="the server's facts are not what this node agreed to; they differ in params"):
+        node_app("query", {"facts": str(own)})
+
+
 # the folder of a deployment, and the processes that check it
 
 @pytest.fixture
@@ -376,6 +385,8 @@ def test_a_party_s_folder_works_where_it_is_put(written, tmp_path):
     extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["flower"]
     assert app["project"]["dependencies"] == [extra[0].replace("[simulation]", "")] and extra[0].startswith("flwr")
     assert load_json(folder / "server" / "app" / "federation" / "federation.json")["patience"] == 700.0
+    agreed = load_json(folder / "node1" / "federation.json")
+    assert agreed == load_json(folder / "server" / "app" / "federation" / "federation.json") and 'facts="federation.json"' in readme
     private = {name: {p.name for p in (folder / name).iterdir()} for name in ("server", "node0")}
     assert "server.key" not in private["node0"] and not [n for n in private["server"] if n.startswith("node") and n.endswith("key")]
 

@@ -144,7 +144,8 @@ def commands(port: int, n_clients: int, host: str) -> dict[str, list[str]]:  # w
     for k in range(n_clients):
         node = ["flower-supernode", "--superlink", address, "--root-certificates", "ca.crt"]
         node += ["--auth-supernode-private-key", "node.key", "--host", "127.0.0.1", "--port", str(port + 1 + k)]
-        out[f"node {k}"] = [*node, "--node-config", f'client={k} data="examples.parquet" home="kept"']
+        own = f'client={k} data="examples.parquet" home="kept" facts="federation.json"'
+        out[f"node {k}"] = [*node, "--node-config", own]
     return out | {"run": RUN}
 
 # %% ../../nbs/pipeline/23_deploy.ipynb #d1a0000d
@@ -204,6 +205,7 @@ own, or write `data="module:function"` for a function in the Python path that re
 machine. What does are updates of networks, how many examples of each class there are, sums of features by class (of a
 class with one example that sum is its feature), and a hash of the examples under a secret in `kept`; and, where
 something goes wrong, words of fedgal's or the kind of the error. The words of other errors are in `kept/errors.log`.
+`federation.json` says what was agreed on; fedgal refuses a server whose facts are others.
 `kept` is what the client keeps between rounds: do not delete it during a run.
 """
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -238,8 +240,9 @@ def _write_server(server, port, home, facts, host):
     link += f'root-certificates = "{(home / "ca.crt").as_posix()}"\n'
     write_bytes(server / "flwr" / "config.toml", link.encode())
 
-def _write_node(node, server, x, y):
+def _write_node(node, server, facts, x, y):
     "What a node gets, and its public key for the server."
+    save_json(node / "federation.json", facts)
     write_parquet(node / "examples.parquet", x, y)
     write_node_key(node / "node.key")
     (node / "node.pub").rename(server / f"{node.name}.pub")
@@ -276,10 +279,11 @@ def init(
         for party_folder in (work, *parties):
             party_folder.mkdir(mode=0o700)
         server, *nodes = parties
-        _write_server(server, port, folder / "server", facts | {"patience": patience}, host)
+        facts = facts | {"patience": patience}
+        _write_server(server, port, folder / "server", facts, host)
         write_parquet(server / "test.parquet", data.x_test, data.y_test)
         for node, (x, y) in zip(nodes, parts, strict=True):
-            _write_node(node, server, x, y)
+            _write_node(node, server, facts, x, y)
         _write_readmes(work, host, port, commands(port, len(parts), host))
         save_json(work / "deploy.json", {"port": port, "n_clients": len(parts), "patience": patience})
         os.replace(work, folder)
