@@ -6,13 +6,13 @@
 __all__ = ['dataset_of', 'training_of', 'own_data', 'encoder_space', 'Federation']
 
 # %% ../../nbs/federated/13_facts.ipynb #fac00004
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 import torch
 from torch import Tensor
-from ..core.errors import FedgalError
+from ..core.errors import FedgalError, shortlist
 from ..core.random import prepare
 from ..core.store import load_tensors
 from ..data.dataset import Dataset
@@ -44,15 +44,38 @@ def training_of(facts: dict, x: Tensor, y: Tensor, device: str | None = None) ->
     machine = replace(machine, device=device or machine.device, precision=facts["precision"])
     return set_up(dataset_of(facts, x, y), alone, facts["params"]["20_train"], machine)
 
-def own_data(source: str) -> tuple[Tensor, Tensor]:
-    "The examples of a node: a path that ends in .parquet, or `module:function`."
+def _numbered(y, names, classes, source):
+    "Labels that a source numbers by names of its own, as the federation numbers its classes."
+    if not names or names == classes:
+        return y
+    if not 0 <= int(y.min()) <= int(y.max()) < len(names):
+        raise FedgalError(f"{source}: labels are {int(y.min())}..{int(y.max())}, and there are {len(names)} names")
+    number = {name: k for k, name in enumerate(classes)}
+    own = [names[k] for k in y.unique().tolist()]
+    if unknown := [name for name in own if name not in number]:  # words of the data, which are not told to the server
+        known = f"{len(unknown)} of {len(own)} class names are none of the federation's: {shortlist(classes)}"
+        raise FedgalError(f"{source}: {known}") from FedgalError(f"unknown: {shortlist(unknown)}")
+    return torch.tensor([number.get(name, -1) for name in names])[y]
+
+def _of_function(source):
+    "What a function of the user's returns; the words of what it raises, which may be those of a row, stay at home."
+    try:
+        return USER_FUNCTION.parts(source)[0]
+    except FedgalError as error:
+        if error.__cause__ is None:
+            raise
+        raise FedgalError(f"{source}: {type(error.__cause__).__name__}; its words are at the node") from error
+
+def own_data(source: str, classes: Sequence[str] = ()) -> tuple[Tensor, Tensor]:  # classes: names, in their order
+    "The examples of a node: a path that ends in .parquet, or `module:function`; labels with names are matched by name."
     if source.endswith(".parquet"):
         part = read_parquet(Path(source).expanduser())
     elif ":" in source:
-        part = USER_FUNCTION.parts(source)[0]
+        part = _of_function(source)
     else:
         raise FedgalError(f"data = {source!r}: a path that ends in .parquet, or module:function")
-    return part.x.clone(memory_format=torch.contiguous_format), part.y  # other strides are other roundings
+    y = _numbered(part.y, tuple(part.names), tuple(classes), source) if classes else part.y
+    return part.x.clone(memory_format=torch.contiguous_format), y  # other strides are other roundings
 
 # %% ../../nbs/federated/13_facts.ipynb #fac0000a
 def encoder_space(model: SplitModel, key: str, level: str) -> Space:  # key: names the encoder

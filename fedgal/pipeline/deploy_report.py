@@ -12,6 +12,7 @@ import yaml
 from ..core.errors import FedgalError
 from ..core.settings import settings
 from ..core.store import MANIFEST, load_json, write_bytes
+from .deploy import CHECKED
 from .plan import check_name
 from .run import run
 
@@ -29,7 +30,8 @@ def server_of(folder: Path) -> Path:
 def take_in(folder: Path, name: str) -> Path:
     "Copy a federation's facts, test set and finished steps among the artifacts."
     server, home = server_of(folder), settings().artifacts / "federations" / name
-    result = server / "result"
+    tried = server.parent / CHECKED / "result"  # of `fedgal deploy check`
+    result = tried if tried.is_dir() and not (server / "result").exists() else server / "result"
     if not (result / "ledger.json").is_file():
         cure = f"run it first, or `fedgal deploy check {folder.name}`"
         raise FedgalError(f"{folder} holds no finished federation; {cure}")

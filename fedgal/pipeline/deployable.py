@@ -15,7 +15,7 @@ from ..generators.base import GENERATORS
 
 # %% ../../nbs/pipeline/21a_deployable.ipynb #d0a00016
 STAGED = ("30_statistics", "40_generator", "50_finetune")  # what nodes do after training
-JUDGES = ("60_evaluate", "61_models")  # what the server does with its test set
+JUDGES = ("60_evaluate",)  # what the server does with its test set
 
 def _of_training(params):
     "What of training is not possible, in a line each."
@@ -51,7 +51,8 @@ def _of_arms(params):
 def check_deployable(params: dict) -> None:  # stage -> parameters
     "Raise, with a line for each, for what of an experiment nodes that are apart cannot do."
     known = ("10_data", "20_train", *STAGED, *JUDGES)
-    lines = [f"stage {stage} does not run on nodes" for stage in params if stage not in known]
+    lines = [f"stage {need} is missing, and nodes begin with it" for need in known[:2] if need not in params]
+    lines += [f"stage {stage} does not run on nodes" for stage in params if stage not in known]
     of = {"20_train": _of_training, "40_generator": _of_generator, "50_finetune": _of_arms}
     lines += [line for stage, rule in of.items() if stage in params for line in rule(params)]
     if "30_statistics" in params and "50_finetune" not in params:
