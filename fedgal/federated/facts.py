@@ -44,6 +44,7 @@ def training_of(facts: dict, x: Tensor, y: Tensor, device: str | None = None) ->
     machine = replace(machine, device=device or machine.device, precision=facts["precision"])
     return set_up(dataset_of(facts, x, y), alone, facts["params"]["20_train"], machine)
 
+# %% ../../nbs/federated/13_facts.ipynb #fac00017
 def _numbered(y, names, classes, source):
     "Labels that a source numbers by names of its own, as the federation numbers its classes."
     if not names or names == classes:

@@ -12,7 +12,7 @@ import yaml
 from ..core.errors import FedgalError
 from ..core.settings import settings
 from ..core.store import MANIFEST, load_json, write_bytes
-from .deploy import CHECKED
+from .deploy_check import CHECKED
 from .plan import check_name
 from .run import run
 

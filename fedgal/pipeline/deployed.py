@@ -20,7 +20,7 @@ from ..data.split import SplitOptions, make_split
 from ..federated.engines.flower import exchange
 from ..federated.facts import Federation
 from .deployable import JUDGES, STAGED, check_deployable
-from .deployed_node import DeployedNode, at_home, node_answer
+from .deployed_node import DeployedNode, at_home, check_content, introduction, node_answer
 from .deployed_server import run_steps
 from .plan import plan
 
@@ -59,7 +59,7 @@ def client_app(file: Path):  # a `ClientApp` of Flower
     @app.query()
     def introduce(message, context):
         with at_home(context.node_config):
-            me = DeployedNode(facts, context.node_config).introduction()
+            me = introduction(DeployedNode(facts, context.node_config))
         return Message(RecordDict({"client": ConfigRecord(me)}), reply_to=message)
 
     @app.train()
@@ -67,7 +67,7 @@ def client_app(file: Path):  # a `ClientApp` of Flower
         sent = message.content["client"]
         with at_home(context.node_config):
             node = DeployedNode(facts, context.node_config)
-            node.check_content(sent["content"])
+            check_content(node, sent["content"])
             data = node_answer(node, sent["what"], sent["payload"], sent["receipt"])
         return Message(RecordDict({"client": ConfigRecord({"answer": data})}), reply_to=message)
 
