@@ -228,8 +228,7 @@ def test_labels_with_names_are_the_federation_s_classes(form, tmp_path, monkeypa
 
 
 def test_a_client_is_who_has_its_key(flower, tmp_path):
-    pytest.importorskip("cryptography")
-    from cryptography.hazmat.primitives import serialization
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
 
     from fedgal.pipeline.deploy import write_node_key
     for k in range(2): write_node_key(tmp_path / f"node{k}.key")

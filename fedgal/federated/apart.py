@@ -51,8 +51,8 @@ def told_run(
 ) -> TrainedRun:
     "A run as the server has it: the labels that clients told, and samples of nobody."
     C = data.n_classes
-    y = torch.cat([torch.repeat_interleave(torch.arange(C), n) for n in counts])
-    x = torch.zeros(()).to(data.x_test.dtype).expand(len(y), *data.x_test.shape[1:])
+    y = torch.cat([torch.repeat_interleave(torch.arange(C, device=n.device), n) for n in counts])
+    x = data.x_test.new_zeros(()).expand(len(y), *data.x_test.shape[1:])
     data = Dataset(data.name, x, y, data.x_test, data.y_test, data.classes, data.sha256, data.characters)
     train = list(torch.arange(len(y)).split(counts.sum(1).tolist()))
     protocol = {"test": content_hash(data.x_test, data.y_test)[:16], "clients": len(counts)}

@@ -118,8 +118,8 @@ class Federation:
     def run(self, x: Tensor | None = None, y: Tensor | None = None) -> TrainedRun:  # a test set, where there is one
         "The trained run as the server has it."
         facts, (model, payload) = self.facts, self.trained()
-        x = torch.zeros(0, *facts["in_shape"]) if x is None else x
-        y = torch.zeros(0, dtype=torch.long) if y is None else y
+        x = torch.zeros(0, *facts["in_shape"], device="cpu") if x is None else x
+        y = torch.zeros(0, dtype=torch.long, device="cpu") if y is None else y
         names = tuple(facts["classes"])
         test = Dataset(facts["dataset"], x[:0], y[:0], x, y, names, "", facts["characters"])
         return told_run(test, self.counts(), model, named(message_bytes(payload)))
