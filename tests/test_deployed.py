@@ -347,6 +347,13 @@ def test_a_node_refuses_a_server_with_other_facts(node_app, told, tmp_path):
         node_app("query", {"facts": str(own)})
 
 
+def test_deploy_completes_what_it_does(capsys):
+    from fedgal import cli
+    cli.main(["completion"])
+    line, = [line for line in capsys.readouterr().out.splitlines() if "*:deploy)" in line]
+    assert "init check report" in line and "10_data" not in line
+
+
 # the folder of a deployment, and the processes that check it
 
 @pytest.fixture
