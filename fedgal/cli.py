@@ -556,7 +556,8 @@ def cmd_completion(args) -> int:
     for name, command in commands.items():
         words = [text for action in command._actions for text in action.option_strings if text.startswith("--")]
         words += [_EXPERIMENT] if {"file", "experiment"} & {a.dest for a in command._actions} else []
-        words += list(STAGES) if "what" in {a.dest for a in command._actions} else []
+        what = next((a for a in command._actions if a.dest == "what"), None)
+        words += list(what.choices or STAGES) if what else []
         lines.append(f'    *:{name}) words="{" ".join(words)}" ;;')
     print(_COMPLETION.replace("COMMANDS", " ".join(commands)).replace("OPTIONS", "\n".join(lines)))
     return 0

@@ -54,8 +54,8 @@ def flower(monkeypatch):
     return lambda answers: SimpleNamespace(answers=answers, get_node_ids=lambda: list(answers))
 
 
-def here(k, n=5, content="c"):
-    return reply(client=k, examples=n, content=content)
+def here(k, n=5, content="c", fedgal=deployed_server.__version__):
+    return reply(client=k, examples=n, content=content, fedgal=fedgal, torch="2", python="3")
 
 
 def test_the_roll_call_takes_exactly_the_clients_of_the_federation(flower):
@@ -71,6 +71,11 @@ def test_the_roll_call_takes_exactly_the_clients_of_the_federation(flower):
 def test_what_a_node_tells_of_its_examples_is_checked(flower, odd):
     with pytest.raises(FedgalError, match="^node 2 says as client 1 that it has .* examples with hash"):
         deployed.roll_call(flower({1: here(0), 2: odd}), 2, 1.0)
+
+
+def test_a_node_with_another_fedgal_is_refused(flower):
+    with pytest.raises(FedgalError, match="^node 2 has fedgal 0.0.9, torch 2, Python 3; here: "):
+        deployed.roll_call(flower({1: here(0), 2: here(1, fedgal="0.0.9")}), 2, 1.0)
 
 
 def test_the_roll_call_ends_where_a_node_is_silent(flower):
@@ -135,7 +140,7 @@ def test_the_checkpoint_outlives_a_result_that_could_not_be_written(federation, 
     assert not (federation.result / "checkpoint").exists()
 
 
-def test_a_federation_is_not_resumed_with_other_data(federation):
+def test_a_federation_is_not_resumed_with_other_data(federation, monkeypatch):
     def stop(data):
         if federation.rounds[-1]: raise FedgalError("stop")
         return data
@@ -143,6 +148,9 @@ def test_a_federation_is_not_resumed_with_other_data(federation):
     with pytest.raises(FedgalError, match="belongs to another run"): federation(content="other")
     federation()
     assert federation.rounds == [0, 1, 1]
+    with monkeypatch.context() as m, pytest.raises(FedgalError, match="facts, examples or fedgal"):
+        m.setattr(deployed_server, "__version__", "0.0.9")
+        federation()
 
 
 def test_a_second_run_in_the_same_folder_is_refused(federation):
@@ -336,6 +344,13 @@ def test_a_node_refuses_a_server_with_other_facts(node_app, told, tmp_path):
     save_json(own, told[0] | {"params": {"20_train": told[0]["params"]["20_train"] | {"rounds": 99}}})
     with pytest.raises(FedgalError, match="the server's facts are not what this node agreed to; they differ in params"):
         node_app("query", {"facts": str(own)})
+
+
+def test_deploy_completes_what_it_does(capsys):
+    from fedgal import cli
+    cli.main(["completion"])
+    line, = [line for line in capsys.readouterr().out.splitlines() if "*:deploy)" in line]
+    assert "init check report" in line and "10_data" not in line
 
 
 # the folder of a deployment, and the processes that check it

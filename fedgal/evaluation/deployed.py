@@ -58,6 +58,7 @@ class Deployed:
     run: TrainedRun  # with the server's test set, and labels that clients told
     arms: dict[str, ArmResult]
     rows: list[dict]  # of the ledger, each with its step
+    versions: dict  # with which the server ran its last step
 
     def params(self, stage: str) -> dict:
         return self.federation.params(stage)
@@ -83,7 +84,7 @@ class Deployed:
         words = {n: stage.params[n] for n in ("experiment", "title", "question")}
         own = words | {"seed": params["20_train"]["seed"]}
         told = {"params": own, "keys": params, "upstream": params.get}
-        as_stage = SimpleNamespace(**told, machine=stage.machine, versions=stage.versions)
+        as_stage = SimpleNamespace(**told, machine=stage.machine, versions=self.versions)
         return metrics_record(as_stage, self.run, arms, n_bytes, **more)
 
 # %% ../../nbs/evaluation/21_deployed.ipynb #de10001d
@@ -101,5 +102,6 @@ def load_deployed(folder: Path) -> Deployed:
         verify(step)
     federation, test = Federation(facts, {}, None, result), read_parquet(folder / "test.parquet")
     run = federation.run(test.x.clone(memory_format=torch.contiguous_format), test.y)
-    rows = load_json(result / "ledger.json")["rows"]
-    return Deployed(federation, run, {arm: ArmResult.load(place) for arm, place in arms.items()}, rows)
+    told = load_json(result / "ledger.json")
+    finished = {arm: ArmResult.load(place) for arm, place in arms.items()}
+    return Deployed(federation, run, finished, told["rows"], told.get("versions", {}))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
+from .. import __version__
 from ..core.errors import FedgalError, shortlist
 from ..core.random import runtime
 from ..core.store import load_json, save_json
@@ -99,6 +100,9 @@ def node_keys(server: Path, n: int) -> dict[int, bytes]:  # client -> its key, a
     form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return {k: key.public_bytes(*form) for k, key in keys.items()}
 
+# %% ../../nbs/pipeline/22_deployed.ipynb #d0a0003d
+_SAID = ("client", "examples", "content", "fedgal", "torch", "python")
+
 def roll_call(
     grid,
     n: int,
@@ -122,7 +126,9 @@ def roll_call(
     replies = exchange(grid, nodes, asked, 0, check, kind="query", pause=PAUSE)
     there, has = {}, {node.node_id: node.public_key for node in grid.get_nodes()} if keys else {}
     for node, reply in zip(nodes, replies, strict=True):
-        k, examples, content = _told(reply, f"node {node}", "client", "examples", "content")
+        k, examples, content, *own = _told(reply, f"node {node}", *_SAID)
+        if own[0] != __version__:
+            raise FedgalError(f"node {node} has fedgal {own[0]}, torch {own[1]}, Python {own[2]}; here: {__version__}")
         if type(k) is not int or k not in range(n):
             raise FedgalError(f"node {node} says that it is client {k!r}, and there are 0..{n - 1}")
         if has.get(node) and has[node] != (keys or {}).get(k, has[node]):

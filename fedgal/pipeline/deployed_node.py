@@ -10,6 +10,7 @@ import hmac, re, secrets, traceback
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from .. import __version__
 from ..core.errors import FedgalError, one_of, shortlist
 from ..core.store import canonical, content_hash, load_json, write_bytes
 from ..federated.apart import answer_sums, own_run
@@ -19,6 +20,7 @@ from ..federated.messages import load_payload
 from ..federated.trained import TrainedRun
 from ..finetune.apart import part_node, rows_answer
 from ..generators.apart import denoiser_node
+from .keys import versions
 from ..federated.facts import dataset_of, own_data, training_of
 
 # %% ../../nbs/pipeline/22a_deployed_node.ipynb #d3a00007
@@ -95,8 +97,9 @@ def own_hash(node: DeployedNode) -> str:
     return hmac.new(file.read_bytes(), content_hash(node.x.cpu(), node.y.cpu()).encode(), "sha256").hexdigest()
 
 def introduction(node: DeployedNode) -> dict:
-    "Who it is, how many examples it has, and a hash of them."
-    return {"client": node.client, "examples": node.training().client.n_examples, "content": own_hash(node)}
+    "Who it is, how many examples it has, a hash of them, and its versions."
+    me = {"client": node.client, "examples": node.training().client.n_examples, "content": own_hash(node)}
+    return me | {"fedgal": __version__, "torch": versions()["torch"], "python": versions()["python"]}
 
 def check_content(node: DeployedNode, told: str) -> None:
     "Raise where its examples are no longer those that it told of at the roll call."

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import torch
+from .. import __version__
 from ..core.errors import FedgalError
 from ..core.store import MANIFEST, commit, fingerprint, load_json, save_json, save_tensors, verify
 from ..federated.apart import asking
@@ -28,6 +29,7 @@ from ..finetune.context import ArmContext, ArmResult
 from ..generators.apart import as_agreed, denoiser_nodes, told_latents, trains_apart
 from ..generators.base import GENERATORS, FitTask
 from ..generators.gaussian import Gaussian
+from .keys import versions
 from ..generators.run import bank_sizes, fit_and_sample, fit_task
 
 # %% ../../nbs/pipeline/22b_deployed_server.ipynb #d4a00007
@@ -37,14 +39,14 @@ class Steps:
     def __init__(self, folder: Path, facts: dict, examples: dict | None = None):
         known = {name: value for name, value in facts.items() if name != "patience"}
         self.folder = Path(folder)
-        self.agreed = fingerprint({"facts": known, "examples": sorted((examples or {}).items())})
+        self.agreed = fingerprint({"facts": known, "examples": sorted((examples or {}).items()), "fedgal": __version__})
 
     def __call__(self, name: str, work: Callable) -> Path:  # work: called with a folder to write to
         "The folder of a step; it is made where it is missing, and never half."
         final, part = self.folder / name, self.folder / f".{name.replace('/', '-')}.part"
         if (final / MANIFEST).is_file():
             if verify(final)["facts"] != self.agreed:
-                other = f"{final} belongs to another run, with other facts or examples"
+                other = f"{final} belongs to another run, with other facts, examples or fedgal"
                 raise FedgalError(f"{other}; move {self.folder} away and run again")
             return final
         shutil.rmtree(part, ignore_errors=True)
@@ -175,6 +177,6 @@ def run_steps(federation: Federation) -> dict:  # what the ledger sums up
         for result in finetune(f, steps).values():
             rows += [{"step": "50_finetune"} | row for row in result.ledger]
     totals = Ledger([{n: v for n, v in row.items() if n != "step"} for row in rows]).totals()
-    save_json(f.folder / "ledger.json", {"rows": rows, "totals": totals})
+    save_json(f.folder / "ledger.json", {"rows": rows, "totals": totals, "versions": versions()})
     shutil.rmtree(f.folder / "checkpoint", ignore_errors=True)  # not before the result is on the disk
     return totals
