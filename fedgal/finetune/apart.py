@@ -81,7 +81,8 @@ def part_node(run: TrainedRun, client: int, data: bytes, agreed: dict, home: Pat
 def told_features(run: TrainedRun, counts: Tensor, options: FinetuneOptions) -> ClientFeatures:
     "What the server knows of the clients' real features: their labels, and [C] counts."
     labels = [run.data.y_train[i].repeat(options.views) for i in run.split.train]
-    return ClientFeatures([torch.zeros(0, run.model.dims[options.level], device=counts.device)] * len(labels), labels, counts)
+    nothing = torch.zeros(0, run.model.dims[options.level], device=counts.device)
+    return ClientFeatures([nothing] * len(labels), labels, counts)
 
 class Tuning:
     "Trains one arm on nodes; called in place of `finetune_global`."
