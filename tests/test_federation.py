@@ -72,10 +72,10 @@ def test_a_federation_goes_on_from_any_step_and_leaves_an_ordinary_report(federa
 def test_results_of_other_facts_or_examples_are_not_gone_on_from(federation):
     folder, steps = federation
     assert steps(until="when it gets the trained model")[1]
-    assert "belongs to another run, with other facts or examples; move" in steps(content="other")[1]
+    assert "belongs to another run, with other facts, examples or fedgal; move" in steps(content="other")[1]
     manifest = folder / "server" / "result" / "20_train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"facts": "', '"facts": "0'))
-    assert "belongs to another run, with other facts or examples; move" in steps()[1]
+    assert "belongs to another run, with other facts, examples or fedgal; move" in steps()[1]
 
 
 def test_what_nodes_cannot_do_is_refused_before_anything_is_written_in_a_line_each(project):
