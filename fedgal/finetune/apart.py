@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from ..core.errors import FedgalError
 from ..federated.algorithm import get_algorithm
+from ..federated.apart import told_labels
 from ..federated.clients import MultiStepClient
 from ..federated.engines.nodes import Node, Nodes, absent_client, named, packed, reading, unpacked
 from ..federated.ledger import Ledger
@@ -80,7 +81,7 @@ def part_node(run: TrainedRun, client: int, data: bytes, agreed: dict, home: Pat
 # %% ../../nbs/finetune/11_apart.ipynb #f1a0000a
 def told_features(run: TrainedRun, counts: Tensor, options: FinetuneOptions) -> ClientFeatures:
     "What the server knows of the clients' real features: their labels, and [C] counts."
-    labels = [run.data.y_train[i].repeat(options.views) for i in run.split.train]
+    labels = told_labels(run, options.views)
     nothing = torch.zeros(0, run.model.dims[options.level], device=counts.device)
     return ClientFeatures([nothing] * len(labels), labels, counts)
 
@@ -113,9 +114,8 @@ class Tuning:
         weights = client_weights(features.labels, features.counts, balanced)
         loss = loss or arm_loss(features.counts, bank, options)
         tuned, result = federate_part(model, clients, options, seed, Nodes(carry=carry), loss, checkpoint, weights)
-        for row in result.ledger.to_json():
-            row = row | {"kind": f"{row['kind']} ({self.arm})"}
-            self.ledger = Ledger([*self.ledger.to_json(), row])
+        rounds = [row | {"kind": f"{row['kind']} ({self.arm})"} for row in result.ledger.to_json()]
+        self.ledger = Ledger([*self.ledger.to_json(), *rounds])
         return tuned, result
 
 # %% ../../nbs/finetune/11_apart.ipynb #f1a0000b

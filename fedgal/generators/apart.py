@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from torch import Tensor
+from ..federated.apart import told_labels
 from ..federated.engines.nodes import Node, Nodes, named, packed, reading, unpacked
 from ..federated.ledger import Ledger
 from ..federated.loop import prepared
@@ -55,8 +56,7 @@ def denoiser_node(run: TrainedRun, client: int, data: bytes, agreed: dict, home:
 # %% ../../nbs/generators/19_apart.ipynb #9a900009
 def told_latents(run: TrainedRun, dim: int, views: int) -> list[tuple[Tensor, Tensor]]:  # a pair a client
     "Rows that stand for the clients' features: as many, and of the classes that they told."
-    labels = [run.data.y_train[i].repeat(views) for i in run.split.train]
-    return [(torch.zeros(()).expand(len(y), dim), y) for y in labels]
+    return [(torch.zeros(()).expand(len(y), dim), y) for y in told_labels(run, views)]
 
 def denoiser_nodes(
     gen: Diffusion,  # as agreed, not fitted

@@ -536,10 +536,9 @@ def told(ratio, unit=""):
     return f"{ratio.median():.2f}{unit} ({ratio.min():.2f} to {ratio.max():.2f})"
 
 
-def reached(ratio, goal):
-    "Whether all passes, none of them, or some reach a goal: at most so much."
-    within = (ratio <= goal).mean()
-    return "reached" if within == 1 else "missed" if within == 0 else "reached in some passes only"
+def reached(within):
+    "Whether all passes, none of them, or some are within a goal."
+    return "reached" if within.all() else "reached in some passes only" if within.any() else "missed"
 
 
 def bars(table, title):
